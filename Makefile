@@ -1,0 +1,23 @@
+# Two commands: `make demo` and `make test`. Both set up .venv on a machine that has Python 3.11 (or newer) and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-timm lint clean
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest tests --ignore=tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+
+lint: $(STAMP)
+	$(BIN)/ruff check src kernels tests benchmarks setup.py
+	$(BIN)/ruff format --check src kernels tests benchmarks setup.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info

@@ -1,0 +1,35 @@
+"""Tensors in, tensors out: the four steps of a sparse MoE layer and the call that chains them.
+
+One legend: B images, L tokens per image, D width, H hidden width of an expert, G groups, S tokens per group,
+E experts, K experts selected per token, C slots per expert and group, T = B * L tokens.
+"""
+
+from vmoe_kernels.combine import combine, combine_reference
+from vmoe_kernels.dispatch import dispatch, dispatch_reference
+from vmoe_kernels.expert_mlp import expert_mlp, expert_mlp_reference
+from vmoe_kernels.moe_mlp import moe_mlp, moe_mlp_reference
+from vmoe_kernels.router import RouterOutput, router, router_reference
+from vmoe_kernels.routing import Routing, compute_capacity, num_groups, rows_per_expert, route, route_reference
+from vmoe_kernels.slots import assign_slots, assign_slots_reference
+
+__all__ = [
+    "RouterOutput",
+    "Routing",
+    "assign_slots",
+    "assign_slots_reference",
+    "combine",
+    "combine_reference",
+    "compute_capacity",
+    "dispatch",
+    "dispatch_reference",
+    "expert_mlp",
+    "expert_mlp_reference",
+    "moe_mlp",
+    "moe_mlp_reference",
+    "num_groups",
+    "route",
+    "route_reference",
+    "router",
+    "router_reference",
+    "rows_per_expert",
+]

@@ -1,0 +1,56 @@
+"""Activations an expert may use, with in-place CPU forms that a block of rows runs through while it is in cache."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# tanh GELU is x * sigmoid(2u) with 2u = x * (_A + _B * x^2): half the time of the tanh form on a CPU.
+_A = 2.0 * (2.0 / torch.pi) ** 0.5
+_B = _A * 0.044715
+
+# The definition of each activation, differentiable.
+FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def activate(name: str, pre: Tensor, hidden: Tensor) -> None:
+    """Fills `hidden` (n, H) with the activation of `pre` (n, H)."""
+    aten = torch.ops.aten
+    if name == "gelu_tanh":
+        torch.mul(pre, pre, out=hidden)
+        hidden.mul_(_B).add_(_A).mul_(pre).sigmoid_().mul_(pre)
+    elif name == "gelu":
+        aten.gelu.out(pre, out=hidden)
+    elif name == "relu":
+        torch.clamp(pre, min=0, out=hidden)
+    else:
+        aten.silu.out(pre, out=hidden)
+
+
+def chain(name: str, pre: Tensor, grad: Tensor) -> None:
+    """Turns `grad` (n, H), the gradient of the hidden activations, into that of `pre` (n, H), in place."""
+    aten = torch.ops.aten
+    if name == "gelu_tanh":
+        # s + s * (1 - s) * x * d(2u)/dx, with s = sigmoid(2u)
+        square = pre * pre
+        gate = (square * _B).add_(_A).mul_(pre).sigmoid_()
+        square.mul_(3.0 * _B).add_(_A).mul_(pre)
+        grad.mul_(square.addcmul_(square, gate, value=-1.0).add_(1.0).mul_(gate))
+    elif name == "gelu":
+        aten.gelu_backward.grad_input(grad, pre, grad_input=grad)
+    elif name == "relu":
+        aten.threshold_backward.grad_input(grad, pre, 0, grad_input=grad)
+    else:
+        aten.silu_backward.grad_input(grad, pre, grad_input=grad)
+
+
+def check_activation(name: str) -> None:
+    """The name is one of the supported activations."""
+    if name not in FORWARD:
+        raise ValueError(f"activation must be one of {tuple(FORWARD)}, got {name!r}")

@@ -1,0 +1,364 @@
+"""Expert MLP: out[e] = activation(x[e] @ fc1[e]^T + b1[e]) @ fc2[e]^T + b2[e], one MLP per expert.
+
+The backward keeps x and the pre-activation only; everything else is recomputed. On CPU, rows go through both GEMMs in
+blocks, so that the activation works on data that is still in cache.
+
+Dims: E experts, R rows per expert, D width in, H hidden width, O width out.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vmoe_kernels._impl import check_floating, use_reference
+from vmoe_kernels.activations import FORWARD, activate, chain, check_activation
+from vmoe_kernels.philox import dropout_keep
+
+# Floats of the hidden block that stays in a core's cache between the two GEMMs; benchmarks/bench_moe_layer.py chose it.
+_BLOCK_FLOATS = 1 << 20
+
+
+def expert_mlp_reference(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    activation: str = "gelu_tanh",
+    drop: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Eager twin of `expert_mlp`: two batched GEMMs."""
+    hidden = x @ fc1_weight.transpose(1, 2)
+    if fc1_bias is not None:
+        hidden = hidden + fc1_bias.unsqueeze(1)
+    hidden = FORWARD[activation](hidden)
+    if drop > 0:
+        keep = torch.stack([dropout_keep(seed, e, tuple(hidden.shape[1:]), drop) for e in range(x.shape[0])])
+        hidden = torch.where(keep, hidden / (1.0 - drop), 0.0)
+    out = hidden @ fc2_weight.transpose(1, 2)
+    return out if fc2_bias is None else out + fc2_bias.unsqueeze(1)
+
+
+def row_blocks(rows: int, hidden: int) -> Iterator[slice]:
+    """Even blocks of 0..rows whose hidden activations stay in a CPU's cache."""
+    blocks = max(-(-rows * hidden // _BLOCK_FLOATS), 1)
+    step = -(-rows // blocks)
+    for start in range(0, rows, max(step, 1)):
+        yield slice(start, min(start + step, rows))
+
+
+def largest_block(rows: int, hidden: int) -> int:
+    """Rows of the largest of `row_blocks`, for scratch memory."""
+    return max((block.stop - block.start for block in row_blocks(rows, hidden)), default=0)
+
+
+def linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x @ weight^T + bias, into memory that is there already: fresh pages cost a CPU more than the activation."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def forward_rows(
+    x: Tensor,
+    pre: Tensor,
+    hidden: Tensor,
+    out: Tensor,
+    weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    activation: str,
+    keep: Tensor | None = None,
+    drop: float = 0.0,
+) -> None:
+    """One expert, a block of n rows: x (n, D) fills pre (n, H), hidden (n, H) and out (n, O)."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+    linear_out(x, fc1_weight, fc1_bias, pre)
+    activate(activation, pre, hidden)
+    if keep is not None:
+        hidden.mul_(keep).mul_(1.0 / (1.0 - drop))
+    linear_out(hidden, fc2_weight, fc2_bias, out)
+
+
+class ExpertGradients:
+    """The weight gradients of all experts, accumulated over blocks of rows; hidden activations are recomputed."""
+
+    def __init__(self, weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None], activation: str, drop: float):
+        self.weights = weights
+        self.activation, self.drop = activation, drop
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+        self.d_fc1_weight, self.d_fc2_weight = torch.empty_like(fc1_weight), torch.empty_like(fc2_weight)
+        self.d_fc1_bias = fc1_weight.new_zeros(0 if fc1_bias is None else fc1_bias.shape)
+        self.d_fc2_bias = fc2_weight.new_zeros(0 if fc2_bias is None else fc2_bias.shape)
+        self.scratch: tuple[Tensor, Tensor] | None = None
+
+    def add_rows(
+        self,
+        expert: int,
+        first: bool,
+        x: Tensor,
+        pre: Tensor,
+        d_out: Tensor,
+        gate: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A block of n rows of one expert.
+
+        Args:
+            expert: which one.
+            first: whether it is the expert's first block, which overwrites its weight gradients.
+            x: (n, D) inputs.
+            pre: (n, H) saved pre-activation.
+            d_out: (n, O) gradient of the expert's output, or of gate * output where a gate is given (overwritten).
+            gate: (n, 1) combine weight.
+            keep: (n, H) dropout mask.
+
+        Returns:
+            (n, D) gradient of x, and (n,) gradient of the gate, <d_out, output>, without the output itself:
+            <d_out W2, hidden> + <d_out, b2>.
+        """
+        fc1_weight, _, fc2_weight, fc2_bias = self.weights
+        rows = x.shape[0]
+        if self.scratch is None or self.scratch[0].shape[0] < rows:
+            self.scratch = (torch.empty_like(pre), torch.empty_like(pre))
+        hidden, d_hidden = (memory[:rows] for memory in self.scratch)
+        activate(self.activation, pre, hidden)
+        torch.mm(d_out, fc2_weight[expert], out=d_hidden)
+        if keep is not None:
+            keep = keep.to(pre.dtype) * (1.0 / (1.0 - self.drop))
+            hidden.mul_(keep)
+        d_gate = None
+        if gate is not None:
+            d_gate = torch.linalg.vecdot(d_hidden, hidden)
+            if fc2_bias is not None:
+                d_gate += d_out @ fc2_bias[expert]
+            d_out.mul_(gate)
+            d_hidden.mul_(gate)
+        beta = 0 if first else 1
+        self.d_fc2_weight[expert].addmm_(d_out.t(), hidden, beta=beta)
+        if keep is not None:
+            d_hidden.mul_(keep)
+        chain(self.activation, pre, d_hidden)
+        self.d_fc1_weight[expert].addmm_(d_hidden.t(), x, beta=beta)
+        if self.d_fc1_bias.numel():
+            self.d_fc1_bias[expert] += d_hidden.sum(0)
+        if self.d_fc2_bias.numel():
+            self.d_fc2_bias[expert] += d_out.sum(0)
+        return d_hidden @ fc1_weight[expert], d_gate
+
+    def no_rows(self, expert: int) -> None:
+        """An expert without rows has zero gradients."""
+        self.d_fc1_weight[expert].zero_()
+        self.d_fc2_weight[expert].zero_()
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of fc1 weight and bias, fc2 weight and bias; an absent bias has an empty one."""
+        return self.d_fc1_weight, self.d_fc1_bias, self.d_fc2_weight, self.d_fc2_bias
+
+
+def weights_of(
+    expert: int, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """The weights and biases of one expert."""
+    return (
+        fc1_weight[expert],
+        None if fc1_bias is None else fc1_bias[expert],
+        fc2_weight[expert],
+        None if fc2_bias is None else fc2_bias[expert],
+    )
+
+
+@torch.library.custom_op("vmoe::expert_mlp", mutates_args=(), device_types="cpu")
+def _expert_mlp_op(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    num_experts, rows, _ = x.shape
+    width = fc1_weight.shape[1]
+    out = x.new_empty(num_experts, rows, fc2_weight.shape[1])
+    pre = x.new_empty(num_experts, rows if save else 0, width)
+    scratch = x.new_empty(1 if save else 2, largest_block(rows, width), width)
+    for e in range(num_experts):
+        keep = dropout_keep(seed, e, (rows, width), drop) if drop > 0 else None
+        for block in row_blocks(rows, width):
+            memory = scratch[:, : block.stop - block.start]
+            forward_rows(
+                x[e, block],
+                pre[e, block] if save else memory[1],
+                memory[0],
+                out[e, block],
+                weights_of(e, fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+                activation,
+                None if keep is None else keep[block],
+                drop,
+            )
+    return out, pre
+
+
+@_expert_mlp_op.register_fake
+def _(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed, save):
+    num_experts, rows, _ = x.shape
+    return (
+        x.new_empty((num_experts, rows, fc2_weight.shape[1])),
+        x.new_empty((num_experts, rows if save else 0, fc1_weight.shape[1])),
+    )
+
+
+@torch.library.custom_op("vmoe::expert_mlp_backward", mutates_args=(), device_types="cpu")
+def _expert_mlp_backward_op(
+    d_out: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_experts, rows, _ = x.shape
+    width = fc1_weight.shape[1]
+    gradients = ExpertGradients((fc1_weight, fc1_bias, fc2_weight, fc2_bias), activation, drop)
+    d_x = torch.empty_like(x)
+    for e in range(num_experts):
+        if rows == 0:
+            gradients.no_rows(e)
+        keep = dropout_keep(seed, e, (rows, width), drop) if drop > 0 else None
+        for block in row_blocks(rows, width):
+            mask = None if keep is None else keep[block]
+            first = block.start == 0
+            d_x[e, block], _ = gradients.add_rows(e, first, x[e, block], pre[e, block], d_out[e, block], keep=mask)
+    return (d_x, *gradients.results())
+
+
+@_expert_mlp_backward_op.register_fake
+def _(d_out, x, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed):
+    return (torch.empty_like(x), *fake_weight_gradients(fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+
+
+def fake_weight_gradients(fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+    """Shapes of `ExpertGradients.results`."""
+    return (
+        torch.empty_like(fc1_weight),
+        fc1_weight.new_empty(0 if fc1_bias is None else fc1_bias.shape),
+        torch.empty_like(fc2_weight),
+        fc2_weight.new_empty(0 if fc2_bias is None else fc2_bias.shape),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed, _ = inputs
+    ctx.save_for_backward(x, output[1], fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.activation, ctx.drop = activation, drop
+
+
+def _backward(ctx, d_out, _pre):
+    x, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed = ctx.saved_tensors
+    d_x, d_fc1, d_b1, d_fc2, d_b2 = torch.ops.vmoe.expert_mlp_backward(
+        d_out.contiguous(), x, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ctx.activation, ctx.drop, seed
+    )
+    d_b1 = None if fc1_bias is None else d_b1
+    d_b2 = None if fc2_bias is None else d_b2
+    return d_x, d_fc1, d_b1, d_fc2, d_b2, None, None, None, None
+
+
+_expert_mlp_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.vmoe.expert_mlp)
+def _expert_mlp_flops(x_shape, fc1_shape, b1_shape, fc2_shape, *_, **__) -> int:
+    num_experts, rows, width = x_shape
+    return 2 * num_experts * rows * fc1_shape[1] * (width + fc2_shape[1])
+
+
+@register_flop_formula(torch.ops.vmoe.expert_mlp_backward)
+def _expert_mlp_backward_flops(d_out_shape, x_shape, pre_shape, fc1_shape, b1_shape, fc2_shape, *_, **__) -> int:
+    num_experts, rows, width = x_shape
+    return 4 * num_experts * rows * fc1_shape[1] * (width + fc2_shape[1])
+
+
+def check_expert_weights(
+    width: int, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None
+) -> None:
+    """Expert weights are (E, H, D), (E, H), (E, O, H), (E, O)."""
+    if fc1_weight.ndim != 3 or fc1_weight.shape[2] != width:
+        raise ValueError(f"fc1_weight must be (E, H, D) with D={width}, got {tuple(fc1_weight.shape)}")
+    num_experts, hidden, _ = fc1_weight.shape
+    if fc2_weight.ndim != 3 or fc2_weight.shape[0] != num_experts or fc2_weight.shape[2] != hidden:
+        raise ValueError(
+            f"fc2_weight must be (E, O, H) with E={num_experts} and H={hidden}, got {tuple(fc2_weight.shape)}"
+        )
+    for name, bias, shape in (
+        ("fc1_bias", fc1_bias, (num_experts, hidden)),
+        ("fc2_bias", fc2_bias, (num_experts, fc2_weight.shape[1])),
+    ):
+        if bias is not None and tuple(bias.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(bias.shape)}")
+
+
+def check_dropout(drop: float, seed: Tensor | None) -> None:
+    """A dropout probability comes with a Philox key."""
+    if not 0.0 <= drop < 1.0:
+        raise ValueError(f"drop must be in [0, 1), got {drop}")
+    if drop > 0 and seed is None:
+        raise ValueError("seed must be a 0-dim int64 tensor when drop > 0, got None")
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward may come, so that what it needs must be kept."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def expert_mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    activation: str = "gelu_tanh",
+    drop: float = 0.0,
+    seed: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Runs every expert's MLP on its rows of the buffer.
+
+    Args:
+        x: (E, R, D) buffer of `dispatch`, viewed per expert.
+        fc1_weight: (E, H, D).
+        fc1_bias: (E, H) or None.
+        fc2_weight: (E, O, H).
+        fc2_bias: (E, O) or None.
+        activation: "gelu", "gelu_tanh", "relu" or "silu".
+        drop: probability of dropping a hidden activation.
+        seed: 0-dim int64 key; needed with dropout.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        (E, R, O) in the dtype of `x`.
+
+    Raises:
+        ValueError: if shapes, dtypes, devices, the activation or the dropout are off.
+    """
+    check_floating(x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
+    if x.ndim != 3 or x.shape[0] != fc1_weight.shape[0]:
+        raise ValueError(f"x must be (E, R, D) with E={fc1_weight.shape[0]}, got {tuple(x.shape)}")
+    check_expert_weights(x.shape[2], fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    check_activation(activation)
+    check_dropout(drop, seed)
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if use_reference(impl, x):
+        return expert_mlp_reference(x, *weights, activation=activation, drop=drop, seed=seed)
+    return torch.ops.vmoe.expert_mlp(x, *weights, activation, drop, seed, wants_grad(x, *weights))[0]

@@ -1,0 +1,9 @@
+"""vmoe-torch: V-MoE, the sparse vision mixture of experts (arXiv 2106.05974), for PyTorch and timm."""
+
+from vmoe_torch import models
+from vmoe_torch.control import auxiliary_loss, moe_layers, routing, routing_stats, set_routing
+from vmoe_torch.models.vmoe import VMoE
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["VMoE", "auxiliary_loss", "models", "moe_layers", "routing", "routing_stats", "set_routing"]

@@ -1,0 +1,158 @@
+"""Routing control from outside: set or try another capacity, K or priority, and read what the routers did."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vmoe_torch.layers.moe_mlp import MoeMlp
+
+_ROUTING = (
+    "num_selected_experts",
+    "capacity_factor",
+    "eval_capacity_factor",
+    "batch_priority",
+    "priority",
+    "group_size",
+)
+_UNSET = object()
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoeMlp]:
+    """The MoE layers of a model by their qualified name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
+
+
+def set_routing(
+    model: nn.Module,
+    *,
+    num_selected_experts: int = _UNSET,
+    capacity_factor: float = _UNSET,
+    eval_capacity_factor: float = _UNSET,
+    batch_priority: bool = _UNSET,
+    priority: str = _UNSET,
+    group_size: int | str = _UNSET,
+) -> None:
+    """Changes the routing of every MoE layer for good; what is not given stays.
+
+    Args:
+        model: any module with MoE layers.
+        num_selected_experts: K, in 1..E of every layer.
+        capacity_factor: in training and, unless eval_capacity_factor is given too, in eval mode.
+        eval_capacity_factor: in eval mode only.
+        batch_priority: Batch Priority Routing or position order.
+        priority: "max" or "sum" of a token's gates.
+        group_size: images per group, "batch" or "image".
+
+    Raises:
+        ValueError: if the model has no MoE layer or a value is off; then nothing has changed.
+    """
+    given = {
+        name: value
+        for name, value in (
+            ("num_selected_experts", num_selected_experts),
+            ("capacity_factor", capacity_factor),
+            ("eval_capacity_factor", eval_capacity_factor),
+            ("batch_priority", batch_priority),
+            ("priority", priority),
+            ("group_size", group_size),
+        )
+        if value is not _UNSET
+    }
+    if "capacity_factor" in given:
+        given.setdefault("eval_capacity_factor", None)
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
+    before = [(layer, _routing_of(layer)) for layer in layers.values()]
+    try:
+        for layer, current in before:
+            layer.set_routing(**{**current, **given})
+    except ValueError:
+        for layer, current in before:
+            layer.set_routing(**current)
+        raise
+
+
+@contextmanager
+def routing(model: nn.Module, **changes) -> Iterator[nn.Module]:
+    """`set_routing` for the length of a `with` block; what was set before comes back, also after an error."""
+    before = [(layer, _routing_of(layer)) for layer in moe_layers(model).values()]
+    set_routing(model, **changes)
+    try:
+        yield model
+    finally:
+        for layer, current in before:
+            layer.set_routing(**current)
+
+
+def _routing_of(layer: MoeMlp) -> dict:
+    current = {name: getattr(layer, name) for name in _ROUTING}
+    current["group_size"] = current["group_size"] or "batch"
+    return current
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """The auxiliary loss of the last forward: each layer's mean over groups, weighted, summed over layers.
+
+    Layers in the "manual" mode give a loss to add to the total (training mode only); layers in the "injected" mode have
+    seen to their gradient already and give a detached value, to log.
+
+    Args:
+        model: any module with MoE layers, after a forward.
+
+    Returns:
+        0-dim float32; 0 for a model that has not run or has no MoE layer.
+    """
+    total = None
+    for layer in moe_layers(model).values():
+        record = layer.record
+        loss = record.loss
+        if loss is None and record.importance is not None and record.importance.shape[0] > 0:
+            loss = layer.auxiliary_loss(record.importance, record.load, record.mean_gates, record.top1_share)
+        if loss is not None:
+            total = loss if total is None else total + loss
+    return torch.zeros(()) if total is None else total
+
+
+def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """What the routers did in the last forward, per layer and detached; nothing is computed before it is asked for.
+
+    Args:
+        model: any module with MoE layers, after a forward.
+
+    Returns:
+        {layer name: {
+            "load": (E,) share of the kept choices that each expert processed,
+            "assigned": (E,) share of all choices that wanted each expert,
+            "importance": (E,) share of the summed noise-free gates,
+            "dropped": 0-dim share of choices dropped,
+            "unprocessed": 0-dim share of tokens whose choices were all dropped,
+            "gates": (K,) mean gate of each choice rank,
+        }}; layers that have not run are left out. Expert-choice layers have no "assigned" and "importance".
+    """
+    stats = {}
+    for name, layer in moe_layers(model).items():
+        record = layer.record
+        if record.slots is None or record.slots.numel() == 0:
+            continue
+        kept = record.slots >= 0
+        experts = record.experts
+        if experts is None:
+            experts = torch.arange(layer.num_experts, device=kept.device).expand_as(kept)
+        count = torch.zeros(layer.num_experts, device=kept.device)
+        load = count.index_add(0, experts.reshape(-1).long(), kept.reshape(-1).float())
+        layer_stats = {
+            "load": load / load.sum().clamp(min=1.0),
+            "dropped": 1.0 - kept.float().mean(),
+            "unprocessed": 1.0 - kept.any(1).float().mean(),
+            "gates": record.gates.float().mean(0),
+        }
+        if record.experts is not None:
+            assigned = count.index_add(0, experts.reshape(-1).long(), torch.ones_like(kept.reshape(-1).float()))
+            layer_stats["assigned"] = assigned / assigned.sum()
+            importance = record.importance.float().sum(0)
+            layer_stats["importance"] = importance / importance.sum()
+        stats[name] = layer_stats
+    return stats

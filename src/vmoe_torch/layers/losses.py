@@ -1,0 +1,68 @@
+"""Auxiliary losses of the router, as pure functions (arXiv 2106.05974, appendix A; GShard: arXiv 2006.16668).
+
+Every function works on the last two dims, (S, E) of one group, and returns one loss per leading index.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cv_squared(per_expert: Tensor) -> Tensor:
+    """Squared coefficient of variation over experts, (std / mean)^2 with the population std.
+
+    Written as variance over squared mean, so that the gradient at perfect balance is 0 and not 0/0.
+
+    Args:
+        per_expert: (..., E).
+
+    Returns:
+        (...).
+    """
+    mean = per_expert.mean(-1, keepdim=True)
+    return ((per_expert - mean) / mean).square().mean(-1)
+
+
+def importance_loss(logits: Tensor) -> Tensor:
+    """CV^2 of the summed noise-free gates.
+
+    Args:
+        logits: (..., S, E) without noise.
+
+    Returns:
+        (...).
+    """
+    return cv_squared(logits.softmax(-1).sum(-2))
+
+
+def load_loss(logits: Tensor, noisy_logits: Tensor, noise_std: float, num_selected_experts: int) -> Tensor:
+    """CV^2 of the mean probability of being selected, were the noise redrawn.
+
+    Args:
+        logits: (..., S, E) without noise.
+        noisy_logits: (..., S, E) that routing used; its k-th largest value is the threshold.
+        noise_std: standard deviation of the noise on a logit (the router's noise_std / E).
+        num_selected_experts: K.
+
+    Returns:
+        (...).
+    """
+    threshold = noisy_logits.topk(num_selected_experts, dim=-1).values[..., -1:]
+    return cv_squared(torch.special.ndtr((logits - threshold) / noise_std).mean(-2))
+
+
+def gshard_loss(gates: Tensor) -> Tensor:
+    """E^2 times the mean over experts of (share of first choices) * (mean gate).
+
+    Args:
+        gates: (..., S, E) softmax that routing used.
+
+    Returns:
+        (...).
+    """
+    first = torch.nn.functional.one_hot(gates.argmax(-1), gates.shape[-1]).to(gates.dtype)
+    return gshard_from_means(first.mean(-2), gates.mean(-2))
+
+
+def gshard_from_means(top1_share: Tensor, mean_gates: Tensor) -> Tensor:
+    """GShard loss from the two per-expert means, (..., E) each."""
+    return (top1_share * mean_gates).mean(-1) * top1_share.shape[-1] ** 2

@@ -1,0 +1,432 @@
+"""V-MoE (arXiv 2106.05974): Vision Transformers with sparse MLPs, as timm models.
+
+`VMoE` is timm's VisionTransformer whose chosen blocks hold a `MoeMlp`; everything else, keys included, is timm's.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import get_device_dtype, lecun_normal_, trunc_normal_
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    named_apply,
+    register_model,
+    register_notrace_module,
+)
+from timm.models import vision_transformer as vit
+from torch import Tensor, nn
+
+from vmoe_torch.layers import ExpertLinear, MoeMlp, Router
+from vmoe_torch.models.position import sincos2d
+from vmoe_torch.models.weights import checkpoint_filter_fn, load_original_npz
+
+__all__ = ["MoeBlock", "VMoE", "parse_moe_layers"]
+
+register_notrace_module(MoeMlp)
+
+
+def parse_moe_layers(moe_layers: str | int | tuple[int, ...] | list[int], depth: int) -> tuple[int, ...]:
+    """Block numbers of the MoE layers.
+
+    Args:
+        moe_layers: "everyN" (blocks N-1, 2N-1, ...), "lastN" (the last N odd blocks), or block numbers.
+        depth: number of blocks.
+
+    Returns:
+        Sorted block numbers.
+
+    Raises:
+        ValueError: if the word is unknown or a block does not exist.
+    """
+    if isinstance(moe_layers, str):
+        for word, blocks in (("every", range(depth)), ("last", range(1, depth, 2))):
+            number = moe_layers.removeprefix(word)
+            if number != moe_layers and number.isdigit() and 1 <= int(number):
+                number = int(number)
+                if word == "every":
+                    return tuple(blocks[number - 1 :: number])
+                if number <= len(blocks):
+                    return tuple(blocks[-number:])
+        raise ValueError(
+            f"moe_layers must be 'everyN', 'lastN' with N odd blocks at most, or block numbers below {depth}, "
+            f"got {moe_layers!r}"
+        )
+    blocks = sorted({moe_layers} if isinstance(moe_layers, int) else set(moe_layers))
+    if any(not isinstance(block, int) or not 0 <= block < depth for block in blocks):
+        raise ValueError(f"moe_layers must be block numbers in 0..{depth - 1}, got {moe_layers!r}")
+    return tuple(blocks)
+
+
+class MoeBlock(vit.Block):
+    """timm's Block, with a MoeMlp where `depth` is among `moe_layers`."""
+
+    def __init__(self, *args, depth: int = 0, moe_layers: tuple[int, ...] = (), moe: dict[str, Any], **kwargs):
+        if depth in moe_layers:
+            kwargs["mlp_layer"] = partial(MoeMlp, **moe)
+        super().__init__(*args, depth=depth, **kwargs)
+
+
+class VMoE(vit.VisionTransformer):
+    """Vision Transformer with sparse mixture-of-experts MLPs.
+
+    Takes every argument of timm's VisionTransformer except block_fn, mlp_layer and scale_mlp_norm, and:
+
+    Args:
+        moe_layers: "every2", "last2" or block numbers.
+        num_experts: E.
+        num_selected_experts: K, in 1..E.
+        capacity_factor: slots per expert, as a multiple of the balanced load.
+        eval_capacity_factor: the same in eval mode; None is capacity_factor.
+        capacity_rounding: "ceil" or "round".
+        capacity_multiple_of: capacity goes up to a multiple of this; None leaves it.
+        batch_priority: Batch Priority Routing (BPR) instead of position order.
+        priority: "max" or "sum" of a token's gates, for BPR.
+        group_size: images per group that is routed on its own, "batch" or "image".
+        noise_std: router noise in training, divided by E.
+        expert_drop: dropout in the experts; None is proj_drop_rate.
+        importance_loss_weight: weight of the importance loss.
+        load_loss_weight: weight of the load loss.
+        gshard_loss_weight: weight of the GShard loss.
+        auxiliary_mode: "injected" or "manual".
+        router: "top_experts" or "expert_choice".
+        dispatch_dtype: None or "bfloat16".
+        representation_size: width of a tanh layer before the head; None for none, True for the model's width.
+        pos_embed: timm's "learn", "none", or "sincos2d" (fixed, patches only).
+        impl: "auto", "triton" or "reference".
+    """
+
+    def __init__(
+        self,
+        *args,
+        moe_layers: str | int | tuple[int, ...] | list[int] = "every2",
+        num_experts: int = 32,
+        num_selected_experts: int = 2,
+        capacity_factor: float = 1.05,
+        eval_capacity_factor: float | None = None,
+        capacity_rounding: str = "ceil",
+        capacity_multiple_of: int | None = 4,
+        batch_priority: bool = True,
+        priority: str = "max",
+        group_size: int | str = 8,
+        noise_std: float = 1.0,
+        expert_drop: float | None = None,
+        importance_loss_weight: float = 0.005,
+        load_loss_weight: float = 0.005,
+        gshard_loss_weight: float = 0.0,
+        auxiliary_mode: str = "injected",
+        router: str = "top_experts",
+        dispatch_dtype: str | None = None,
+        representation_size: int | bool | None = None,
+        impl: str = "auto",
+        depth: int = 12,
+        act_layer="gelu_tanh",
+        fc_norm: bool | None = False,
+        pos_embed: str = "learn",
+        no_embed_class: bool = False,
+        weight_init: str = "",
+        **kwargs,
+    ) -> None:
+        sincos = pos_embed == "sincos2d"
+        moe = {
+            "num_experts": num_experts,
+            "num_selected_experts": num_selected_experts,
+            "capacity_factor": capacity_factor,
+            "eval_capacity_factor": eval_capacity_factor,
+            "capacity_rounding": capacity_rounding,
+            "capacity_multiple_of": capacity_multiple_of,
+            "batch_priority": batch_priority,
+            "priority": priority,
+            "group_size": group_size,
+            "noise_std": noise_std,
+            "expert_drop": expert_drop,
+            "importance_loss_weight": importance_loss_weight,
+            "load_loss_weight": load_loss_weight,
+            "gshard_loss_weight": gshard_loss_weight,
+            "auxiliary_mode": auxiliary_mode,
+            "router": router,
+            "dispatch_dtype": dispatch_dtype,
+            "impl": impl,
+        }
+        super().__init__(
+            *args,
+            depth=depth,
+            act_layer=act_layer,
+            fc_norm=fc_norm,
+            pos_embed="learn" if sincos else pos_embed,
+            no_embed_class=no_embed_class or sincos,
+            weight_init="skip",
+            block_fn=partial(MoeBlock, moe_layers=parse_moe_layers(moe_layers, depth), moe=moe),
+            **kwargs,
+        )
+        self.fixed_pos_embed = sincos
+        if sincos:
+            self.pos_embed.requires_grad_(False)
+        # The head stays the last module, as timm's tools expect.
+        head, head_drop = self.head, self.head_drop
+        del self.head, self.head_drop
+        dd = get_device_dtype(self)
+        width = self.embed_dim if representation_size is True else representation_size
+        self.pre_logits = nn.Sequential(nn.Linear(self.embed_dim, width, **dd), nn.Tanh()) if width else nn.Identity()
+        if width:
+            self.head_hidden_size = width
+            head = nn.Linear(width, self.num_classes, **dd) if self.num_classes > 0 else head
+        self.head_drop, self.head = head_drop, head
+
+        self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Initialises all weights; sound after `to_empty`.
+
+        Args:
+            mode: "" as the original V-MoE (Flax), or timm's "jax", "jax_nlhb", "moco" and "reset".
+            needs_reset: whether modules that initialise themselves do it again.
+        """
+        mode = mode or self.weight_init_mode
+        if mode not in ("", "jax", "jax_nlhb", "moco", "reset"):
+            raise ValueError(f"weight_init must be '', 'jax', 'jax_nlhb', 'moco', 'reset' or 'skip', got {mode!r}")
+        if mode:
+            super().init_weights(mode, needs_reset)
+            if mode == "moco":
+                for module in self.modules():
+                    if isinstance(module, ExpertLinear) and module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        else:
+            self._init_as_original(needs_reset)
+        if self.fixed_pos_embed:
+            height, width = self.patch_embed.grid_size
+            with torch.no_grad():
+                self.pos_embed.copy_(sincos2d(height, width, self.embed_dim))
+
+    def _init_as_original(self, needs_reset: bool) -> None:
+        if self.pos_embed is not None:
+            nn.init.normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.zeros_(self.cls_token)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6)
+        named_apply(partial(_init_module_as_original, needs_reset=needs_reset), self)
+        if self.fix_init:
+            self.fix_init_weight()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """timm's set, and the experts' biases, which are 2-D."""
+        return super().no_weight_decay() | {"blocks.*.mlp.fc1.bias", "blocks.*.mlp.fc2.bias"}
+
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
+        """Loads an .npz whose arrays have the original's names (timm's `custom_load`)."""
+        load_original_npz(self, checkpoint_path, prefix)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head on top of the pre-logits layer, where there is one."""
+        super().reset_classifier(num_classes, global_pool)
+        if num_classes > 0 and self.head_hidden_size != self.embed_dim:
+            self.head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
+            self.head.train(self.training)
+
+    def set_input_size(self, img_size=None, patch_size=None) -> None:
+        """timm's, which resamples learned positions; fixed ones are computed anew."""
+        super().set_input_size(img_size, patch_size)
+        if self.fixed_pos_embed:
+            height, width = self.patch_embed.grid_size
+            self.pos_embed.data.copy_(sincos2d(height, width, self.embed_dim))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools, applies the tanh layer where there is one, and classifies."""
+        x = self.pre_logits(self.fc_norm(self.pool(x)))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+
+def _init_module_as_original(module: nn.Module, name: str = "", needs_reset: bool = True) -> None:
+    """Flax's defaults and the original's choices, per module."""
+    if isinstance(module, nn.Linear):
+        if name == "head":
+            nn.init.zeros_(module.weight)
+        elif name.startswith("pre_logits"):
+            lecun_normal_(module.weight)
+        else:
+            # Fused projections are separate matrices in the original.
+            parts = {"qkv": 3, "kv": 2}.get(name.rpartition(".")[2], 1)
+            fan_out, fan_in = module.weight.shape[0] // parts, module.weight.shape[1]
+            bound = math.sqrt(6.0 / (fan_out + fan_in))
+            nn.init.uniform_(module.weight, -bound, bound)
+        if module.bias is not None:
+            nn.init.normal_(module.bias, std=1e-6) if ".mlp." in f".{name}" else nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        lecun_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif name == "attn_pool":
+        bound = math.sqrt(6.0 / (1 + module.latent.shape[-1]))
+        nn.init.uniform_(module.latent, -bound, bound)
+    elif needs_reset and hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def _cfg(url: str = "", **kwargs) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "fixed_input_size": True,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+_TEST = {"input_size": (3, 160, 160)}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vmoe_s32.untrained": _cfg(),
+        "vmoe_b32.untrained": _cfg(),
+        "vmoe_b16.untrained": _cfg(),
+        "vmoe_l32.untrained": _cfg(),
+        "vmoe_l32_last2.untrained": _cfg(),
+        "vmoe_l16.untrained": _cfg(),
+        "vmoe_l16_last2.untrained": _cfg(),
+        "vmoe_h14.untrained": _cfg(),
+        "vmoe_h14_last5.untrained": _cfg(),
+        "vmoe_15b.untrained": _cfg(num_classes=29593),
+        "vmoe_s32_last2_e8.untrained": _cfg(),
+        "vmoe_b16_e8.untrained": _cfg(num_classes=21843),
+        "vmoe_dense_s32.untrained": _cfg(),
+        "test_vmoe.untrained": _cfg(**_TEST),
+        "test_vmoe2.untrained": _cfg(**_TEST),
+    }
+)
+
+_S = {"embed_dim": 512, "depth": 8, "num_heads": 8}
+_B = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+_L = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+_H = {"embed_dim": 1280, "depth": 32, "num_heads": 16}
+# What the released models were trained with.
+_RELEASED = {"num_experts": 8, "batch_priority": False, "dispatch_dtype": "bfloat16"}
+_TINY = {"patch_size": 16, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2.0, "num_experts": 4}
+
+
+def _create_vmoe(variant: str, pretrained: bool = False, **kwargs) -> VMoE:
+    out_indices = kwargs.pop("out_indices", 3)
+    return build_model_with_cfg(
+        VMoE,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+@register_model
+def vmoe_s32(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-S/32, every 2: 8 layers of width 512 (not timm's vit_small)."""
+    return _create_vmoe("vmoe_s32", pretrained, **{**_S, "patch_size": 32, **kwargs})
+
+
+@register_model
+def vmoe_b32(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-B/32, every 2."""
+    return _create_vmoe("vmoe_b32", pretrained, **{**_B, "patch_size": 32, **kwargs})
+
+
+@register_model
+def vmoe_b16(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-B/16, every 2."""
+    return _create_vmoe("vmoe_b16", pretrained, **{**_B, "patch_size": 16, **kwargs})
+
+
+@register_model
+def vmoe_l32(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-L/32, every 2."""
+    return _create_vmoe("vmoe_l32", pretrained, **{**_L, "patch_size": 32, **kwargs})
+
+
+@register_model
+def vmoe_l32_last2(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-L/32, last 2."""
+    return _create_vmoe("vmoe_l32_last2", pretrained, **{**_L, "patch_size": 32, "moe_layers": "last2", **kwargs})
+
+
+@register_model
+def vmoe_l16(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-L/16, every 2."""
+    return _create_vmoe("vmoe_l16", pretrained, **{**_L, "patch_size": 16, **kwargs})
+
+
+@register_model
+def vmoe_l16_last2(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-L/16, last 2."""
+    return _create_vmoe("vmoe_l16_last2", pretrained, **{**_L, "patch_size": 16, "moe_layers": "last2", **kwargs})
+
+
+@register_model
+def vmoe_h14(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-H/14, every 2."""
+    return _create_vmoe("vmoe_h14", pretrained, **{**_H, "patch_size": 14, **kwargs})
+
+
+@register_model
+def vmoe_h14_last5(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-H/14, last 5."""
+    return _create_vmoe("vmoe_h14_last5", pretrained, **{**_H, "patch_size": 14, "moe_layers": "last5", **kwargs})
+
+
+@register_model
+def vmoe_15b(pretrained: bool = False, **kwargs) -> VMoE:
+    """V-MoE-15B: 48 layers of width 1408, 24 of them sparse."""
+    args = {"patch_size": 14, "embed_dim": 1408, "depth": 48, "num_heads": 16, "mlp_ratio": 6400 / 1408}
+    return _create_vmoe("vmoe_15b", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmoe_s32_last2_e8(pretrained: bool = False, **kwargs) -> VMoE:
+    """The released V-MoE-S/32, last 2, E=8: trained at capacity 1.05, evaluated at 4.0, tanh layer before the head."""
+    args = {"patch_size": 32, "moe_layers": "last2", "eval_capacity_factor": 4.0, "representation_size": True}
+    return _create_vmoe("vmoe_s32_last2_e8", pretrained, **{**_S, **_RELEASED, **args, **kwargs})
+
+
+@register_model
+def vmoe_b16_e8(pretrained: bool = False, **kwargs) -> VMoE:
+    """The released V-MoE-B/16, every 2, E=8."""
+    return _create_vmoe("vmoe_b16_e8", pretrained, **{**_B, **_RELEASED, "patch_size": 16, **kwargs})
+
+
+@register_model
+def vmoe_dense_s32(pretrained: bool = False, **kwargs) -> VMoE:
+    """ViT-S/32 as the paper has it, the dense counterpart of vmoe_s32, which timm lacks."""
+    return _create_vmoe("vmoe_dense_s32", pretrained, **{**_S, "patch_size": 32, "moe_layers": (), **kwargs})
+
+
+@register_model
+def test_vmoe(pretrained: bool = False, **kwargs) -> VMoE:
+    """A tiny V-MoE for tests."""
+    return _create_vmoe("test_vmoe", pretrained, **{**_TINY, "depth": 6, **kwargs})
+
+
+@register_model
+def test_vmoe2(pretrained: bool = False, **kwargs) -> VMoE:
+    """A tiny V-MoE for tests: average pooling, registers, tanh layer, layer scale, K=1."""
+    args = {
+        "depth": 8,
+        "class_token": False,
+        "global_pool": "avg",
+        "reg_tokens": 1,
+        "representation_size": 48,
+        "init_values": 1e-5,
+        "num_selected_experts": 1,
+    }
+    return _create_vmoe("test_vmoe2", pretrained, **{**_TINY, **args, **kwargs})
