@@ -9,7 +9,7 @@ from vmoe_kernels.dispatch import dispatch, dispatch_reference
 from vmoe_kernels.expert_mlp import expert_mlp, expert_mlp_reference
 from vmoe_kernels.moe_mlp import moe_mlp, moe_mlp_reference
 from vmoe_kernels.router import RouterOutput, router, router_reference
-from vmoe_kernels.routing import Routing, compute_capacity, num_groups, rows_per_expert, route, route_reference
+from vmoe_kernels.routing import Routing, compute_capacity, num_groups, route, route_reference, rows_per_expert
 from vmoe_kernels.slots import assign_slots, assign_slots_reference
 
 __all__ = [

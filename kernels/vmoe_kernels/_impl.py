@@ -1,12 +1,25 @@
 """Which implementation answers a call: the registered op (Triton on CUDA, a fast loop on CPU) or the eager twin."""
 
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 IMPLS = ("auto", "triton", "reference")
 
-# Nobody registers Triton kernels yet: CUDA tensors go through the eager twins, and an explicit "triton" is refused.
-HAS_TRITON_KERNELS = False
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Under Triton's interpreter the kernels run on CPU tensors, in place of the CPU implementations.
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def register_triton(op, launcher: Callable) -> None:
+    """Makes `launcher` the CUDA kernel of a custom op, and its CPU kernel under the interpreter."""
+    op.register_kernel("cuda")(launcher)
+    if INTERPRET:
+        op.register_kernel("cpu")(launcher)
 
 
 def use_reference(impl: str, x: Tensor) -> bool:
@@ -15,11 +28,27 @@ def use_reference(impl: str, x: Tensor) -> bool:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     if impl == "reference":
         return True
+    on_triton = x.device.type == "cuda" or (INTERPRET and x.device.type == "cpu")
     if impl == "triton":
-        if not HAS_TRITON_KERNELS or x.device.type != "cuda":
-            raise ValueError(f"impl='triton' needs Triton kernels and a CUDA tensor, got a tensor on {x.device}")
+        if not HAS_TRITON or not on_triton:
+            raise ValueError(f"impl='triton' needs Triton and a CUDA tensor, got a tensor on {x.device}")
+        if x.dtype == torch.float64:
+            raise ValueError("impl='triton' takes float16, bfloat16 and float32, got float64")
         return False
-    return x.device.type == "cuda" and not HAS_TRITON_KERNELS
+    return on_triton and (not HAS_TRITON or x.dtype == torch.float64)
+
+
+def no_autocast(fn: Callable) -> Callable:
+    """Runs an implementation as its dtypes say: an enclosing autocast would narrow its float32 accumulation."""
+
+    @functools.wraps(fn)
+    def wrapped(x: Tensor, *args, **kwargs):
+        if x.device.type not in ("cpu", "cuda"):
+            return fn(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return fn(x, *args, **kwargs)
+
+    return wrapped
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,10 +6,11 @@ Dims: T tokens, K choices per token, N rows of the buffer (E * R), D width.
 import torch
 from torch import Tensor
 
-from vmoe_kernels._impl import accumulation_dtype, check_floating, check_slots, use_reference
+from vmoe_kernels._impl import accumulation_dtype, check_floating, check_slots, no_autocast, use_reference
 from vmoe_kernels.dispatch import choice_of_row
 
 
+@no_autocast
 def combine_reference(buffer: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
     """Eager twin of `combine`. A NaN gate shows in the output even where the choice was dropped."""
     dtype = accumulation_dtype(buffer.dtype)

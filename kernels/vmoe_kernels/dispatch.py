@@ -6,9 +6,10 @@ Dims: T tokens, K choices per token, N rows of the buffer (E * R), D width.
 import torch
 from torch import Tensor
 
-from vmoe_kernels._impl import check_floating, check_slots, use_reference
+from vmoe_kernels._impl import check_floating, check_slots, no_autocast, use_reference
 
 
+@no_autocast
 def dispatch_reference(x: Tensor, slots: Tensor, num_rows: int) -> Tensor:
     """Eager twin of `dispatch`: dropped choices land in a row that is cut off."""
     rows = torch.where(slots < 0, num_rows, slots).long().reshape(-1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe_kernels._impl import check_floating, use_reference
+from vmoe_kernels._impl import check_floating, no_autocast, use_reference
 from vmoe_kernels.activations import FORWARD, activate, chain, check_activation
 from vmoe_kernels.philox import dropout_keep
 
@@ -20,6 +20,7 @@ from vmoe_kernels.philox import dropout_keep
 _BLOCK_FLOATS = 1 << 20
 
 
+@no_autocast
 def expert_mlp_reference(
     x: Tensor,
     fc1_weight: Tensor,
@@ -172,6 +173,7 @@ def weights_of(
 
 
 @torch.library.custom_op("vmoe::expert_mlp", mutates_args=(), device_types="cpu")
+@no_autocast
 def _expert_mlp_op(
     x: Tensor,
     fc1_weight: Tensor,
@@ -215,6 +217,7 @@ def _(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed, sav
 
 
 @torch.library.custom_op("vmoe::expert_mlp_backward", mutates_args=(), device_types="cpu")
+@no_autocast
 def _expert_mlp_backward_op(
     d_out: Tensor,
     x: Tensor,

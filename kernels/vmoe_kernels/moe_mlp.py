@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe_kernels._impl import accumulation_dtype, check_floating, check_slots, use_reference
+from vmoe_kernels._impl import accumulation_dtype, check_floating, check_slots, no_autocast, use_reference
 from vmoe_kernels.activations import check_activation
 from vmoe_kernels.combine import _nan_gates, combine_reference
 from vmoe_kernels.dispatch import choice_of_row, dispatch_reference
@@ -29,6 +29,7 @@ from vmoe_kernels.expert_mlp import (
 from vmoe_kernels.philox import dropout_keep
 
 
+@no_autocast
 def moe_mlp_reference(
     x: Tensor,
     slots: Tensor,
@@ -61,6 +62,7 @@ def _filled_rows(slots: Tensor, num_experts: int, rows_per_expert: int):
 
 
 @torch.library.custom_op("vmoe::moe_mlp", mutates_args=(), device_types="cpu")
+@no_autocast
 def _moe_mlp_op(
     x: Tensor,
     slots: Tensor,
@@ -115,6 +117,7 @@ def _(x, slots, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows_per_expe
 
 
 @torch.library.custom_op("vmoe::moe_mlp_backward", mutates_args=(), device_types="cpu")
+@no_autocast
 def _moe_mlp_backward_op(
     d_y: Tensor,
     x: Tensor,

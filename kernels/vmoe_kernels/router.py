@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe_kernels._impl import accumulation_dtype, check_floating, use_reference
+from vmoe_kernels._impl import accumulation_dtype, check_floating, no_autocast, use_reference
 from vmoe_kernels.philox import philox_normal
 
 
@@ -28,6 +28,7 @@ class RouterOutput(NamedTuple):
     top1_share: Tensor  # (G, E) share of the group's tokens whose first choice is the expert; no gradient
 
 
+@no_autocast
 def router_reference(
     x: Tensor,
     weight: Tensor,
@@ -133,6 +134,7 @@ def _(x, weight, num_selected_experts, group_size, noise_std, seed):
 
 
 @torch.library.custom_op("vmoe::router_backward", mutates_args=(), device_types="cpu")
+@no_autocast
 def _router_backward_op(
     x: Tensor,
     weight: Tensor,

@@ -4,13 +4,12 @@ Dims: B images, L tokens per image, D width, H hidden width, E experts, K select
 """
 
 import math
-from typing import Optional
 
 import torch
-import vmoe_kernels as kernels
 from torch import Tensor, nn
-from vmoe_kernels.activations import check_activation
 
+import vmoe_kernels as kernels
+from vmoe_kernels.activations import check_activation
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
 from vmoe_torch.layers.losses import cv_squared, gshard_from_means
 from vmoe_torch.layers.record import Record
@@ -92,8 +91,8 @@ class MoeMlp(nn.Module):
     def __init__(
         self,
         in_features: int,
-        hidden_features: Optional[int] = None,
-        out_features: Optional[int] = None,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
         act_layer=nn.GELU,
         norm_layer=None,
         bias: bool = True,
@@ -101,20 +100,20 @@ class MoeMlp(nn.Module):
         num_experts: int = 32,
         num_selected_experts: int = 2,
         capacity_factor: float = 1.05,
-        eval_capacity_factor: Optional[float] = None,
+        eval_capacity_factor: float | None = None,
         capacity_rounding: str = "ceil",
-        capacity_multiple_of: Optional[int] = 4,
+        capacity_multiple_of: int | None = 4,
         batch_priority: bool = True,
         priority: str = "max",
         group_size=8,
         noise_std: float = 1.0,
-        expert_drop: Optional[float] = None,
+        expert_drop: float | None = None,
         importance_loss_weight: float = 0.005,
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
         auxiliary_mode: str = "injected",
         router: str = "top_experts",
-        dispatch_dtype: Optional[str] = None,
+        dispatch_dtype: str | None = None,
         impl: str = "auto",
         device=None,
         dtype=None,
@@ -168,7 +167,7 @@ class MoeMlp(nn.Module):
         *,
         num_selected_experts: int,
         capacity_factor: float,
-        eval_capacity_factor: Optional[float],
+        eval_capacity_factor: float | None,
         batch_priority: bool,
         priority: str,
         group_size,

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import get_device_dtype, lecun_normal_, trunc_normal_
+from timm.layers import get_device_dtype, lecun_normal_
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -19,7 +19,7 @@ from timm.models import (
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from vmoe_torch.layers import ExpertLinear, MoeMlp, Router
+from vmoe_torch.layers import ExpertLinear, MoeMlp
 from vmoe_torch.models.position import sincos2d
 from vmoe_torch.models.weights import checkpoint_filter_fn, load_original_npz
 
@@ -44,7 +44,7 @@ def parse_moe_layers(moe_layers: str | int | tuple[int, ...] | list[int], depth:
     if isinstance(moe_layers, str):
         for word, blocks in (("every", range(depth)), ("last", range(1, depth, 2))):
             number = moe_layers.removeprefix(word)
-            if number != moe_layers and number.isdigit() and 1 <= int(number):
+            if number != moe_layers and number.isdigit() and int(number) >= 1:
                 number = int(number)
                 if word == "every":
                     return tuple(blocks[number - 1 :: number])
