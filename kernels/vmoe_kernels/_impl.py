@@ -69,6 +69,13 @@ def check_floating(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must be on {device} like {next(iter(tensors))}, got {tensor.device}")
 
 
+def check_dtypes(x: Tensor, **tensors: Tensor | None) -> None:
+    """All given tensors have the dtype of `x`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name} must be {x.dtype} like x, got {tensor.dtype}")
+
+
 def check_slots(slots: Tensor, num_tokens: int, device: torch.device) -> None:
     """Slots are (T, K) int32 on the device of the data."""
     if slots.dtype != torch.int32:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe_kernels._impl import check_floating, no_autocast, use_reference
+from vmoe_kernels._impl import check_dtypes, check_floating, no_autocast, use_reference
 from vmoe_kernels.activations import FORWARD, activate, chain, check_activation
 from vmoe_kernels.philox import dropout_keep
 
@@ -358,6 +358,7 @@ def expert_mlp(
     check_floating(x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     if x.ndim != 3 or x.shape[0] != fc1_weight.shape[0]:
         raise ValueError(f"x must be (E, R, D) with E={fc1_weight.shape[0]}, got {tuple(x.shape)}")
+    check_dtypes(x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     check_expert_weights(x.shape[2], fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_activation(activation)
     check_dropout(drop, seed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe_kernels._impl import accumulation_dtype, check_floating, check_slots, no_autocast, use_reference
+from vmoe_kernels._impl import accumulation_dtype, check_dtypes, check_floating, check_slots, no_autocast, use_reference
 from vmoe_kernels.activations import check_activation
 from vmoe_kernels.combine import _nan_gates, combine_reference
 from vmoe_kernels.dispatch import choice_of_row, dispatch_reference
@@ -46,11 +46,11 @@ def moe_mlp_reference(
 ) -> Tensor:
     """Eager twin of `moe_mlp`: the three twins, chained."""
     num_experts = fc1_weight.shape[0]
-    buffer = dispatch_reference(x, slots, num_experts * rows_per_expert).view(num_experts, rows_per_expert, -1)
+    buffer = dispatch_reference(x, slots, num_experts * rows_per_expert).view(num_experts, rows_per_expert, x.shape[1])
     out = expert_mlp_reference(
         buffer, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation, drop=drop, seed=seed
     )
-    return combine_reference(out.reshape(num_experts * rows_per_expert, -1), slots, gates)
+    return combine_reference(out.flatten(0, 1), slots, gates)
 
 
 def _filled_rows(slots: Tensor, num_experts: int, rows_per_expert: int):
@@ -256,7 +256,10 @@ def moe_mlp(
     check_slots(slots, x.shape[0], x.device)
     if gates.shape != slots.shape:
         raise ValueError(f"gates must have the shape of slots {tuple(slots.shape)}, got {tuple(gates.shape)}")
+    check_dtypes(x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     check_expert_weights(x.shape[1], *weights)
+    if rows_per_expert < 0:
+        raise ValueError(f"rows_per_expert must be at least 0, got {rows_per_expert}")
     check_activation(activation)
     check_dropout(drop, seed)
     if use_reference(impl, x):

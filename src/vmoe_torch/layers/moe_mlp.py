@@ -262,13 +262,13 @@ class MoeMlp(nn.Module):
 
         wire = self.dispatch_dtype or tokens.dtype
         buffer = kernels.dispatch(tokens.to(wire), slots, self.num_experts * rows, impl=self.impl)
-        buffer = buffer.view(self.num_experts, rows, -1)
+        buffer = buffer.view(self.num_experts, rows, tokens.shape[1])
         if self.exchange is not None:
             buffer = self.exchange.scatter(buffer)
         out = kernels.expert_mlp(buffer.to(tokens.dtype), *weights, **options).to(wire)
         if self.exchange is not None:
             out = self.exchange.gather(out)
-        out = out.to(tokens.dtype).reshape(self.num_experts * rows, -1)
+        out = out.to(tokens.dtype).flatten(0, 1)
         return kernels.combine(out, slots, gates, impl=self.impl)
 
     def _choose_tokens(self, tokens: Tensor, group: int, capacity: int, last_capacity: int, noise_std: float):
