@@ -1,0 +1,112 @@
+"""The compile report: it reads what ptxas made and names every defect."""
+
+import dataclasses
+import json
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from benchmarks import compile_report
+from benchmarks.compile_report import blocks_per_sm, compile_case, staleness
+from tests.benchmarks.example_kernels import COMPILE_CASES, product_case, sums_case
+
+CLEAN = compile_report.Compiled("k", 90, 4, 1, 64, 0, 0, 4096, 4, 0, 0, 1, 0, True, 0, 8)
+
+
+@pytest.mark.parametrize(("capability", "field"), [(80, "mma"), (90, "wgmma"), (100, "tcgen05")])
+def test_compile_case_finds_tensor_core_instructions(capability, field):
+    row = compile_case(COMPILE_CASES[0], capability)
+    counts = {name: getattr(row, name) for name in ("mma", "wgmma", "tcgen05")}
+    assert counts.pop(field) > 0
+    assert set(counts.values()) == {0}
+    assert row.registers > 0
+    assert row.shared > 0
+    assert row.problems() == []
+
+
+def test_compile_case_reports_a_spilling_kernel():
+    row = compile_case(sums_case("sums", 1 << 13, 1), 90)
+    assert row.stack > 0
+    assert row.local > 0
+    assert any("stack" in problem for problem in row.problems())
+    assert any("spills" in problem for problem in row.problems())
+
+
+def test_compile_case_excepts_full_precision_products():
+    row = compile_case(product_case("product/fp32", "fp32", "ieee", block=16), 90)
+    assert (row.dots, row.ieee_dots, row.wgmma + row.mma) == (0, 1, 0)
+    assert row.problems() == []
+
+
+def test_compile_case_reports_an_undeclared_product():
+    row = compile_case(product_case("product/bf16", "bf16", has_dot=False), 90)
+    assert ["has_dot" in problem for problem in row.problems()] == [True]
+
+
+def test_compile_case_names_missing_arguments():
+    case = dataclasses.replace(COMPILE_CASES[0], constexprs={"BLOCK": 64})
+    with pytest.raises(ValueError, match=r"product/bf16: signature and constexprs must name .*'PRECISION'"):
+        compile_case(case, 90)
+
+
+def test_compile_case_refuses_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_case(COMPILE_CASES[0], 90)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"local": 3}, "3 local-memory"),
+        ({"shared": 232_449}, "shared memory, the chip has 232448"),
+        ({"tensor_memory": 513}, "513 tensor-memory columns"),
+        ({"wgmma": 0, "mma": 4}, "without wgmma"),
+        ({"dots": 0}, "no tl.dot"),
+    ],
+)
+def test_problems_names_each_defect(change, problem):
+    assert CLEAN.problems() == []
+    (found,) = dataclasses.replace(CLEAN, **change).problems()
+    assert problem in found
+    assert found.startswith("k on sm_90 ")
+
+
+def test_collect_rejects_duplicate_names_and_empty_files(monkeypatch):
+    with pytest.raises(ValueError, match=r"must be unique, got 'product/bf16' twice"):
+        compile_report.collect(["tests.benchmarks.example_kernels"] * 2)
+    with pytest.raises(ValueError, match="must export COMPILE_CASES"):
+        compile_report.collect(["vmoe_kernels.launch"])
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "num_warps", "blocks"),
+    [(32, 0, 4, 16), (128, 0, 8, 2), (168, 0, 4, 3), (32, 100_000, 4, 2), (16, 0, 1, 32)],
+)
+def test_blocks_per_sm_takes_the_scarcest_resource(registers, shared, num_warps, blocks):
+    assert blocks_per_sm(90, registers, shared, num_warps) == blocks
+
+
+def test_report_lists_every_config_and_goes_stale(tmp_path):
+    path = tmp_path / "deeper" / "report"
+    assert staleness([CLEAN], path) == [
+        "k on sm_90 is not in the committed report; run python -m benchmarks.compile_report"
+    ]
+    compile_report.write([CLEAN], path)
+    content = json.loads(path.with_suffix(".json").read_text())
+    assert content["rows"] == [dataclasses.asdict(CLEAN)]
+    assert set(content["versions"]) == {"torch", "triton"}
+    assert "| k | sm_90 | 4 | 1 | 64 | 0 | 0 | 4096 | 4 | 0 | 0 | 8 |" in path.with_suffix(".md").read_text()
+    assert staleness([CLEAN], path) == []
+    assert "reported but gone" in staleness([], path)[0]
+
+
+def test_check_fails_on_a_defect(capsys, monkeypatch):
+    spilling = dataclasses.replace(CLEAN, stack=16)
+    monkeypatch.setattr(compile_report, "compile_all", lambda modules, processes: [spilling])
+    assert compile_report.main(["--check", "some.module"]) == 1
+    assert "16 bytes of stack" in capsys.readouterr().err
+    monkeypatch.setattr(compile_report, "compile_all", lambda modules, processes: [CLEAN])
+    assert compile_report.main(["--check", "some.module"]) == 0
