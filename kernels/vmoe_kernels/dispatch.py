@@ -6,7 +6,7 @@ Dims: T tokens, K choices per token, N rows of the buffer (E * R), D width.
 import torch
 from torch import Tensor
 
-from vmoe_kernels._impl import check_floating, check_slots, no_autocast, use_reference
+from vmoe_kernels._impl import HAS_TRITON, check_floating, check_slots, no_autocast, register_triton, use_reference
 
 
 @no_autocast
@@ -90,3 +90,10 @@ def dispatch(x: Tensor, slots: Tensor, num_rows: int, *, impl: str = "auto") -> 
     if use_reference(impl, x):
         return dispatch_reference(x, slots, num_rows)
     return torch.ops.vmoe.dispatch(x, slots, num_rows)
+
+
+if HAS_TRITON:
+    from vmoe_kernels.triton_dispatch import dispatch_backward_triton, dispatch_triton
+
+    register_triton(_dispatch_op, dispatch_triton)
+    register_triton(_dispatch_backward_op, dispatch_backward_triton)
