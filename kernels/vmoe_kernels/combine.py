@@ -15,9 +15,9 @@ def combine_reference(buffer: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
     """Eager twin of `combine`. A NaN gate shows in the output even where the choice was dropped."""
     dtype = accumulation_dtype(buffer.dtype)
     if buffer.shape[0] == 0:
-        rows = buffer.new_zeros(*slots.shape, buffer.shape[1])
-    else:
-        rows = buffer[slots.clamp(min=0).long()]
+        # Nothing to gather from; the row keeps the buffer in the graph.
+        buffer = torch.cat([buffer, buffer.new_zeros(1, buffer.shape[1])])
+    rows = buffer[slots.clamp(min=0).long()]
     rows = torch.where(slots.unsqueeze(-1) < 0, 0.0, rows.to(dtype))
     return (rows * gates.to(dtype).unsqueeze(-1)).sum(1).to(buffer.dtype)
 

@@ -130,7 +130,8 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             "dropped": 0-dim share of choices dropped,
             "unprocessed": 0-dim share of tokens whose choices were all dropped,
             "gates": (K,) mean gate of each choice rank,
-        }}; layers that have not run are left out. Expert-choice layers have no "assigned" and "importance".
+        }}; layers that have not run are left out. Expert-choice layers
+        drop nothing: they have no "dropped", "assigned" and "importance".
     """
     stats = {}
     for name, layer in moe_layers(model).items():
@@ -145,12 +146,12 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         load = count.index_add(0, experts.reshape(-1).long(), kept.reshape(-1).float())
         layer_stats = {
             "load": load / load.sum().clamp(min=1.0),
-            "dropped": 1.0 - kept.float().mean(),
             "unprocessed": 1.0 - kept.any(1).float().mean(),
             "gates": record.gates.float().mean(0),
         }
         if record.experts is not None:
             assigned = count.index_add(0, experts.reshape(-1).long(), torch.ones_like(kept.reshape(-1).float()))
+            layer_stats["dropped"] = 1.0 - kept.float().mean()
             layer_stats["assigned"] = assigned / assigned.sum()
             importance = record.importance.float().sum(0)
             layer_stats["importance"] = importance / importance.sum()

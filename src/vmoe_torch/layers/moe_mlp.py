@@ -65,7 +65,7 @@ class MoeMlp(nn.Module):
         capacity_factor: C = ceil(S * K * capacity_factor / E), then up to a multiple of capacity_multiple_of.
         eval_capacity_factor: the same in eval mode; None is capacity_factor.
         capacity_rounding: "ceil" or "round".
-        capacity_multiple_of: None or 0 leaves the capacity as it is.
+        capacity_multiple_of: 1 (or None) leaves the capacity as it is.
         batch_priority: Batch Priority Routing instead of position order.
         priority: "max" or "sum" of a token's gates, for BPR.
         group_size: images per group that is routed on its own, "batch" or "image". What remains of a batch forms one
@@ -78,7 +78,7 @@ class MoeMlp(nn.Module):
         auxiliary_mode: "injected" (the gradient reaches the router by itself) or "manual" (add
             `vmoe_torch.auxiliary_loss(model)` to the loss).
         router: "top_experts" or "expert_choice".
-        dispatch_dtype: None, or "bfloat16" to round what goes into and comes out of the experts, as the released
+        dispatch_dtype: None or "float32" for the layer's own, or "bfloat16" to round what goes into and comes out of the experts, as the released
             models were trained.
         impl: "auto", "triton" or "reference".
 
@@ -125,7 +125,7 @@ class MoeMlp(nn.Module):
             raise ValueError(f"num_experts must be at least 1, got {num_experts}")
         one_of("auxiliary_mode", auxiliary_mode, AUXILIARY_MODES)
         one_of("router", router, ROUTERS)
-        one_of("dispatch_dtype", dispatch_dtype, (None, "bfloat16"))
+        one_of("dispatch_dtype", dispatch_dtype, (None, "float32", "bfloat16"))
         one_of("capacity_rounding", capacity_rounding, ("ceil", "round"))
         one_of("impl", impl, ("auto", "triton", "reference"))
         if noise_std < 0:
@@ -142,7 +142,7 @@ class MoeMlp(nn.Module):
         self.gshard_loss_weight = float(gshard_loss_weight)
         self.auxiliary_mode = auxiliary_mode
         self.router_type = router
-        self.dispatch_dtype = torch.bfloat16 if dispatch_dtype else None
+        self.dispatch_dtype = torch.bfloat16 if dispatch_dtype == "bfloat16" else None
         self.impl = impl
         self.activation = activation_name(act_layer)
         self.set_routing(
@@ -278,7 +278,8 @@ class MoeMlp(nn.Module):
             logits = tokens.to(dtype) @ self.router.weight.to(dtype).t()
         if noise_std > 0:
             logits = logits + torch.randn_like(logits) * (noise_std / self.num_experts)
-        gates, slots = expert_choice(logits, group, capacity, last_capacity)
+        gates = logits.softmax(-1)
+        slots = expert_choice(gates, group, capacity, last_capacity)
         self.record.clear()
         if not torch.compiler.is_exporting():
             self.record.gates, self.record.slots = gates.detach(), slots

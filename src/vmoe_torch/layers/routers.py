@@ -31,39 +31,36 @@ def lecun_normal_(tensor: Tensor, fan_in: int) -> None:
     tensor.mul_(math.sqrt(1.0 / fan_in) / 0.87962566103423978)
 
 
-def expert_choice(logits: Tensor, group_size: int, capacity: int, last_capacity: int) -> tuple[Tensor, Tensor]:
+def expert_choice(gates: Tensor, group_size: int, capacity: int, last_capacity: int) -> Tensor:
     """Every expert takes its best tokens: balanced by construction, and a token may have from 0 to E experts.
 
     Args:
-        logits: (T, E).
+        gates: (T, E), softmax over experts; ties go to the earlier token.
         group_size: S, tokens per group.
         capacity: tokens that an expert takes from a whole group.
         last_capacity: the same for a smaller last group.
 
     Returns:
-        gates (T, E) and slots (T, E) int32, one choice per expert, -1 where the expert did not take the token.
+        (T, E) int32 slots, one choice per expert, -1 where the expert did not take the token.
 
     Raises:
         ValueError: if a capacity is above the tokens of its group.
     """
-    num_tokens, num_experts = logits.shape
-    gates = logits.softmax(-1)
+    num_tokens, num_experts = gates.shape
+    gates = gates.detach()
     groups = num_tokens // group_size
     whole = groups * group_size
     rest = num_tokens - whole
     rows = groups * capacity + (last_capacity if rest > 0 else 0)
     slots = torch.full_like(gates, -1, dtype=torch.int32)
-    begin = torch.arange(num_experts, device=logits.device) * rows
+    begin = torch.arange(num_experts, device=gates.device) * rows
     for first, count, size, taken in ((0, groups, group_size, capacity), (whole, 1, rest, last_capacity)):
         if count * size == 0:
             continue
         if taken > size:
             raise ValueError(f"capacity must be at most the {size} tokens of a group, got {taken}")
-        scores = gates[first : first + count * size].detach().view(count, size, num_experts)
-        best = scores.sort(dim=1, descending=True, stable=True).indices[:, :taken]
-        place = torch.arange(count, device=logits.device).view(-1, 1, 1) * taken
-        place = place + torch.arange(taken, device=logits.device).view(1, -1, 1) + begin
-        place = place + (0 if first == 0 else groups * capacity)
-        part = slots[first : first + count * size].view(count, size, num_experts)
-        part.scatter_(1, best, place.to(torch.int32))
-    return gates, slots
+        part = slice(first, first + count * size)
+        best = gates[part].view(count, size, num_experts).sort(dim=1, descending=True, stable=True).indices[:, :taken]
+        place = torch.arange(count * taken, device=gates.device).view(count, taken, 1) + first // group_size * capacity
+        slots[part].view(count, size, num_experts).scatter_(1, best, (place + begin).to(torch.int32))
+    return slots

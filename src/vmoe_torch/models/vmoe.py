@@ -72,6 +72,8 @@ class MoeBlock(vit.Block):
 class VMoE(vit.VisionTransformer):
     """Vision Transformer with sparse mixture-of-experts MLPs.
 
+    timm's `create_model` leaves out arguments that are None, so every one has another value that means none.
+
     Takes every argument of timm's VisionTransformer except block_fn, mlp_layer and scale_mlp_norm, and:
 
     Args:
@@ -81,7 +83,7 @@ class VMoE(vit.VisionTransformer):
         capacity_factor: slots per expert, as a multiple of the balanced load.
         eval_capacity_factor: the same in eval mode; None is capacity_factor.
         capacity_rounding: "ceil" or "round".
-        capacity_multiple_of: capacity goes up to a multiple of this; None leaves it.
+        capacity_multiple_of: capacity goes up to a multiple of this; 1 leaves it.
         batch_priority: Batch Priority Routing (BPR) instead of position order.
         priority: "max" or "sum" of a token's gates, for BPR.
         group_size: images per group that is routed on its own, "batch" or "image".
@@ -92,8 +94,8 @@ class VMoE(vit.VisionTransformer):
         gshard_loss_weight: weight of the GShard loss.
         auxiliary_mode: "injected" or "manual".
         router: "top_experts" or "expert_choice".
-        dispatch_dtype: None or "bfloat16".
-        representation_size: width of a tanh layer before the head; None for none, True for the model's width.
+        dispatch_dtype: "bfloat16" rounds what goes into and comes out of the experts; None or "float32" does not.
+        representation_size: width of a tanh layer before the head; None or 0 for none, True for the model's width.
         pos_embed: timm's "learn", "none", or "sincos2d" (fixed, patches only).
         impl: "auto", "triton" or "reference".
     """
