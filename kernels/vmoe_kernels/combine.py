@@ -6,7 +6,15 @@ Dims: T tokens, K choices per token, N rows of the buffer (E * R), D width.
 import torch
 from torch import Tensor
 
-from vmoe_kernels._impl import accumulation_dtype, check_floating, check_slots, no_autocast, use_reference
+from vmoe_kernels._impl import (
+    HAS_TRITON,
+    accumulation_dtype,
+    check_floating,
+    check_slots,
+    no_autocast,
+    register_triton,
+    use_reference,
+)
 from vmoe_kernels.dispatch import choice_of_row
 
 
@@ -101,3 +109,10 @@ def combine(buffer: Tensor, slots: Tensor, gates: Tensor, *, impl: str = "auto")
     if use_reference(impl, buffer):
         return combine_reference(buffer, slots, gates)
     return torch.ops.vmoe.combine(buffer, slots, gates)
+
+
+if HAS_TRITON:
+    from vmoe_kernels.triton_combine import combine_backward_triton, combine_triton
+
+    register_triton(_combine_op, combine_triton)
+    register_triton(_combine_backward_op, combine_backward_triton)
