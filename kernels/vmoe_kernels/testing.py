@@ -1,0 +1,163 @@
+"""What the tests of the kernels share: routed inputs, error budgets against float64, poisoned memory.
+
+Dims: T tokens, K choices per token, E experts, C slots per expert, N = E * C rows of the buffer, D width.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmoe_kernels.slots import assign_slots_reference
+
+ROUTINGS = ("random", "ties", "one_expert", "dropped")
+# (T, K, E, C, D): single elements, sizes that no tile divides, a group of 8 images of 197 tokens, the widths of V-MoE.
+ROUTED_SHAPES = (
+    (0, 2, 4, 3, 8),
+    (5, 1, 4, 0, 8),
+    (1, 1, 1, 1, 1),
+    (13, 3, 5, 4, 48),
+    (13, 2, 32, 2, 50),
+    (67, 2, 5, 41, 8),
+    (197 * 8, 1, 32, 52, 16),
+    (21, 2, 5, 8, 768),
+    (9, 1, 5, 3, 1280),
+)
+
+
+def make_logits(routing: str, num_tokens: int, num_experts: int, *, seed: int = 0) -> Tensor:
+    """Router logits of one of `ROUTINGS`: random (also for "dropped"), all equal, or all for expert 0.
+
+    Returns:
+        (T, E) float32 on the CPU.
+    """
+    if routing not in ROUTINGS:
+        raise ValueError(f"routing must be one of {ROUTINGS}, got {routing!r}")
+    if routing == "ties":
+        return torch.zeros(num_tokens, num_experts)
+    logits = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
+    if routing == "one_expert":
+        logits[:, 0] += 20.0
+    return logits
+
+
+def make_routed(
+    routing: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype, *, device: str = "cpu", seed: int = 0
+) -> dict[str, Tensor]:
+    """Inputs of dispatch and combine, routed as one group in vanilla order.
+
+    Args:
+        routing: one of `ROUTINGS`; "dropped" has no kept choice.
+        shape: (T, K, E, C, D).
+        dtype: of `x` and `buffer`.
+
+    Returns:
+        x (T, D), buffer (N, D) whose unused rows are NaN, slots (T, K) int32 and gates (T, K) float32.
+    """
+    num_tokens, num_choices, num_experts, capacity, width = shape
+    logits = make_logits(routing, num_tokens, num_experts, seed=seed)
+    gates, experts = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    gates, experts = gates[:, :num_choices].contiguous(), experts[:, :num_choices].to(torch.int32).contiguous()
+    slots = assign_slots_reference(
+        experts,
+        gates,
+        num_experts=num_experts,
+        group_size=max(num_tokens, 1),
+        capacity=0 if routing == "dropped" else capacity,
+        last_capacity=0,
+    )
+    make = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(num_tokens, width, generator=make)
+    buffer = torch.randn(num_experts * capacity, width, generator=make)
+    held = torch.zeros(len(buffer) + 1, dtype=torch.bool).index_fill_(0, slots.long().view(-1), True)[:-1]
+    buffer[~held] = torch.nan
+    return {
+        "x": x.to(device, dtype),
+        "buffer": buffer.to(device, dtype),
+        "slots": slots.to(device),
+        "gates": gates.to(device),
+    }
+
+
+def assert_within_budget(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Asserts that a result is at most twice as far from the truth as eager PyTorch's is.
+
+    Distances are the largest over the tensor. One unit in the last place of its largest element is always allowed.
+
+    Args:
+        name: what the tensor is, for the message.
+        got: the result, with the shape and dtype of `eager`.
+        eager: what eager PyTorch computed from the same inputs.
+        exact: the truth, in float64; `got` must be NaN or infinite exactly where it is.
+    """
+    assert got.dtype == eager.dtype, f"{name} must be {eager.dtype}, got {got.dtype}"
+    assert got.shape == eager.shape, f"{name} must be {tuple(eager.shape)}, got {tuple(got.shape)}"
+    finite = exact.isfinite()
+    torch.testing.assert_close(
+        got.double()[~finite], exact[~finite], equal_nan=True, msg=lambda text: f"{name} where not finite: {text}"
+    )
+    assert got[finite].isfinite().all(), f"{name} must be finite where float64 is"
+    if not finite.any():
+        return
+    exact = exact[finite]
+    error, eager_error = ((tensor[finite].double() - exact).abs().max().item() for tensor in (got, eager))
+    budget = max(2 * eager_error, torch.finfo(got.dtype).eps * exact.abs().max().item())
+    assert error <= budget, f"{name} is off by {error:.3g}; eager PyTorch is off by {eager_error:.3g}"
+
+
+def outputs_and_gradients(
+    op: Callable[..., Tensor], inputs: Mapping[str, Any], d_output: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Runs an op forward and backward.
+
+    Args:
+        op: called with the values of `inputs` in order.
+        inputs: arguments by name; floating-point tensors among them get a gradient.
+        d_output: gradient of the output; by default random, the same for every dtype and device.
+
+    Returns:
+        "output", and "d_<name>" for every floating-point input.
+    """
+    leaves = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    output = op(*{**inputs, **leaves}.values())
+    if d_output is None:
+        d_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
+    gradients = torch.autograd.grad(output, list(leaves.values()), d_output.to(output))
+    return {"output": output.detach(), **{f"d_{name}": grad for name, grad in zip(leaves, gradients)}}
+
+
+def assert_matches_eager(
+    op: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Mapping[str, Any]
+) -> None:
+    """Asserts that the output and every gradient of an op are within the error budget of its eager twin."""
+    eager = outputs_and_gradients(reference, inputs)
+    wide = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    # The truth must see the gradient as the narrower dtype rounds it.
+    d_output = torch.randn(eager["output"].shape, generator=torch.Generator().manual_seed(7))
+    exact = outputs_and_gradients(reference, wide, d_output.to(eager["output"]))
+    got = outputs_and_gradients(op, inputs)
+    assert got.keys() == exact.keys()
+    for name, tensor in got.items():
+        assert_within_budget(name, tensor, eager[name], exact[name])
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fills every new allocation with NaN (integers: their largest value), so that an element left unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
