@@ -1,0 +1,132 @@
+"""What a configuration names, built: the data, the model, the transforms, the loss."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+from torch.utils.data import Dataset
+
+from vmoe_torch.data import FashionMnist, ImageFolder
+from vmoe_torch.data import fashion_mnist as fm
+from vmoe_torch.train.config import Config, DataConfig, ModelConfig
+
+
+@dataclass
+class Data:
+    """Training and validation images, and the names of their classes."""
+
+    train: Dataset
+    val: Dataset
+    class_names: tuple[str, ...]
+
+
+def build_data(config: DataConfig, mode: str = "RGB") -> Data:
+    """Both splits.
+
+    Args:
+        config: the data's configuration.
+        mode: PIL mode of the images, "RGB" or "L".
+
+    Raises:
+        ValueError: if a folder or file is missing or empty, or the splits' classes disagree.
+    """
+    if config.name == "fashion_mnist":
+        train, val = (FashionMnist(split, config.root, mode) for split in ("train", "test"))
+    else:
+        train = ImageFolder(Path(config.root) / config.train_split, mode=mode)
+        val = ImageFolder(Path(config.root) / config.val_split, class_names=train.class_names, mode=mode)
+    return Data(train, val, train.class_names)
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The timm model, initialised.
+
+    Raises:
+        ValueError: if the name is unknown or a keyword argument does not fit.
+    """
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"model.name must be a timm model, got {config.name!r}{hint}")
+    kwargs = {"num_classes": num_classes, **config.kwargs}
+    try:
+        return timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"model.kwargs of {config.name}: {error}") from error
+
+
+def image_mode(config: ModelConfig) -> str:
+    """PIL mode of the images that the model takes."""
+    return "L" if config.kwargs.get("in_chans", 3) == 1 else "RGB"
+
+
+def build_transforms(config: DataConfig, model: nn.Module):
+    """timm's transforms for training and for evaluation, at the model's own image size.
+
+    Returns:
+        (training transform, evaluation transform), PIL image -> (C, H, W) float32.
+    """
+    size = resolve_data_config({}, model=model)
+    height, width = size["input_size"][1:]
+    channels = size["input_size"][0]
+    if hasattr(model, "patch_embed"):
+        height, width = model.patch_embed.img_size or (height, width)
+        channels = model.patch_embed.proj.in_channels
+    normal = {"mean": (fm.MEAN,), "std": (fm.STD,)} if config.name == "fashion_mnist" else size
+    common = {
+        "input_size": (channels, height, width),
+        "interpolation": config.interpolation,
+        "mean": _per_channel(config.mean or normal["mean"], channels),
+        "std": _per_channel(config.std or normal["std"], channels),
+    }
+    train = create_transform(
+        **common,
+        is_training=True,
+        no_aug=not config.augment,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        color_jitter=config.color_jitter,
+        auto_augment=config.auto_augment,
+        re_prob=config.random_erasing,
+        crop_pct=config.crop_pct,
+    )
+    crop_pct = size["crop_pct"] if config.crop_pct is None else config.crop_pct
+    return train, create_transform(**common, crop_pct=crop_pct)
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """One value per channel; a grey image gets the mean of the colours' values, a colour image repeats one value."""
+    if len(values) == channels:
+        return tuple(values)
+    return (sum(values) / len(values),) * channels
+
+
+def build_mixup(config: Config, num_classes: int) -> Mixup | None:
+    """timm's Mixup and CutMix, or None if both are off.
+
+    Raises:
+        ValueError: if it is on and a process would get an odd number of images.
+    """
+    if config.data.mixup == 0 and config.data.cutmix == 0:
+        return None
+    return Mixup(
+        mixup_alpha=config.data.mixup,
+        cutmix_alpha=config.data.cutmix,
+        label_smoothing=config.loss.label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def build_loss(config: Config) -> nn.Module:
+    """The mean loss of a batch of logits (B, N) and of labels (B,), or of mixed targets (B, N)."""
+    smoothing = config.loss.label_smoothing
+    if config.loss.kind == "sigmoid":
+        return BinaryCrossEntropy(smoothing=smoothing, sum_classes=True)
+    if config.data.mixup > 0 or config.data.cutmix > 0:
+        return SoftTargetCrossEntropy()
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)

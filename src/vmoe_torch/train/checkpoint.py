@@ -1,0 +1,166 @@
+"""Checkpoints: written whole or not at all, checked before they change anything, and enough to go on bit by bit.
+
+A checkpoint file holds plain tensors, numbers and strings only, so it loads without running code.
+"""
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vmoe_torch.train.build import build_model
+from vmoe_torch.train.config import Config
+
+FORMAT = 1
+BEST = "best.pt"
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, numpy's, torch's and CUDA's generators."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": (version, list(numbers), gauss),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Puts the generators back to what `random_states` gave."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+class CheckpointFolder:
+    """The checkpoints of a run: the last few by update, and the best.
+
+    Args:
+        folder: where they are; made when the first is written.
+        keep: how many of the last to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+
+    def last(self) -> Path | None:
+        """The newest checkpoint, if there is any."""
+        paths = self._numbered()
+        return paths[-1] if paths else None
+
+    def save(self, state: dict[str, Any], best: bool = False) -> Path:
+        """Writes a checkpoint, also as the best if it is, and removes those beyond `keep`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"update_{state['update']:08d}.pt"
+        write_atomically(path, state)
+        if best:
+            write_atomically(self.folder / BEST, state)
+        for old in self._numbered()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def _numbered(self) -> list[Path]:
+        return sorted(self.folder.glob("update_*.pt"))
+
+
+def write_atomically(path: Path, state: dict[str, Any]) -> None:
+    """torch.save to a neighbour, to the disk, then a rename: a reader sees the old file or the new, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Reads a checkpoint file, or the best (else the last) checkpoint of a run folder, onto the CPU.
+
+    Raises:
+        ValueError: if there is none, or it is not a checkpoint of ours.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        found = folder / BEST if (folder / BEST).is_file() else CheckpointFolder(folder, 1).last()
+        if found is None:
+            raise ValueError(f"run folder {path} must hold a checkpoint, got none")
+        path = found
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} must be a checkpoint of vmoe train (format {FORMAT}), got another file")
+    return state
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copies weights into a model of exactly the same keys and shapes.
+
+    Raises:
+        ValueError: if keys are missing or too many, or shapes differ, naming them; then nothing has changed.
+    """
+    own = model.state_dict()
+    problems = [
+        (f"missing {len(missing)}", missing) if (missing := sorted(own.keys() - weights.keys())) else None,
+        (f"unknown {len(unknown)}", unknown) if (unknown := sorted(weights.keys() - own.keys())) else None,
+    ]
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if shapes:
+        problems.append((f"of another shape {len(shapes)}", shapes))
+    texts = [f"{title}: {_some(names)}" for title, names in filter(None, problems)]
+    if texts:
+        raise ValueError(f"checkpoint does not fit the model; keys {'; '.join(texts)}")
+    model.load_state_dict(weights)
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def load_model(path: Path | str, device: str | torch.device = "cpu") -> tuple[nn.Module, Config, tuple[str, ...]]:
+    """The trained model of a run, in eval mode; with its moving average as weights, where the run kept one.
+
+    Args:
+        path: a run folder (its best checkpoint) or a checkpoint file.
+        device: where to put the model.
+
+    Returns:
+        (model, configuration of the run, class names).
+
+    Raises:
+        ValueError: if there is no checkpoint or it does not fit.
+    """
+    state = read_checkpoint(path)
+    config = Config.from_dict(state["config"])
+    class_names = tuple(state["class_names"])
+    model = build_model(config.model, len(class_names))
+    load_weights(model, state["model"] if state["ema"] is None else state["ema"])
+    return model.to(device).eval(), config, class_names

@@ -1,0 +1,329 @@
+"""The configuration of a training run: nested dataclasses, read from JSON and changed by `key=value`.
+
+Every error names the path of the key, the rule and what was got.
+"""
+
+import difflib
+import json
+import math
+import types
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A timm model by name; `kwargs` go to its constructor (`model.kwargs.num_experts=8`)."""
+
+    name: str = "vmoe_s32"
+    pretrained: bool = False
+    # A run folder or checkpoint file whose weights to begin with.
+    checkpoint: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from, and timm's transforms; `batch_size` is images per update over all processes."""
+
+    name: str = "folder"
+    # folder: holds one folder per split, which holds one folder per class. fashion_mnist: the full IDX files.
+    root: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    batch_size: int = 128
+    # Images per process in one forward.
+    eval_batch_size: int = 128
+    workers: int = 0
+    # None: those of the model.
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str = "bicubic"
+    crop_pct: float | None = None
+    augment: bool = True
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: float = 0.0
+    # timm's RandAugment and AutoAugment strings, as "rand-m10-n2".
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Cross-entropy over a softmax, or over one sigmoid per class, summed over classes."""
+
+    kind: str = "softmax"
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """timm's optimisers; biases, norms and what the model names in no_weight_decay() do not decay."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] | None = None
+    momentum: float = 0.9
+    eps: float | None = None
+    layer_decay: float | None = None
+    # Largest global norm of the gradient; None does not clip.
+    clip_norm: float | None = 1.0
+    # Forwards per update.
+    accumulation: int = 1
+    # Decay of the moving average of the weights; None keeps none.
+    ema_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """timm's schedules, stepped at every update; lengths are in epochs, fractions allowed for the warm-up."""
+
+    name: str = "cosine"
+    epochs: int = 10
+    warmup_epochs: float = 0.0
+    warmup_lr: float = 0.0
+    min_lr: float = 0.0
+    # For "step".
+    decay_epochs: float = 30.0
+    decay_rate: float = 0.1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how the run runs; nothing here but `seed` and `precision` changes what is computed."""
+
+    output: str = "runs/vmoe"
+    seed: int = 0
+    # "auto" is CUDA where there is one.
+    device: str = "auto"
+    precision: str = "float32"
+    compile: bool = False
+    # CUDA only: bit-equal runs, at some cost of speed. CPU runs always are.
+    deterministic: bool = True
+    # In updates, beside one at every end of an epoch; None writes those only.
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    # In updates.
+    log_every: int = 10
+    # Stop, with a checkpoint, after so many updates; the schedule stays that of all epochs.
+    max_updates: int | None = None
+    tensorboard: bool = True
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dict that JSON can hold."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """The defaults, changed by a nested dict.
+
+        Raises:
+            ValueError: if a key is unknown or a value has the wrong type.
+        """
+        return _changed(cls(), values, "")
+
+    @classmethod
+    def from_file(cls, path: Path | str) -> "Config":
+        """The defaults, changed by a JSON file.
+
+        Raises:
+            ValueError: as from_dict, and if the file cannot be read.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"config file {path} cannot be read: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"config file {path} must hold a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def override(self, *assignments: str) -> "Config":
+        """Changed by "path=value" strings, as "optim.lr=3e-4" or "model.kwargs.num_experts=8"; later ones win.
+
+        Values are JSON where the key's type wants it; strings need no quotes, tuples no brackets ("0.9,0.95").
+
+        Raises:
+            ValueError: if a path is unknown or a value does not fit.
+        """
+        config = self
+        for assignment in assignments:
+            path, equals, text = assignment.partition("=")
+            if not equals:
+                raise ValueError(f"an override must read key=value, got {assignment!r}")
+            *parents, name = path.split(".")
+            values: Any = {name: _Text(text)}
+            for parent in reversed(parents):
+                values = {parent: values}
+            config = _changed(config, values, "")
+        return config
+
+    def check(self) -> None:
+        """Raises ValueError if a value is out of its range; the model and the data check their own."""
+        data, optim, schedule, run = self.data, self.optim, self.schedule, self.run
+        _one_of("data.name", data.name, ("folder", "fashion_mnist"))
+        _one_of("loss.kind", self.loss.kind, ("softmax", "sigmoid"))
+        _one_of("run.device", run.device.partition(":")[0], ("auto", "cpu", "cuda"))
+        _one_of("run.precision", run.precision, tuple(PRECISIONS))
+        # "plateau" follows the validation, not the updates, and could not resume exactly.
+        _one_of("schedule.name", schedule.name, ("cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant", "none"))
+        if data.name == "folder" and data.root is None:
+            raise ValueError("data.root must name the folder of images for data.name=folder, got none")
+        for name, value, least in (
+            ("data.batch_size", data.batch_size, 1),
+            ("data.eval_batch_size", data.eval_batch_size, 1),
+            ("data.workers", data.workers, 0),
+            ("data.mixup", data.mixup, 0),
+            ("data.cutmix", data.cutmix, 0),
+            ("optim.lr", optim.lr, 0),
+            ("optim.weight_decay", optim.weight_decay, 0),
+            ("optim.accumulation", optim.accumulation, 1),
+            ("schedule.epochs", schedule.epochs, 1),
+            ("schedule.warmup_epochs", schedule.warmup_epochs, 0),
+            ("run.seed", run.seed, 0),
+            ("run.keep_checkpoints", run.keep_checkpoints, 1),
+            ("run.log_every", run.log_every, 1),
+            ("run.checkpoint_every", run.checkpoint_every, 1),
+            ("run.max_updates", run.max_updates, 1),
+        ):
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"{name} must be at least {least} and finite, got {value}")
+        if optim.clip_norm is not None and not optim.clip_norm > 0:
+            raise ValueError(f"optim.clip_norm must be above 0 or null, got {optim.clip_norm}")
+        for name, value in (("optim.ema_decay", optim.ema_decay), ("loss.label_smoothing", self.loss.label_smoothing)):
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+class _Text(str):
+    """A value as typed on the command line, to be parsed by the type of its key."""
+
+    __slots__ = ()
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _changed(config: Any, values: Any, path: str) -> Any:
+    """A dataclass with nested values changed; `path` is its own, for messages."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must be changed by its own keys, got {values!r}")
+    types_of = get_type_hints(type(config))
+    names = [f.name for f in fields(config)]
+    changes = {}
+    for name, value in values.items():
+        key = f"{path}.{name}" if path else name
+        if name not in names:
+            raise ValueError(f"unknown config key {key!r}{_near(key, type(config), path)}")
+        current = getattr(config, name)
+        if is_dataclass(current):
+            changes[name] = _changed(current, value, key)
+        elif isinstance(current, dict):
+            changes[name] = _merged(current, value, key)
+        else:
+            changes[name] = _typed(value, types_of[name], key)
+    return replace(config, **changes)
+
+
+def _near(key: str, cls: type, path: str) -> str:
+    """The known keys that look like this one, or those beside it."""
+    close = difflib.get_close_matches(key, list(_paths(Config, "")), n=3)
+    beside = [f"{path}.{f.name}" if path else f.name for f in fields(cls)]
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(beside)}"
+
+
+def _paths(cls: type, path: str):
+    for name, kind in get_type_hints(cls).items():
+        if is_dataclass(kind):
+            yield from _paths(kind, f"{path}{name}.")
+        else:
+            yield f"{path}{name}"
+
+
+def _merged(current: dict, value: Any, key: str) -> dict:
+    """A free dict: keys are added and replaced one by one, also in dicts inside."""
+    if isinstance(value, _Text):
+        value = _from_json(value)
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must be a JSON object or be changed by {key}.NAME=VALUE, got {value!r}")
+    merged = dict(current)
+    for name, item in value.items():
+        if isinstance(item, dict):
+            item = _merged(merged[name] if isinstance(merged.get(name), dict) else {}, item, f"{key}.{name}")
+        merged[name] = _from_json(item) if isinstance(item, _Text) else item
+    return merged
+
+
+def _from_json(text: str) -> Any:
+    """JSON where it is JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        words = {"True": True, "False": False, "None": None}
+        return words.get(str(text), str(text))
+
+
+def _typed(value: Any, kind: Any, key: str) -> Any:
+    """A value of this type, from JSON or from text."""
+    if get_origin(kind) in (types.UnionType, Union):
+        if value is None or (isinstance(value, _Text) and value.lower() in ("none", "null")):
+            return None
+        (kind,) = (option for option in get_args(kind) if option is not type(None))
+    if get_origin(kind) is tuple:
+        return _typed_tuple(value, get_args(kind), key)
+    if kind is str:
+        if isinstance(value, str):
+            return str(value)
+        raise ValueError(f"{key} must be a string, got {value!r}")
+    if isinstance(value, _Text):
+        value = _from_json(value.lower() if kind is bool else value)
+        if isinstance(value, str):
+            try:
+                # "1e-3" is JSON, "1." and "inf" are not.
+                value = float(value)
+            except ValueError:
+                raise ValueError(f"{key} must be of type {kind.__name__}, got {value!r}") from None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and is_number:
+        return float(value)
+    if kind is int and is_number and math.isfinite(value) and value == int(value):
+        return int(value)
+    if kind is bool and isinstance(value, bool):
+        return value
+    raise ValueError(f"{key} must be of type {kind.__name__}, got {value!r}")
+
+
+def _typed_tuple(value: Any, kinds: tuple, key: str) -> tuple:
+    if isinstance(value, _Text):
+        value = [_Text(part.strip()) for part in value.strip("()[] ").split(",") if part.strip()]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{key} must be a list of numbers, got {value!r}")
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(value) != len(kinds):
+        raise ValueError(f"{key} must have {len(kinds)} values, got {len(value)}")
+    return tuple(_typed(item, kind, key) for item, kind in zip(value, kinds))

@@ -1,0 +1,436 @@
+"""The training loop: one process or torchrun's, CPU or CUDA, and exactly resumable after any update."""
+
+import contextlib
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from vmoe_torch.control import auxiliary_loss
+from vmoe_torch.data import EpochSampler, evaluation_loader, training_loader
+from vmoe_torch.layers.auxiliary import set_auxiliary_gradient_scale
+from vmoe_torch.train.build import build_data, build_loss, build_mixup, build_model, build_transforms, image_mode
+from vmoe_torch.train.checkpoint import (
+    FORMAT,
+    CheckpointFolder,
+    load_weights,
+    random_states,
+    read_checkpoint,
+    set_random_states,
+)
+from vmoe_torch.train.config import PRECISIONS, Config
+from vmoe_torch.train.logs import Logs, check_writable
+from vmoe_torch.train.meter import Meter
+from vmoe_torch.train.optimizer import build_optimizer, build_schedule
+from vmoe_torch.train.processes import Processes, processes
+
+
+@dataclass
+class TrainResult:
+    """What a run gives back."""
+
+    model: nn.Module
+    # The moving average of the weights, where optim.ema_decay asks for one.
+    ema: nn.Module | None
+    class_names: tuple[str, ...]
+    updates: int
+    # False if the run stopped early, by run.max_updates or SIGTERM.
+    finished: bool
+    best_accuracy: float
+    # A row per epoch run here, with the columns of metrics.csv.
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(config: Config, resume: bool = False) -> TrainResult:
+    """Trains, and leaves config.json, environment.json, metrics.csv, tb/ and checkpoints/ in run.output.
+
+    Everything is checked before the first update: the folder, the data, the model, the checkpoint. SIGTERM ends the run
+    after the current update, with a checkpoint.
+
+    Args:
+        config: of the run.
+        resume: go on from the last checkpoint in run.output, where there is one; the result is bit-equal to that of a
+            run that never stopped.
+
+    Returns:
+        The model after the last update, and the history.
+
+    Raises:
+        ValueError: if a value, a folder, a file or a checkpoint is not what it must be; then nothing has been trained.
+        FloatingPointError: if the loss is no longer finite.
+    """
+    config.check()
+    with processes(config.run.device) as group, _deterministic(group.device, config.run.deterministic):
+        run = _Run(config, group, resume)
+        with _Sigterm() as stop:
+            return run.run(stop)
+
+
+class _Run:
+    """The state of a run; `update` counts finished updates."""
+
+    def __init__(self, config: Config, group: Processes, resume: bool):
+        self.config = config
+        self.group = group
+        self.device = device = group.device
+        folder = Path(config.run.output)
+        if group.is_first:
+            check_writable(folder)
+        group.wait()
+        self.checkpoints = CheckpointFolder(folder / "checkpoints", config.run.keep_checkpoints)
+        last = self.checkpoints.last()
+        if last is not None and not resume:
+            raise ValueError(f"run.output must be a new folder, or be resumed; {folder} holds checkpoints already")
+        state = None if last is None else read_checkpoint(last)
+        if state is not None:
+            _check_same_run(config, state["config"])
+
+        data = build_data(config.data, image_mode(config.model))
+        self.class_names = data.class_names
+        _seed(config.run.seed)
+        model = build_model(config.model, len(data.class_names))
+        if config.model.checkpoint is not None:
+            start = read_checkpoint(config.model.checkpoint)
+            load_weights(model, start["model"] if start["ema"] is None else start["ema"])
+        self.model = model = model.to(device)
+        optim = config.optim
+        self.sampler = EpochSampler(
+            len(data.train),
+            config.data.batch_size,
+            config.run.seed,
+            accumulation=optim.accumulation,
+            rank=group.rank,
+            world_size=group.world_size,
+        )
+        self.updates_per_epoch = self.sampler.updates_per_epoch
+        train_transform, val_transform = build_transforms(config.data, model)
+        pin, workers = device.type == "cuda", config.data.workers
+        self.train_batches = training_loader(data.train, train_transform, self.sampler, workers, pin)
+        self.val_batches = evaluation_loader(
+            data.val, val_transform, config.data.eval_batch_size, workers, pin, group.rank, group.world_size
+        )
+        # A file or transform that cannot work fails here, before any training.
+        train_transform(data.train[0][0]), val_transform(data.val[0][0])
+
+        self.mixup = build_mixup(config, len(data.class_names))
+        images = config.data.batch_size // (optim.accumulation * group.world_size)
+        if self.mixup is not None and images % 2:
+            raise ValueError(f"data.mixup and data.cutmix need an even number of images per forward, got {images}")
+        self.loss = build_loss(config).to(device)
+        self.optimizer = build_optimizer(model, optim)
+        self.schedule = build_schedule(self.optimizer, config.schedule, self.updates_per_epoch)
+        self.ema = None if optim.ema_decay is None else ModelEmaV3(model, decay=optim.ema_decay)
+        self.dtype = PRECISIONS[config.run.precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.update, self.best_accuracy = 0, 0.0
+        self.meter = Meter(device)
+        # Processes draw different noise.
+        _seed(config.run.seed, group.rank)
+        if state is not None:
+            self._restore(state)
+        self.forward_model = group.replicate(model)
+        if config.run.compile:
+            self.forward_model = torch.compile(self.forward_model)
+
+    def run(self, stop: "_Sigterm") -> TrainResult:
+        """All epochs, or those up to run.max_updates."""
+        config = self.config
+        total = config.schedule.epochs * self.updates_per_epoch
+        last = total if config.run.max_updates is None else min(total, config.run.max_updates)
+        logs = Logs(config, self.group.is_first, self.update, total)
+        history = []
+        try:
+            stopped = False
+            while self.update < last and not stopped:
+                stopped = self._epoch(last, stop, logs)
+                if self.update % self.updates_per_epoch == 0:
+                    history.append(self._end_epoch(logs))
+                else:
+                    self._save()
+        finally:
+            logs.close()
+            set_auxiliary_gradient_scale(1.0, self.device)
+        return TrainResult(
+            self.model,
+            None if self.ema is None else self.ema.module,
+            self.class_names,
+            self.update,
+            self.update == total,
+            self.best_accuracy,
+            history,
+        )
+
+    def _epoch(self, last: int, stop: "_Sigterm", logs: Logs) -> bool:
+        """The updates from here to the end of the epoch, or to `last`; returns whether it was told to stop."""
+        config, accumulation = self.config, self.config.optim.accumulation
+        epoch, first = divmod(self.update, self.updates_per_epoch)
+        self.sampler.set_position(epoch, first)
+        self.model.train()
+        batches = iter(self.train_batches)
+        began, images = time.monotonic(), 0
+        self.images_per_second = 0.0
+        for position in range(first, self.updates_per_epoch):
+            norm = self._update_once([next(batches) for _ in range(accumulation)])
+            images += config.data.batch_size
+            self.update += 1
+            logs.advance()
+            ends_epoch = position + 1 == self.updates_per_epoch
+            if self.update % config.run.log_every == 0 or ends_epoch:
+                self.images_per_second = images / (time.monotonic() - began)
+                self._log(norm, logs)
+            every = config.run.checkpoint_every
+            if every is not None and self.update % every == 0 and not ends_epoch:
+                self._save()
+            if self._told_to_stop(stop):
+                return True
+            if self.update == last:
+                break
+        return False
+
+    def _update_once(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
+        """One update from its accumulation steps; returns the gradient's norm before clipping, where it clips."""
+        if self.schedule is not None:
+            self.schedule.step_update(self.update)
+        self.optimizer.zero_grad(set_to_none=True)
+        steps = len(batches)
+        # The gradient that the scaled loss has, which the injected auxiliary losses must have too.
+        set_auxiliary_gradient_scale(self.scaler.scale(torch.ones((), device=self.device)) / steps)
+        for step, (images, labels) in enumerate(batches):
+            images = images.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
+            inputs, targets = images, labels
+            if self.mixup is not None:
+                inputs, targets = self.mixup(images, labels)
+            last = step + 1 == steps
+            shared = self.group.world_size == 1 or last
+            with contextlib.nullcontext() if shared else self.forward_model.no_sync():
+                with self._autocast():
+                    logits = self.forward_model(inputs)
+                loss = self.loss(logits.float(), targets)
+                # Detached where the layers inject its gradient themselves.
+                auxiliary = auxiliary_loss(self.model).to(self.device)
+                self.scaler.scale((loss + auxiliary) / steps).backward()
+            self.meter.add(logits, labels, loss, auxiliary)
+        norm = None
+        if self.config.optim.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.update + 1)
+        return norm
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def _log(self, norm: torch.Tensor | None, logs: Logs) -> None:
+        """TensorBoard, the bar, and a look at the loss."""
+        routing = self.meter.add_routing(self.model)
+        means = self.meter.results()
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(f"loss must stay finite, got {means['loss']} by update {self.update}")
+        values = {
+            "train/loss": means["loss"],
+            "train/auxiliary_loss": means["auxiliary"],
+            "train/accuracy": means["accuracy"],
+            "train/lr": self._lr(),
+            "train/images_per_second": self.images_per_second,
+        }
+        if norm is not None:
+            values["train/gradient_norm"] = norm.item()
+        logs.scalars({**values, **routing}, self.update)
+        epoch = -(-self.update // self.updates_per_epoch)
+        logs.show(
+            {
+                "epoch": f"{epoch}/{self.config.schedule.epochs}",
+                "loss": f"{means['loss']:.3f}",
+                "accuracy": f"{means['accuracy']:.1%}",
+                "images/s": f"{self.images_per_second:.0f}",
+            }
+        )
+
+    def _end_epoch(self, logs: Logs) -> dict[str, Any]:
+        """Validates, logs, saves; returns the epoch's row."""
+        means = self.meter.results(self.group.sum(self.meter.sums))
+        val_loss, val_accuracy = self._validate(self.model)
+        ema = (None, None) if self.ema is None else self._validate(self.ema.module)
+        accuracy = val_accuracy if ema[1] is None else ema[1]
+        best = accuracy > self.best_accuracy
+        self.best_accuracy = max(accuracy, self.best_accuracy)
+        row = {
+            "epoch": self.update // self.updates_per_epoch,
+            "update": self.update,
+            "lr": self._lr(),
+            "train_loss": means["loss"],
+            "auxiliary_loss": means["auxiliary"],
+            "train_accuracy": means["accuracy"],
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "ema_val_loss": ema[0],
+            "ema_val_accuracy": ema[1],
+            "dropped": means["dropped"],
+            "max_load": means["max_load"],
+            "images_per_second": self.images_per_second,
+        }
+        logs.epoch(row)
+        scalars = {"val/loss": val_loss, "val/accuracy": val_accuracy}
+        if self.ema is not None:
+            scalars |= {"val/ema_loss": ema[0], "val/ema_accuracy": ema[1]}
+        logs.scalars(scalars, self.update)
+        self.meter = Meter(self.device)
+        self._save(best)
+        return row
+
+    def _validate(self, model: nn.Module) -> tuple[float, float]:
+        return validate(model, self.val_batches, self.group, self.dtype)
+
+    def _lr(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def _told_to_stop(self, stop: "_Sigterm") -> bool:
+        """Whether any process got SIGTERM; asked rarely where asking makes the processes wait for each other."""
+        if self.group.world_size == 1:
+            return stop.received
+        if self.update % self.config.run.log_every:
+            return False
+        return bool(self.group.sum(torch.tensor(float(stop.received), device=self.device)) > 0)
+
+    def _save(self, best: bool = False) -> None:
+        """A checkpoint of this moment; all processes take part."""
+        own = {"random": random_states(), "meter": self.meter.sums.cpu()}
+        everyone = self.group.gather(own)
+        if self.group.is_first:
+            state = {
+                "format": FORMAT,
+                "config": self.config.to_dict(),
+                "class_names": list(self.class_names),
+                "update": self.update,
+                "best_accuracy": self.best_accuracy,
+                "model": self.model.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "processes": everyone,
+            }
+            self.checkpoints.save(state, best)
+        self.group.wait()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Goes back to the moment of a checkpoint."""
+        load_weights(self.model, state["model"])
+        if self.ema is not None:
+            load_weights(self.ema.module, state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.update, self.best_accuracy = state["update"], state["best_accuracy"]
+        everyone = state["processes"]
+        if len(everyone) == self.group.world_size:
+            own = everyone[self.group.rank]
+            set_random_states(own["random"])
+            self.meter = Meter(self.device, own["meter"])
+        else:
+            # Other numbers of processes cannot draw the same noise; the data stays the same.
+            _seed(self.config.run.seed, self.group.rank, self.update)
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, batches: DataLoader, group: Processes, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """Cross-entropy and top-1 accuracy over all processes' batches, in eval mode; leaves the mode as it was.
+
+    Args:
+        model: gives logits (B, N).
+        batches: (images, labels) of this process.
+        group: the processes.
+        dtype: of autocast; float32 for none.
+
+    Returns:
+        (mean loss, accuracy in 0..1).
+    """
+    training = model.training
+    model.eval()
+    device = group.device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for images, labels in batches:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(images)
+        sums[0] += F.cross_entropy(logits.float(), labels, reduction="sum")
+        sums[1] += (logits.argmax(1) == labels).sum()
+        sums[2] += labels.shape[0]
+    model.train(training)
+    loss, correct, images = group.sum(sums).tolist()
+    return loss / images, correct / images
+
+
+class _Sigterm:
+    """Notes SIGTERM in a `with` block, where Python lets us (in the main thread)."""
+
+    received = False
+
+    def __enter__(self) -> "_Sigterm":
+        self.installed = threading.current_thread() is threading.main_thread()
+        if self.installed:
+            self.before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.installed:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = True
+
+
+def _seed(*numbers: int) -> None:
+    """Seeds Python's, numpy's and torch's global generators with what these numbers make together."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _deterministic(device: torch.device, enabled: bool) -> Iterator[None]:
+    """Deterministic CUDA kernels for the length of a `with` block; the CPU's are anyway."""
+    if device.type != "cuda" or not enabled:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    # Only guards against reading what was never written, at the price of a write.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
+    """The checkpoint's configuration computes the same."""
+    now = config.to_dict()
+    free = {"run": set(now["run"]) - {"seed", "precision"}, "data": {"root", "workers"}, "model": {"checkpoint"}}
+    for section, values in now.items():
+        for name, value in values.items():
+            if name not in free.get(section, ()) and saved[section].get(name) != value:
+                raise ValueError(
+                    f"{section}.{name} must be that of the run to resume, {saved[section].get(name)!r}, got {value!r}"
+                )

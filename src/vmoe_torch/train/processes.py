@@ -1,0 +1,83 @@
+"""The processes of a run: one, or those that torchrun started."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """The model whose backward averages gradients over the processes; itself if there is one process."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes, in each of them."""
+        if self.world_size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's value by rank, in each of them."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """Joins the processes that torchrun's environment names, for the length of a `with` block.
+
+    Args:
+        device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    if place.type == "cuda":
+        number = int(os.environ.get("LOCAL_RANK", 0)) if place.index is None else place.index
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"run.device must be one of {torch.cuda.device_count()} CUDA devices, got cuda:{number}")
+        place = torch.device("cuda", number)
+        torch.cuda.set_device(place)
+    joins = world_size > 1 and not dist.is_initialized()
+    if joins:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world_size, place)
+    finally:
+        if joins:
+            dist.destroy_process_group()
