@@ -161,3 +161,42 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@contextmanager
+def forbidden_synchronisation() -> Iterator[None]:
+    """Raises where the host would wait for the GPU."""
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def assert_graph_replays(op: Callable[..., Tensor], inputs: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """Captures an op's forward and backward in a CUDA graph and asserts that a replay on other data is bitwise right.
+
+    Args:
+        op: called with the values of `inputs` in order.
+        inputs: what the graph is captured with; tensors among them are overwritten.
+        others: of the same shapes; what the graph is replayed with.
+    """
+    want = outputs_and_gradients(op, others)
+    d_output = torch.randn(want["output"].shape, generator=torch.Generator().manual_seed(7)).to(want["output"])
+    # Compiling and the allocator's first calls must not be captured.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        outputs_and_gradients(op, inputs, d_output)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = outputs_and_gradients(op, inputs, d_output)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            value.copy_(others[name])
+    graph.replay()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), f"{name} of a graph's replay must equal that of a direct call"
