@@ -15,6 +15,9 @@ test: $(STAMP) lint
 	$(BIN)/python -m pytest tests --ignore=tests/interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
+test-timm: $(STAMP)
+	$(BIN)/python tests/timm_suite/run.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check src kernels tests benchmarks setup.py
 	$(BIN)/ruff format --check src kernels tests benchmarks setup.py

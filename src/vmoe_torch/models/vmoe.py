@@ -232,6 +232,16 @@ class VMoE(vit.VisionTransformer):
             self.head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
             self.head.train(self.training)
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's, which cuts the blocks after the last index; the pre-logits layer goes with the head."""
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.pre_logits = nn.Identity()
+            self.head_hidden_size = self.embed_dim
+        return take_indices
+
     def set_input_size(self, img_size=None, patch_size=None) -> None:
         """timm's, which resamples learned positions; fixed ones are computed anew."""
         super().set_input_size(img_size, patch_size)
@@ -427,7 +437,7 @@ def test_vmoe2(pretrained: bool = False, **kwargs) -> VMoE:
         "class_token": False,
         "global_pool": "avg",
         "reg_tokens": 1,
-        "representation_size": 48,
+        "representation_size": True,
         "init_values": 1e-5,
         "num_selected_experts": 1,
     }
