@@ -69,6 +69,9 @@ def build_transforms(config: DataConfig, model: nn.Module):
 
     Returns:
         (training transform, evaluation transform), PIL image -> (C, H, W) float32.
+
+    Raises:
+        ValueError: if timm does not take a value.
     """
     size = resolve_data_config({}, model=model)
     height, width = size["input_size"][1:]
@@ -83,20 +86,22 @@ def build_transforms(config: DataConfig, model: nn.Module):
         "mean": _per_channel(config.mean or normal["mean"], channels),
         "std": _per_channel(config.std or normal["std"], channels),
     }
-    train = create_transform(
-        **common,
-        is_training=True,
-        no_aug=not config.augment,
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment,
-        re_prob=config.random_erasing,
-        crop_pct=config.crop_pct,
-    )
     crop_pct = size["crop_pct"] if config.crop_pct is None else config.crop_pct
-    return train, create_transform(**common, crop_pct=crop_pct)
+    try:
+        train = create_transform(
+            **common,
+            is_training=True,
+            no_aug=not config.augment,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            re_prob=config.random_erasing,
+        )
+        return train, create_transform(**common, crop_pct=crop_pct)
+    except (KeyError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"data must describe timm's transforms, got {type(error).__name__}: {error}") from error
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

@@ -134,7 +134,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dict that JSON can hold."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(self.to_json())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
@@ -159,6 +159,10 @@ class Config:
         if not isinstance(values, dict):
             raise ValueError(f"config file {path} must hold a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
+
+    def to_json(self) -> str:
+        """As `from_file` reads it."""
+        return json.dumps(asdict(self), indent=2)
 
     def override(self, *assignments: str) -> "Config":
         """Changed by "path=value" strings, as "optim.lr=3e-4" or "model.kwargs.num_experts=8"; later ones win.

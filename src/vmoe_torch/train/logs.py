@@ -100,8 +100,8 @@ class Logs:
         if not enabled:
             return
         folder = Path(config.run.output)
-        _write_json(folder / "config.json", config.to_dict())
-        _write_json(folder / "environment.json", environment())
+        (folder / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
         self.metrics = folder / "metrics.csv"
         rows = [row for row in read_metrics(self.metrics) if int(row["update"]) <= first_update]
         with open(self.metrics, "w", newline="", encoding="utf-8") as file:
@@ -163,10 +163,6 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _line(row: dict[str, float]) -> str:

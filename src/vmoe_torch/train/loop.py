@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from vmoe_torch.control import auxiliary_loss
 from vmoe_torch.data import EpochSampler, evaluation_loader, training_loader
@@ -35,6 +33,7 @@ from vmoe_torch.train.logs import Logs, check_writable
 from vmoe_torch.train.meter import Meter
 from vmoe_torch.train.optimizer import build_optimizer, build_schedule
 from vmoe_torch.train.processes import Processes, processes
+from vmoe_torch.train.validation import validate
 
 
 @dataclass
@@ -344,37 +343,6 @@ class _Run:
         else:
             # Other numbers of processes cannot draw the same noise; the data stays the same.
             _seed(self.config.run.seed, self.group.rank, self.update)
-
-
-@torch.no_grad()
-def validate(
-    model: nn.Module, batches: DataLoader, group: Processes, dtype: torch.dtype = torch.float32
-) -> tuple[float, float]:
-    """Cross-entropy and top-1 accuracy over all processes' batches, in eval mode; leaves the mode as it was.
-
-    Args:
-        model: gives logits (B, N).
-        batches: (images, labels) of this process.
-        group: the processes.
-        dtype: of autocast; float32 for none.
-
-    Returns:
-        (mean loss, accuracy in 0..1).
-    """
-    training = model.training
-    model.eval()
-    device = group.device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for images, labels in batches:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            logits = model(images)
-        sums[0] += F.cross_entropy(logits.float(), labels, reduction="sum")
-        sums[1] += (logits.argmax(1) == labels).sum()
-        sums[2] += labels.shape[0]
-    model.train(training)
-    loss, correct, images = group.sum(sums).tolist()
-    return loss / images, correct / images
 
 
 class _Sigterm:

@@ -1,0 +1,39 @@
+"""Loss and accuracy on the validation images, shared among the processes."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from vmoe_torch.train.processes import Processes
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, batches: DataLoader, group: Processes, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """Cross-entropy and top-1 accuracy over all processes' batches, in eval mode; leaves the mode as it was.
+
+    Args:
+        model: gives logits (B, N).
+        batches: (images, labels) of this process.
+        group: the processes.
+        dtype: of autocast; float32 for none.
+
+    Returns:
+        (mean loss, accuracy in 0..1).
+    """
+    training = model.training
+    model.eval()
+    device = group.device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for images, labels in batches:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(images)
+        sums[0] += F.cross_entropy(logits.float(), labels, reduction="sum")
+        sums[1] += (logits.argmax(1) == labels).sum()
+        sums[2] += labels.shape[0]
+    model.train(training)
+    loss, correct, images = group.sum(sums).tolist()
+    return loss / images, correct / images
