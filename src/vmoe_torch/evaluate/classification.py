@@ -1,0 +1,129 @@
+"""Accuracy of one set of weights at many routing settings, in one pass over the data."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmoe_torch.control import moe_layers, routing
+from vmoe_torch.evaluate.flops import Flops, count_flops
+from vmoe_torch.evaluate.settings import RoutingSetting, eval_mode
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model reached at one routing setting.
+
+    Attributes:
+        setting: what was asked for.
+        images: number of images.
+        top1: share of images whose label scored highest.
+        top5: share of images whose label was among the five highest (all, with fewer classes).
+        loss: mean cross-entropy, in nats.
+        capacity_factor: slots there were, over choices made: the asked one after the rounding of the capacity.
+        dropped: share of choices that found their expert full.
+        unprocessed: share of tokens that no expert processed.
+        flops: FLOPs per image of the first batch.
+    """
+
+    setting: RoutingSetting
+    images: int
+    top1: float
+    top5: float
+    loss: float
+    capacity_factor: float
+    dropped: float
+    unprocessed: float
+    flops: Flops
+
+
+class _Sums:
+    """Running sums of one setting over the batches."""
+
+    def __init__(self) -> None:
+        self.images = self.top1 = self.top5 = self.slots = self.choices = self.dropped = 0
+        self.tokens = self.unprocessed = 0
+        self.loss = 0.0
+
+    def add(self, model: nn.Module, logits: Tensor, labels: Tensor) -> None:
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        self.images += len(labels)
+        self.top1 += int(best[:, 0].sum())
+        self.top5 += int(best.sum())
+        self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        for layer in moe_layers(model).values():
+            slots = layer.record.slots
+            group = layer.record.group_tokens or len(slots)
+            rest = len(slots) % group
+            rows = len(slots) // group * layer.capacity(group) + (layer.capacity(rest) if rest else 0)
+            self.slots += rows * layer.num_experts
+            self.choices += slots.numel()
+            self.dropped += int((slots < 0).sum())
+            self.tokens += len(slots)
+            self.unprocessed += int((slots < 0).all(1).sum())
+
+    def result(self, setting: RoutingSetting, flops: Flops) -> Evaluation:
+        return Evaluation(
+            setting,
+            self.images,
+            self.top1 / self.images,
+            self.top5 / self.images,
+            self.loss / self.images,
+            self.slots / self.choices,
+            self.dropped / self.choices,
+            self.unprocessed / self.tokens,
+            flops,
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    settings: Sequence[RoutingSetting] = (RoutingSetting(),),
+    *,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> list[Evaluation]:
+    """Evaluates a classifier at every routing setting, reading the data once.
+
+    A dropped token depends on its group, so results depend on the order of the data and on the batch size where it is
+    no multiple of the group size.
+
+    Args:
+        model: a classifier with top-experts MoE layers; it keeps its routing and its modes.
+        loader: batches of images (B, C, H, W) and labels (B,) int64.
+        settings: what to evaluate.
+        progress: wraps the loader, e.g. `tqdm`.
+
+    Returns:
+        One Evaluation per setting, in their order.
+
+    Raises:
+        ValueError: if there is no setting or no image, or a setting does not suit the model.
+    """
+    if not settings:
+        raise ValueError("settings must hold at least one RoutingSetting, got none")
+    for setting in settings:
+        with routing(model, **setting.changes()):
+            pass
+    device = next(model.parameters()).device
+    sums = [_Sums() for _ in settings]
+    flops: list[Flops] = []
+    with eval_mode(model):
+        for images, labels in progress(loader):
+            images, labels = images.to(device), labels.to(device)
+            if len(images) == 0:
+                continue
+            if not flops:
+                for setting in settings:
+                    with routing(model, **setting.changes()):
+                        flops.append(count_flops(model, images))
+            for setting, running in zip(settings, sums):
+                with routing(model, **setting.changes()):
+                    running.add(model, model(images), labels)
+    if not flops:
+        raise ValueError("loader must give at least one image, got none")
+    return [running.result(setting, count) for setting, running, count in zip(settings, sums, flops)]

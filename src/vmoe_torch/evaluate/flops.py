@@ -1,0 +1,57 @@
+"""FLOPs of a model per image, next to those of its dense counterpart."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmoe_torch.control import moe_layers
+from vmoe_torch.evaluate.settings import eval_mode
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per image of a forward in eval mode, a multiply-add counting as two.
+
+    Experts are counted at full capacity, as in the paper: an empty slot costs as much as a used one.
+    """
+
+    total: float
+    # The same model with one MLP of an expert's size in place of each MoE layer.
+    dense: float
+
+    @property
+    def relative(self) -> float:
+        """Share of the dense counterpart's FLOPs."""
+        return self.total / self.dense
+
+
+@torch.no_grad()
+def count_flops(model: nn.Module, images: Tensor) -> Flops:
+    """Counts the matrix products of one forward, at the routing that is set.
+
+    Args:
+        model: any module with MoE layers that takes a batch of images.
+        images: (B, C, H, W), B >= 1. Capacity is rounded per group of images, so B should be a whole number of groups.
+
+    Returns:
+        Flops per image.
+
+    Raises:
+        ValueError: if there is no image.
+    """
+    if len(images) == 0:
+        raise ValueError(f"images must hold at least one image, got {tuple(images.shape)}")
+    counter = FlopCounterMode(display=False)
+    # The fused attention of the CPU has no FLOP formula; the plain one is made of matrix products.
+    with eval_mode(model), sdpa_kernel(SDPBackend.MATH), counter:
+        model(images)
+    per_module = counter.get_flop_counts()
+    total = dense = counter.get_total_flops()
+    for name, layer in moe_layers(model).items():
+        dense -= sum(per_module[f"{type(model).__name__}.{name}"].values())
+        hidden, width = layer.fc1.weight.shape[1:]
+        dense += 2 * layer.record.slots.shape[0] * hidden * (width + layer.fc2.weight.shape[1])
+    return Flops(total / len(images), dense / len(images))

@@ -1,0 +1,45 @@
+"""Routing settings: what may change in the MoE layers of a trained model, and the mode to measure it in."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import product
+
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingSetting:
+    """One way to run the MoE layers of a model; None leaves every layer its own value."""
+
+    capacity_factor: float | None = None
+    num_selected_experts: int | None = None
+    batch_priority: bool | None = None
+
+    def changes(self) -> dict:
+        """Keyword arguments for `vmoe_torch.routing`."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def setting_grid(
+    capacity_factors: Iterable[float],
+    num_selected_experts: Iterable[int],
+    batch_priority: Iterable[bool] = (False, True),
+) -> list[RoutingSetting]:
+    """Every combination, the number of experts changing slowest and the priority fastest."""
+    return [
+        RoutingSetting(capacity, selected, priority)
+        for selected, capacity, priority in product(num_selected_experts, capacity_factors, tuple(batch_priority))
+    ]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode for the length of a `with` block; every module gets its own mode back, also after an error."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,73 @@
+"""Evaluations as an aligned table, CSV or JSON."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmoe_torch.evaluate.classification import Evaluation
+
+
+def as_rows(evaluations: Sequence[Evaluation]) -> list[dict]:
+    """One flat dict of plain values per evaluation; shares are in 0..1, FLOPs per image."""
+    return [
+        {
+            "num_selected_experts": e.setting.num_selected_experts,
+            "capacity_factor": e.setting.capacity_factor,
+            "actual_capacity_factor": e.capacity_factor,
+            "batch_priority": e.setting.batch_priority,
+            "images": e.images,
+            "top1": e.top1,
+            "top5": e.top5,
+            "loss": e.loss,
+            "dropped": e.dropped,
+            "unprocessed": e.unprocessed,
+            "flops": e.flops.total,
+            "relative_flops": e.flops.relative,
+        }
+        for e in evaluations
+    ]
+
+
+def format_table(evaluations: Sequence[Evaluation]) -> str:
+    """A plain-text table, one line per evaluation, columns aligned."""
+    header = ("K", "capacity", "slots", "order", "top-1 %", "top-5 %", "loss", "dropped %", "MFLOPs", "vs dense")
+    lines = [header]
+    for e in evaluations:
+        order = {None: "-", True: "BPR", False: "vanilla"}[e.setting.batch_priority]
+        lines.append(
+            (
+                _text(e.setting.num_selected_experts),
+                _text(e.setting.capacity_factor),
+                f"{e.capacity_factor:.3f}",
+                order,
+                f"{100 * e.top1:.2f}",
+                f"{100 * e.top5:.2f}",
+                f"{e.loss:.3f}",
+                f"{100 * e.dropped:.1f}",
+                f"{e.flops.total / 1e6:.2f}",
+                f"{e.flops.relative:.3f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(text)
+
+
+def _text(value) -> str:
+    return "-" if value is None else str(value)
+
+
+def write_csv(evaluations: Sequence[Evaluation], path: Path | str) -> None:
+    """Writes `as_rows` with a header line; None is empty."""
+    rows = as_rows(evaluations)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(evaluations: Sequence[Evaluation], path: Path | str) -> None:
+    """Writes `as_rows` as a JSON list."""
+    Path(path).write_text(json.dumps(as_rows(evaluations), indent=2) + "\n", encoding="utf-8")
