@@ -264,10 +264,14 @@ def _setup_context(ctx, inputs, output):
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed, _ = inputs
     ctx.save_for_backward(x, output[1], fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed)
     ctx.mark_non_differentiable(output[1])
+    # Else autograd would fill a zero gradient of the size of the pre-activation.
+    ctx.set_materialize_grads(False)
     ctx.activation, ctx.drop = activation, drop
 
 
 def _backward(ctx, d_out, _pre):
+    if d_out is None:
+        return (None,) * 9
     x, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed = ctx.saved_tensors
     d_x, d_fc1, d_b1, d_fc2, d_b2 = torch.ops.vmoe.expert_mlp_backward(
         d_out.contiguous(), x, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ctx.activation, ctx.drop, seed

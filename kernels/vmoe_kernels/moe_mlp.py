@@ -171,10 +171,14 @@ def _setup_context(ctx, inputs, output):
     x, slots, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows_per_expert, activation, drop, seed, _ = inputs
     ctx.save_for_backward(x, slots, gates, output[1], fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed)
     ctx.mark_non_differentiable(output[1])
+    # Else autograd would fill a zero gradient of the size of the pre-activation.
+    ctx.set_materialize_grads(False)
     ctx.rows_per_expert, ctx.activation, ctx.drop = rows_per_expert, activation, drop
 
 
 def _backward(ctx, d_y, _pre):
+    if d_y is None:
+        return (None,) * 12
     x, slots, gates, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed = ctx.saved_tensors
     d_x, d_gates, d_fc1, d_b1, d_fc2, d_b2 = torch.ops.vmoe.moe_mlp_backward(
         d_y.contiguous(),
