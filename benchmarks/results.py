@@ -1,0 +1,159 @@
+"""What a measurement is, and the files it goes to: benchmarks/results/<machine>/<name>.{json,md}."""
+
+import dataclasses
+import json
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.protocol import Samples
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one op at one shape."""
+
+    op: str  # "dispatch"
+    direction: str  # "forward", "backward" or "both"
+    case: str  # the shape
+    variant: str  # "ours", "eager", ...
+    median_us: float
+    low_us: float  # 20% quantile
+    high_us: float  # 80% quantile
+    runs: int
+    bytes: int | None = None  # fewest that the op must move: inputs read once, outputs written once
+    flops: int | None = None
+    ceiling: str | None = None  # which measured rate `percent` refers to
+    percent: float | None = None
+
+    @property
+    def rate(self) -> str:
+        """FLOP/s where the op is counted in FLOPs, else bytes/s."""
+        work, unit = (self.flops, "FLOP/s") if self.flops else (self.bytes, "B/s")
+        if not work:
+            return ""
+        giga = work / self.median_us * 1e-3
+        return f"{giga:.1f} G{unit}" if giga < 1000 else f"{giga * 1e-3:.2f} T{unit}"
+
+
+def row(
+    op: str,
+    direction: str,
+    case: str,
+    variant: str,
+    samples: Samples,
+    *,
+    num_bytes: int | None = None,
+    flops: int | None = None,
+    ceiling: tuple[str, float] | None = None,
+) -> Row:
+    """A row from its samples; `ceiling` is a name and a rate in FLOP/s (with flops) or bytes/s."""
+    percent = None
+    work = flops or num_bytes
+    if ceiling is not None and work:
+        percent = 100.0 * work / samples.median / ceiling[1]
+    return Row(
+        op,
+        direction,
+        case,
+        variant,
+        samples.median * 1e6,
+        samples.quantile(0.2) * 1e6,
+        samples.quantile(0.8) * 1e6,
+        len(samples.seconds),
+        num_bytes,
+        flops,
+        None if ceiling is None else ceiling[0],
+        percent,
+    )
+
+
+def machine_name(device: torch.device) -> str:
+    """Short name of the GPU or the CPU, fit for a folder: "nvidia-h200", "amd-epyc-9b45"."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo")
+        found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+        name = found[1] if found else platform.machine()
+    name = re.sub(r"\(r\)|\(tm\)|@.*|\b(cpu|processor|\d+-core)\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Machine, versions, commit and command of this run."""
+    from vmoe_kernels._impl import HAS_TRITON
+
+    made = {"machine": machine_name(device), "python": platform.python_version(), "torch": torch.__version__}
+    if HAS_TRITON:
+        import triton
+
+        made["triton"] = triton.__version__
+    if device.type == "cuda":
+        made["cuda"] = str(torch.version.cuda)
+    else:
+        made["threads"] = str(torch.get_num_threads())
+    made["commit"] = _commit()
+    made["command"] = _command()
+    return made
+
+
+def _command() -> str:
+    """What was typed: a module started with -m sees its file as the first argument."""
+    spec = sys.modules["__main__"].__spec__
+    started = ["python", Path(sys.argv[0]).name] if spec is None else ["python -m", spec.name]
+    return " ".join([*started, *sys.argv[1:]])
+
+
+def _commit() -> str:
+    """The commit that is checked out, and whether files differ from it."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout
+            for arguments in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.strip() + (" with changes" if changes.strip() else "")
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Markdown lines, one per row."""
+    lines = [
+        "| op | direction | case | variant | median us | 20%..80% us | rate | % of |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for each in rows:
+        percent = "" if each.percent is None else f"{each.percent:.0f}% of {each.ceiling}"
+        lines.append(
+            f"| {each.op} | {each.direction} | {each.case} | {each.variant} | {each.median_us:.1f} "
+            f"| {each.low_us:.1f}..{each.high_us:.1f} | {each.rate} | {percent} |"
+        )
+    return lines
+
+
+def heading(title: str, made: dict[str, str]) -> list[str]:
+    """Markdown lines that say where the numbers come from."""
+    return [f"# {title}", "", ", ".join(f"{name} {value}" for name, value in made.items()) + ".", ""]
+
+
+def write(folder: Path, name: str, content: dict, markdown: list[str]) -> Path:
+    """Writes <name>.json and <name>.md whole or not at all; returns the path of the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, text in ((".json", json.dumps(content, indent=1)), (".md", "\n".join(markdown))):
+        partial = folder / f".{name}{suffix}"
+        partial.write_text(text + "\n")
+        partial.replace(folder / f"{name}{suffix}")
+    return folder / f"{name}.md"
+
+
+def as_dicts(rows: list[Row]) -> list[dict]:
+    """Rows as JSON takes them."""
+    return [{**dataclasses.asdict(each), "rate": each.rate} for each in rows]
