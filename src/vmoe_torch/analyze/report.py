@@ -1,0 +1,190 @@
+"""A self-contained HTML report: pictures embedded, plain CSS, no script, no other file needed."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+from matplotlib.figure import Figure as Canvas
+
+_CSS = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 70rem; padding: 1.5rem 1rem 3rem; background: #fff; color: #1c1c1c;
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", Arial, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .6rem; }
+h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid #d8d8d8; }
+p { max-width: 46rem; margin: .5rem 0; }
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) minmax(0, 1fr); gap: .3rem 1rem; margin: .8rem 0; }
+dt { color: #555; }
+dd { margin: 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid #e3e3e3; }
+th { color: #555; font-weight: 600; vertical-align: bottom; }
+tbody tr.first td { border-top: 2px solid #8a8a8a; }
+td.best { font-weight: 700; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem; }
+.figures.wide { grid-template-columns: minmax(0, 1fr); }
+figure { margin: 0; min-width: 0; }
+figure img { display: block; width: 100%; height: auto; max-width: 62rem; }
+figcaption { max-width: 46rem; margin-top: .4rem; color: #3a3a3a; font-size: .93rem; }
+ul { padding-left: 1.2rem; }
+a { color: #00558a; }
+@media (max-width: 40rem) {
+  body { padding: 1rem .75rem 2rem; }
+  h1 { font-size: 1.4rem; }
+  th, td { padding: .3rem .2rem; font-size: .8rem; }
+  dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
+  dd { margin-bottom: .5rem; }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of a report.
+
+    Attributes:
+        name: file name without ending.
+        canvas: what to draw.
+        caption: what one sees.
+        alt: a short description for those who do not see it.
+    """
+
+    name: str
+    canvas: Canvas
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report: texts, right-aligned.
+
+    Attributes:
+        header: of the columns.
+        rows: of cells.
+        best: (row, column) cells to set in bold.
+        breaks: rows that begin a new part.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: frozenset[tuple[int, int]] = frozenset()
+    breaks: frozenset[int] = frozenset()
+
+
+@dataclass
+class Section:
+    """A heading with any of paragraphs, facts, a table, figures and links."""
+
+    heading: str
+    paragraphs: Sequence[str] = ()
+    facts: dict[str, str] = field(default_factory=dict)
+    table: Table | None = None
+    figures: Sequence[Figure] = ()
+    # One figure a line instead of as many as fit.
+    wide: bool = False
+    # Text -> path relative to the report.
+    links: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """A page: a title, a summary, sections."""
+
+    title: str
+    summary: Sequence[str]
+    sections: Sequence[Section]
+
+
+def write_report(report: Report, folder: Path | str, name: str = "report.html", dpi: int = 130) -> Path:
+    """Writes the page, and beside it every figure as <name>.png.
+
+    Args:
+        report: what to write.
+        folder: where to; made if it is missing.
+        name: of the page.
+        dpi: dots per inch of the pictures.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: if two figures have the same name.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [figure.name for section in report.sections for figure in section.figures]
+    if len(set(names)) != len(names):
+        raise ValueError(f"figures of a report must have different names, got {sorted(names)}")
+    body = [f"<h1>{escape(report.title)}</h1>", *_paragraphs(report.summary)]
+    for section in report.sections:
+        body += _section(section, folder, dpi)
+    page = "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(report.title)}</title>",
+            f"<style>{_CSS}</style>",
+            "</head>",
+            "<body>",
+            *body,
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
+    path = folder / name
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _section(section: Section, folder: Path, dpi: int) -> list[str]:
+    parts = [f"<h2>{escape(section.heading)}</h2>", *_paragraphs(section.paragraphs)]
+    if section.facts:
+        facts = [f"<dt>{escape(term)}</dt><dd>{escape(value)}</dd>" for term, value in section.facts.items()]
+        parts += ["<dl>", *facts, "</dl>"]
+    if section.table is not None:
+        parts += _table(section.table)
+    if section.figures:
+        parts.append('<div class="figures wide">' if section.wide else '<div class="figures">')
+        parts += [_figure(figure, folder, dpi) for figure in section.figures]
+        parts.append("</div>")
+    if section.links:
+        links = [f'<li><a href="{escape(path)}">{escape(text)}</a></li>' for text, path in section.links.items()]
+        parts += ["<ul>", *links, "</ul>"]
+    return parts
+
+
+def _paragraphs(texts: Sequence[str]) -> list[str]:
+    return [f"<p>{escape(text)}</p>" for text in texts]
+
+
+def _table(table: Table) -> list[str]:
+    lines = ["<table>", "<thead><tr>"]
+    lines += [f'<th scope="col">{escape(cell)}</th>' for cell in table.header]
+    lines += ["</tr></thead>", "<tbody>"]
+    for number, row in enumerate(table.rows):
+        lines.append('<tr class="first">' if number in table.breaks else "<tr>")
+        for column, cell in enumerate(row):
+            bold = ' class="best"' if (number, column) in table.best else ""
+            lines.append(f"<td{bold}>{escape(cell)}</td>")
+        lines.append("</tr>")
+    return [*lines, "</tbody>", "</table>"]
+
+
+def _figure(figure: Figure, folder: Path, dpi: int) -> str:
+    data = io.BytesIO()
+    figure.canvas.savefig(data, format="png", dpi=dpi, facecolor="white")
+    (folder / f"{figure.name}.png").write_bytes(data.getvalue())
+    text = base64.b64encode(data.getvalue()).decode("ascii")
+    return (
+        f'<figure><img alt="{escape(figure.alt)}" src="data:image/png;base64,{text}">'
+        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+    )
