@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe_kernels._impl import accumulation_dtype, check_floating, no_autocast, use_reference
+from vmoe_kernels._impl import (
+    HAS_TRITON,
+    accumulation_dtype,
+    check_floating,
+    no_autocast,
+    register_triton,
+    use_reference,
+)
 from vmoe_kernels.philox import philox_normal
 
 
@@ -281,3 +288,11 @@ def router(
             seed=seed,
         )
     return RouterOutput(*torch.ops.vmoe.router(x, weight, num_selected_experts, group_size, noise_std, seed))
+
+
+if HAS_TRITON:
+    from vmoe_kernels.triton_router import router_triton
+    from vmoe_kernels.triton_router_backward import router_backward_triton
+
+    register_triton(_router_op, router_triton)
+    register_triton(_router_backward_op, router_backward_triton)
