@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 TRAIN = ["torchvision>=0.26", "tqdm>=4.66", "tensorboard>=2.16", "matplotlib>=3.9"]
-DEV = [*TRAIN, "pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
+DEV = [*TRAIN, "hypothesis>=6.100", "pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
 
 setup(
     name="vmoe-torch",
@@ -26,7 +26,10 @@ setup(
         "timm>=1.0.26",
         "einops>=0.8",
         "numpy>=1.26",
+        # Checkpoints: any remote file system; the converted files. torch and timm need them as well.
+        "fsspec>=2024.6",
+        "safetensors>=0.4.3",
     ],
-    extras_require={"train": TRAIN, "dev": DEV},
+    extras_require={"train": TRAIN, "dev": DEV, "gcs": ["gcsfs>=2024.6"]},
     entry_points={"console_scripts": ["vmoe = vmoe_torch.cli:main"]},
 )

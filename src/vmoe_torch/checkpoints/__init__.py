@@ -1,0 +1,7 @@
+"""The original's checkpoints: read, written, converted; and dense models turned sparse."""
+
+from vmoe_torch.checkpoints.reader import read_index, read_original
+from vmoe_torch.checkpoints.wire import CheckpointError
+from vmoe_torch.checkpoints.writer import write_original
+
+__all__ = ["CheckpointError", "read_index", "read_original", "write_original"]
