@@ -16,6 +16,8 @@ from vmoe_kernels.triton_dispatch import (
     POINTER_TYPES,
     check_dtype,
     choice_of_row_triton,
+    dispatch_backward_bytes,
+    dispatch_bytes,
     register_tile_table,
     sum_rows,
     sum_rows_case,
@@ -117,6 +119,28 @@ def combine_backward_bytes(num_tokens: int, num_choices: int, num_rows: int, wid
     """
     rows = (num_tokens * (num_choices + 1) + num_rows) * width * itemsize
     return rows + num_tokens * num_choices * 12 + 3 * num_rows * 4
+
+
+def _predicted_microseconds() -> dict[tuple[str, int], float]:
+    predicted = {}
+    tokens, width, itemsize = 25_088, 768, 2
+    # E * R rows of 32 experts at capacity factor 1.05, in groups of 8 images.
+    for num_choices, num_rows in ((1, 26_624), (2, 53_248)):
+        moved = {
+            "dispatch": dispatch_bytes(tokens, num_choices, num_rows, width, itemsize),
+            "dispatch_backward": dispatch_backward_bytes(tokens, num_choices, width, itemsize),
+            "combine": combine_bytes(tokens, num_choices, width, itemsize),
+            "combine_backward": combine_backward_bytes(tokens, num_choices, num_rows, width, itemsize),
+        }
+        predicted |= {(op, num_choices): size / H200_BYTES_PER_MICROSECOND for op, size in moved.items()}
+    return predicted
+
+
+# A large copy's rate on the H200, 4.3 TB/s.
+H200_BYTES_PER_MICROSECOND = 4.3e6
+# Predicted, not measured: least time of each (op, K) on an H200, bfloat16, T=25,088, D=768, no choice dropped. Launches
+# (dispatch and combine's backward have three: fill, invert, move) come on top.
+PREDICTED_MICROSECONDS = _predicted_microseconds()
 
 
 def _compile_cases() -> list[CompileCase]:
