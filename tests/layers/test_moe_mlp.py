@@ -101,14 +101,14 @@ def test_same_seed_gives_the_same_bits():
 
 def test_exchange_sees_the_buffer_and_may_move_it():
     class Reversed:
-        """Stands for an all-to-all: what `scatter` does, `gather` undoes."""
+        """Stands for an all-to-all: rows arrive in another order and go back."""
 
-        def scatter(self, buffer):
+        def local(self, weight):
+            return weight
+
+        def run(self, buffer, experts):
             self.shape = tuple(buffer.shape)
-            return buffer.flip(1)
-
-        def gather(self, buffer):
-            return buffer.flip(1)
+            return experts(buffer.flip(1)).flip(1)
 
     layer = _layer(capacity_factor=0.7)
     x = torch.randn(6, 7, 16, requires_grad=True)

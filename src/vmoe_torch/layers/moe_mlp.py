@@ -231,12 +231,17 @@ class MoeMlp(nn.Module):
         seeds = None
         if noise_std > 0 or drop > 0:
             seeds = torch.randint(2**31 - 1, (2,), device=tokens.device)
+        router_weight = self.router.weight
+        weights = [self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias]
+        if self.exchange is not None:
+            router_weight = self.exchange.local(router_weight)
+            weights = [None if weight is None else self.exchange.local(weight) for weight in weights]
         if self.router_type == "expert_choice":
-            gates, slots = self._choose_tokens(tokens, group, capacity, last_capacity, noise_std)
+            gates, slots = self._choose_tokens(tokens, router_weight, group, capacity, last_capacity, noise_std)
         else:
             routing = kernels.route(
                 tokens,
-                self.router.weight,
+                router_weight,
                 num_selected_experts=self.num_selected_experts,
                 capacity=capacity,
                 group_size=group,
@@ -251,7 +256,6 @@ class MoeMlp(nn.Module):
             gates = self._remember(routing, images, group, noise_std)
         rows = kernels.rows_per_expert(tokens.shape[0], group, capacity, last_capacity)
         seed = None if seeds is None else seeds[1]
-        weights = [self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias]
         if tokens.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(tokens.device.type):
             dtype = torch.get_autocast_dtype(tokens.device.type)
             tokens = tokens.to(dtype)
@@ -263,19 +267,21 @@ class MoeMlp(nn.Module):
         wire = self.dispatch_dtype or tokens.dtype
         buffer = kernels.dispatch(tokens.to(wire), slots, self.num_experts * rows, impl=self.impl)
         buffer = buffer.view(self.num_experts, rows, tokens.shape[1])
-        if self.exchange is not None:
-            buffer = self.exchange.scatter(buffer)
-        out = kernels.expert_mlp(buffer.to(tokens.dtype), *weights, **options).to(wire)
-        if self.exchange is not None:
-            out = self.exchange.gather(out)
+
+        def experts(rows: Tensor) -> Tensor:
+            return kernels.expert_mlp(rows.to(tokens.dtype), *weights, **options).to(wire)
+
+        out = experts(buffer) if self.exchange is None else self.exchange.run(buffer, experts)
         out = out.to(tokens.dtype).flatten(0, 1)
         return kernels.combine(out, slots, gates, impl=self.impl)
 
-    def _choose_tokens(self, tokens: Tensor, group: int, capacity: int, last_capacity: int, noise_std: float):
+    def _choose_tokens(
+        self, tokens: Tensor, router_weight: Tensor, group: int, capacity: int, last_capacity: int, noise_std: float
+    ) -> tuple[Tensor, Tensor]:
         """Expert choice: gates and slots (T, E), one choice per expert; balanced, so no auxiliary loss."""
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
-            logits = tokens.to(dtype) @ self.router.weight.to(dtype).t()
+            logits = tokens.to(dtype) @ router_weight.to(dtype).t()
         if noise_std > 0:
             logits = logits + torch.randn_like(logits) * (noise_std / self.num_experts)
         gates = logits.softmax(-1)

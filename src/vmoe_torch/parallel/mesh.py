@@ -1,0 +1,21 @@
+"""The device mesh: `dp` replicas of the experts, each spread over `ep` ranks; data is sharded over both axes."""
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+def build_mesh(dp: int, ep: int, device_type: str) -> DeviceMesh:
+    """A (dp, ep) mesh over all ranks; consecutive ranks share a replica of the experts.
+
+    Args:
+        dp: replicas of the experts.
+        ep: ranks that one set of experts is spread over.
+        device_type: "cuda" or "cpu".
+
+    Raises:
+        ValueError: if dp * ep is not the number of ranks.
+    """
+    world = dist.get_world_size()
+    if dp < 1 or ep < 1 or dp * ep != world:
+        raise ValueError(f"dp * ep must be the number of ranks {world}, got dp={dp} and ep={ep}")
+    return init_device_mesh(device_type, (dp, ep), mesh_dim_names=("dp", "ep"))

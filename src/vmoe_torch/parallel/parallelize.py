@@ -1,0 +1,131 @@
+"""One call makes a single-device model a distributed one, in the order that works.
+
+1. Experts become DTensors, Shard(0) over `ep`; routers are replicated over `ep`; the exchange goes into each MoeMlp.
+2. Blocks recompute their activations in the backward, but keep their routing.
+3. Blocks are compiled.
+4. FSDP2 shards MoE layers over `dp` and everything else over `dp x ep`.
+"""
+
+import warnings
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from vmoe_torch.layers import MoeMlp
+from vmoe_torch.parallel.exchange import ExpertExchange
+from vmoe_torch.parallel.recompute import recompute_block
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    wire_dtype: torch.dtype | None = None,
+    chunks: int = 1,
+    ranks_per_node: int = 0,
+    recompute: bool = False,
+    compile: bool = False,
+    param_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """Parallelises a model with MoE layers in place; gradients are averaged over all ranks of the mesh.
+
+    Every rank must hold the same weights and give the same number of images per step.
+
+    Args:
+        model: on its device, with `blocks` (VMoE).
+        mesh: with axes `dp` and `ep` (see `build_mesh`).
+        wire_dtype: dtype of rows on the wire, e.g. torch.bfloat16; None is that of the activations.
+        chunks: parts along the capacity whose exchange overlaps the experts' work.
+        ranks_per_node: M > 1 exchanges inside nodes of M ranks first, then between nodes.
+        recompute: activation checkpointing of every block that saves the routing.
+        compile: torch.compile of every block.
+        param_dtype: dtype of compute; None is that of the parameters. Reductions are in float32.
+        reshard_after_forward: frees gathered parameters between forward and backward.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the mesh lacks an axis or the experts do not divide among its ranks.
+    """
+    names = mesh.mesh_dim_names or ()
+    if names != ("dp", "ep"):
+        raise ValueError(f"mesh must have the axes ('dp', 'ep'), got {names}")
+    ep = mesh["ep"].size()
+    layers = [module for module in model.modules() if isinstance(module, MoeMlp)]
+    for layer in layers:
+        if layer.num_experts % ep:
+            raise ValueError(f"ep must divide num_experts={layer.num_experts}, got ep={ep}")
+    for layer in layers:
+        _spread_experts(layer, mesh["ep"])
+        layer.exchange = ExpertExchange(mesh["ep"].get_group(), wire_dtype, chunks, ranks_per_node)
+    for block in model.blocks:
+        if recompute:
+            recompute_block(block)
+        if compile:
+            block.compile()
+    _shard_parameters(model, mesh, param_dtype, reshard_after_forward)
+    return model
+
+
+def _spread_experts(layer: MoeMlp, ep: DeviceMesh) -> None:
+    for module, placement in ((layer.router, Replicate()), (layer.fc1, Shard(0)), (layer.fc2, Shard(0))):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            spread = distribute_tensor(parameter.detach(), ep, [placement])
+            setattr(module, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+
+
+def _shard_parameters(
+    model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None, reshard_after_forward: bool
+) -> None:
+    options = {"reshard_after_forward": reshard_after_forward}
+    if param_dtype is not None:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    # Blocks add a MoE layer's output to the residual out of place, so a view is fine there.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPMoeMlp\) returned a view tensor")
+    everyone = mesh["dp", "ep"]._flatten("dp_ep")
+    units = []
+    for block in model.blocks:
+        if isinstance(block.mlp, MoeMlp):
+            fully_shard(block.mlp, mesh=mesh["dp"], shard_placement_fn=_expert_placement(mesh["dp"].size()), **options)
+            units.append(block.mlp)
+        fully_shard(block, mesh=everyone, **options)
+        units.append(block)
+    fully_shard(model, mesh=everyone, **options)
+    if mesh.device_type == "cpu":
+        # gloo has neither averages nor scaled sums.
+        for unit in (*units, model):
+            unit.set_force_sum_reduction_for_comms(True)
+
+
+def _expert_placement(dp: int):
+    """Experts lie sharded over `ep` along dim 0, so FSDP takes dim 1 where it divides; the router has no such dim."""
+
+    def place(parameter: nn.Parameter) -> Shard:
+        spread = isinstance(parameter, DTensor) and any(placement.is_shard() for placement in parameter.placements)
+        return Shard(1) if spread and parameter.shape[1] % dp == 0 else Shard(0)
+
+    return place
+
+
+def parameter_groups(groups: list[dict]) -> list[dict]:
+    """Splits optimiser groups by mesh: an optimiser's multi-tensor step cannot mix meshes.
+
+    Args:
+        groups: as an optimiser takes them, each with "params".
+
+    Returns:
+        Groups with the same options, each on one mesh.
+    """
+    split = []
+    for group in groups:
+        by_mesh: dict = {}
+        for parameter in group["params"]:
+            key = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+            by_mesh.setdefault(key, []).append(parameter)
+        split += [{**group, "params": params} for params in by_mesh.values()]
+    return split

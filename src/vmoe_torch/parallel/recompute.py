@@ -1,0 +1,22 @@
+"""Activation checkpointing that keeps every routing decision: a recomputed block can never route differently."""
+
+import functools
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+
+def _keep_routing(_context, op, *_args, **_kwargs) -> CheckpointPolicy:
+    kept = (torch.ops.vmoe.router.default, torch.ops.vmoe.assign_slots.default)
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recompute_block(block: nn.Module) -> None:
+    """Makes a block recompute its activations in the backward, all but its routing."""
+    block.forward = functools.partial(
+        checkpoint,
+        block.forward,
+        use_reentrant=False,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_routing),
+    )

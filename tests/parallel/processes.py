@@ -1,0 +1,34 @@
+"""Runs a function in several gloo processes on this machine; they meet in a file, so no port is opened."""
+
+import datetime
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _enter(rank: int, world: int, meeting: str, function: Callable, arguments: tuple) -> None:
+    warnings.simplefilter("error")
+    # torch's own deprecations inside its distributed packages.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+    )
+    try:
+        function(*arguments)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run(world: int, folder: Path, function: Callable, *arguments) -> None:
+    """Calls `function(*arguments)` in `world` processes; an error in any of them is raised here."""
+    meeting = folder / f"meeting-{world}-{len(list(folder.iterdir()))}"
+    mp.spawn(_enter, args=(world, str(meeting), function, arguments), nprocs=world)
