@@ -78,8 +78,8 @@ class MoeMlp(nn.Module):
         auxiliary_mode: "injected" (the gradient reaches the router by itself) or "manual" (add
             `vmoe_torch.auxiliary_loss(model)` to the loss).
         router: "top_experts" or "expert_choice".
-        dispatch_dtype: None or "float32" for the layer's own, or "bfloat16" to round what goes into and comes out of the experts, as the released
-            models were trained.
+        dispatch_dtype: None or "float32" for the layer's own, or "bfloat16" to round what goes into and comes out of the
+            experts, as the released models were trained.
         impl: "auto", "triton" or "reference".
 
     Shape:
