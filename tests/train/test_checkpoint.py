@@ -1,0 +1,116 @@
+"""Checkpoints: whole or not at all, and refused before they change anything."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vmoe_torch.train import load_model, load_weights, read_checkpoint, train
+from vmoe_torch.train.checkpoint import CheckpointFolder, random_states, set_random_states, write_atomically
+
+
+def test_load_weights_names_the_keys_and_changes_nothing():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {
+        "0.weight": torch.ones(3, 2),
+        "0.bias": torch.ones(4),
+        "1.weight": torch.ones(1, 3),
+        "2.bias": torch.ones(1),
+    }
+    message = r"missing 1: 1\.bias; unknown 1: 2\.bias; of another shape 1: 0\.bias \(4,\) instead of \(3,\)"
+    with pytest.raises(ValueError, match=message):
+        load_weights(model, weights)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_checkpoint_of_another_shape_is_refused_by_train(tiny):
+    train(tiny.override("run.max_updates=1"))
+    wider = tiny.override(
+        "model.kwargs.embed_dim=64", f"model.checkpoint={tiny.run.output}", f"run.output={tiny.run.output}-wide"
+    )
+    with pytest.raises(ValueError, match=r"of another shape \d+: .*\(32,\) instead of \(64,\)"):
+        train(wider)
+
+
+def test_train_begins_with_a_checkpoint(tiny):
+    first = train(tiny.override("run.max_updates=2"))
+    second = train(
+        tiny.override(
+            f"model.checkpoint={tiny.run.output}",
+            f"run.output={tiny.run.output}-more",
+            "run.max_updates=1",
+            "optim.lr=0",
+            "optim.weight_decay=0",
+        )
+    )
+    for name, tensor in second.model.state_dict().items():
+        torch.testing.assert_close(tensor, first.ema.state_dict()[name])
+
+
+def test_load_model_gives_the_moving_average_in_eval_mode(tiny):
+    result = train(tiny.override("run.max_updates=2"))
+    model, config, class_names = load_model(tiny.run.output)
+    assert not model.training
+    assert config == tiny.override("run.max_updates=2")
+    assert class_names[9] == "ankle boot"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, result.ema.state_dict()[name]), name
+
+
+def test_random_states_come_back():
+    states = random_states()
+    want = random.random(), np.random.rand(), np.random.randn(), torch.rand(3)
+    set_random_states(states)
+    got = random.random(), np.random.rand(), np.random.randn(), torch.rand(3)
+    assert want[:3] == got[:3]
+    assert torch.equal(want[3], got[3])
+
+
+def test_write_atomically_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    write_atomically(path, {"update": 1})
+
+    def fail(state, file):
+        file.write(b"part")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, {"update": 2})
+    monkeypatch.undo()
+    assert torch.load(path) == {"update": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_checkpoint_folder_keeps_the_last(tmp_path):
+    folder = CheckpointFolder(tmp_path / "new", keep=2)
+    assert folder.last() is None
+    for update in (9, 10, 100):
+        folder.save({"update": update}, best=update == 10)
+    assert sorted(p.name for p in folder.folder.iterdir()) == ["best.pt", "update_00000010.pt", "update_00000100.pt"]
+    assert folder.last().name == "update_00000100.pt"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.pt", None, r"checkpoint .*none\.pt does not exist"),
+        ("broken.pt", b"no checkpoint", r"checkpoint .*broken\.pt cannot be read"),
+        (".", None, "must hold a checkpoint, got none"),
+    ],
+)
+def test_read_checkpoint_names_what_it_cannot_read(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(tmp_path / name)
+
+
+def test_read_checkpoint_refuses_other_files(tmp_path):
+    torch.save({"weight": torch.ones(1)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="must be a checkpoint of vmoe train"):
+        read_checkpoint(tmp_path / "a.pt")
