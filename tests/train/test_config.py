@@ -109,5 +109,5 @@ def test_config_file_with_an_unknown_key_is_refused(tmp_path):
 def test_recipes_are_sound_and_unknown_ones_named():
     for name in recipe_names():
         load_recipe(name).check()
-    with pytest.raises(ValueError, match="recipe must be one of .*fashion_mnist.*, got 'mnist'"):
+    with pytest.raises(ValueError, match=r"recipe must be one of .*fashion_mnist.*, got 'mnist'"):
         load_recipe("mnist")
