@@ -17,7 +17,14 @@ INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 def register_triton(op, launcher: Callable) -> None:
     """Makes `launcher` the CUDA kernel of a custom op, and its CPU kernel under the interpreter."""
-    op.register_kernel("cuda")(launcher)
+
+    @functools.wraps(launcher)
+    def on_its_device(first: Tensor, *args):
+        # Triton launches on the current device, which need not be the tensors' own.
+        with torch.cuda.device(first.device):
+            return launcher(first, *args)
+
+    op.register_kernel("cuda")(on_its_device)
     if INTERPRET:
         op.register_kernel("cpu")(launcher)
 
@@ -42,11 +49,12 @@ def no_autocast(fn: Callable) -> Callable:
     """Runs an implementation as its dtypes say: an enclosing autocast would narrow its float32 accumulation."""
 
     @functools.wraps(fn)
-    def wrapped(x: Tensor, *args, **kwargs):
-        if x.device.type not in ("cpu", "cuda"):
-            return fn(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
-            return fn(x, *args, **kwargs)
+    def wrapped(*args, **kwargs):
+        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device
+        if device.type not in ("cpu", "cuda"):
+            return fn(*args, **kwargs)
+        with torch.autocast(device.type, enabled=False):
+            return fn(*args, **kwargs)
 
     return wrapped
 
