@@ -11,6 +11,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
+demo: $(STAMP)
+	$(BIN)/python -m vmoe_torch.demo
+
 test: $(STAMP) lint
 	$(BIN)/python -m pytest tests --ignore=tests/interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter

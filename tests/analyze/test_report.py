@@ -134,7 +134,7 @@ def test_kept_patches_grid_hides_dropped_patches_only():
     pictures = torch.rand(2, 4, 6)
     kept = torch.tensor([[[1, 0, 2], [0, 0, 1]], [[0, 0, 0], [2, 2, 2]]])
     canvas = kept_patches_grid(pictures, [("C = 1", kept)], ["a", "b"], "title")
-    shown = [torch.as_tensor(axes.images[0].get_array()) for axes in canvas.axes]
+    shown = [torch.as_tensor(image.get_array()) for image in canvas.axes[0].images]
     for number in range(2):
         assert torch.equal(shown[number], pictures[number].unsqueeze(-1).expand(-1, -1, 3))
         for row in range(4):

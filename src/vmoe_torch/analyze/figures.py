@@ -153,25 +153,28 @@ def kept_patches_grid(
         class_names: (B,) names of the images' classes.
         title: of the figure.
     """
-    count = len(images)
-    pictures = images if images.ndim == 4 else images.unsqueeze(-1).expand(-1, -1, -1, 3)
-    pictures = pictures.float()
-    canvas = Canvas(figsize=(1.5 + 0.95 * count, 0.7 + 0.98 * (len(rows) + 1)), layout="constrained")
-    canvas.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
-    panels = canvas.subplots(len(rows) + 1, count, squeeze=False)
-    for column in range(count):
-        panels[0, column].imshow(pictures[column].numpy())
-        panels[0, column].set_title(class_names[column], fontsize=9)
-    panels[0, 0].set_ylabel("input", rotation=0, ha="right", va="center")
-    for line, (label, kept) in zip(panels[1:], rows):
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
-        for axes, picture, patches in zip(line, pictures, kept):
-            axes.imshow(_hide(picture, patches > 0).numpy())
-            axes.set_xlabel(f"{int((patches > 0).sum())}/{patches.numel()}", fontsize=7, labelpad=1)
-    for axes in panels.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-    canvas.suptitle(title)
+    pictures = (images if images.ndim == 4 else images.unsqueeze(-1).expand(-1, -1, -1, 3)).float()
+    count, height, width = pictures.shape[:3]
+    # One pair of axes with every picture in its own place is ten times as fast as axes for each.
+    right, down = 1.07 * width, 1.2 * height
+    canvas = Canvas(figsize=(1.5 + 0.95 * count, 0.9 + 1.08 * (len(rows) + 1)), layout="constrained")
+    axes = canvas.add_subplot()
+    lines = [("input", pictures, [""] * count)]
+    for label, kept in rows:
+        hidden = [_hide(picture, patches > 0) for picture, patches in zip(pictures, kept)]
+        lines.append((label, hidden, [f"{int((patches > 0).sum())}/{patches.numel()}" for patches in kept]))
+    for row, (label, shown, texts) in enumerate(lines):
+        axes.text(-0.1 * width, row * down + height / 2, label, ha="right", va="center", fontsize=10)
+        for column, (picture, text) in enumerate(zip(shown, texts)):
+            x, y = column * right, row * down
+            axes.imshow(picture.numpy(), extent=(x, x + width, y + height, y), vmin=0, vmax=1)
+            axes.text(x + width / 2, y + height, text, ha="center", va="top", fontsize=7)
+    for column, name in enumerate(class_names):
+        axes.text(column * right + width / 2, -0.08 * height, name, ha="center", va="bottom", fontsize=9)
+    axes.set_xlim(-0.1 * width, count * right)
+    axes.set_ylim(len(lines) * down, -0.25 * height)
+    axes.set_axis_off()
+    axes.set_title(title)
     return canvas
 
 

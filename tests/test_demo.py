@@ -1,0 +1,49 @@
+"""The demo from end to end, with a few updates and images."""
+
+import csv
+
+import pytest
+
+from vmoe_torch import demo
+
+ARGUMENTS = ["--epochs", "1", "--max-updates", "2", "--test-images", "16"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    report = demo.main(["--out", str(folder), *ARGUMENTS])
+    assert report == folder / "report.html"
+    return folder
+
+
+def test_demo_writes_the_report_and_its_numbers(folder):
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img ") == page.count("data:image/png;base64,") == len(list(folder.glob("*.png"))) == 7
+    with open(folder / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["num_selected_experts"], row["capacity_factor"], row["batch_priority"]) for row in rows} == {
+        (selected, capacity, priority)
+        for selected in ("1", "2")
+        for capacity in ("1.05", "0.5", "0.25", "0.1")
+        for priority in ("True", "False")
+    }
+    for row in rows:
+        assert row["images"] == "16"
+        # The demo asks for capacities that its groups hold, to a slot of the expert.
+        assert float(row["actual_capacity_factor"]) == pytest.approx(float(row["capacity_factor"]), abs=0.021)
+        assert f"{float(row['flops']) / 1e6:.2f}" in page
+    assert (folder / "train" / "checkpoints").is_dir()
+
+
+def test_demo_run_again_goes_on_where_it_stopped(folder, capsys, monkeypatch):
+    # Drawing is most of the time.
+    monkeypatch.setattr(demo, "write_report", lambda report, out: out / "report.html")
+    before = sorted((folder / "train" / "checkpoints").iterdir())
+    results = (folder / "results.csv").read_text()
+    demo.main(["--out", str(folder), *ARGUMENTS])
+    assert sorted((folder / "train" / "checkpoints").iterdir()) == before
+    assert (folder / "results.csv").read_text() == results
+    printed = capsys.readouterr().out
+    assert printed.count("vanilla") == printed.count("BPR") == 8
+    assert str(folder / "report.html") in printed
