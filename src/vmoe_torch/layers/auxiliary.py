@@ -17,6 +17,9 @@ _scales: dict[torch.device, Tensor] = {}
 
 def auxiliary_gradient_scale(device: torch.device) -> Tensor:
     """The 0-dim float32 gradient that an auxiliary loss on this device gets."""
+    if device.index is None and device.type != "cpu":
+        # "cuda" is the current one; tensors name theirs by number.
+        device = torch.empty(0, device=device).device
     if device not in _scales:
         _scales[device] = torch.ones((), device=device)
     return _scales[device]
