@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.checkpoints.fuzz_reader import SEEDS, one_input
 from tests.conftest import GOLDEN
 from vmoe_torch.checkpoints import CheckpointError, index, read_original, write_original
 from vmoe_torch.checkpoints.index import INDEX_INFO
@@ -213,3 +214,12 @@ def test_edited_files_never_crash(tiny, tmp_path, edits):
 
 def test_array_headers_hold_any_count():
     assert [array_header(count)[0] for count in (15, 16, 1 << 16)] == [0x9F, 0xDC, 0xDD]
+
+
+@pytest.mark.parametrize("seed", sorted(SEEDS.glob("*.bin")), ids=lambda path: path.stem)
+def test_fuzzing_seeds_are_read(seed, tmp_path):
+    data = seed.read_bytes()
+    size = int.from_bytes(data[:2], "big")
+    one_input(data, tmp_path)
+    assert (tmp_path / "x.index").read_bytes() == data[2 : 2 + size]
+    assert read_original(str(tmp_path / "x"))

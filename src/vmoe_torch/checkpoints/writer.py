@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -73,19 +72,18 @@ def write_original(
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     content = pack_index(index)
     for shard in range(num_shards):
-        with replacing(shard_name(str(prefix), shard, num_shards)) as file:
+        with replacing(shard_name(str(prefix), shard, num_shards)) as part, open(part, "wb") as file:
             _write_shard(file, shard, leaves, arrays)
-    with replacing(f"{prefix}.index") as file:
-        file.write(content)
+    with replacing(f"{prefix}.index") as part:
+        Path(part).write_bytes(content)
 
 
 @contextmanager
-def replacing(path: str) -> Iterator[BinaryIO]:
-    """An open file that takes the place of another one once it is complete; on an error nothing changes."""
+def replacing(path: str) -> Iterator[str]:
+    """Name of a file to write that takes the other's place in the end; on an error nothing changes."""
     part = f"{path}.part"
     try:
-        with open(part, "wb") as file:
-            yield file
+        yield part
         os.replace(part, path)
     finally:
         Path(part).unlink(missing_ok=True)

@@ -78,8 +78,10 @@ class MoeMlp(nn.Module):
         auxiliary_mode: "injected" (the gradient reaches the router by itself) or "manual" (add
             `vmoe_torch.auxiliary_loss(model)` to the loss).
         router: "top_experts" or "expert_choice".
-        dispatch_dtype: None or "float32" for the layer's own, or "bfloat16" to round what goes into and comes out of the
-            experts, as the released models were trained.
+        dispatch_dtype: None or "float32" for the layer's own, or "bfloat16" to round what goes into and comes out of
+            the experts, as the released models were trained.
+        renormalize_gates: whether the K gates of a token are scaled to sum to 1, as some upcycled models want it; the
+            original does not.
         impl: "auto", "triton" or "reference".
 
     Shape:
@@ -114,6 +116,7 @@ class MoeMlp(nn.Module):
         auxiliary_mode: str = "injected",
         router: str = "top_experts",
         dispatch_dtype: str | None = None,
+        renormalize_gates: bool = False,
         impl: str = "auto",
         device=None,
         dtype=None,
@@ -128,6 +131,8 @@ class MoeMlp(nn.Module):
         one_of("dispatch_dtype", dispatch_dtype, (None, "float32", "bfloat16"))
         one_of("capacity_rounding", capacity_rounding, ("ceil", "round"))
         one_of("impl", impl, ("auto", "triton", "reference"))
+        if renormalize_gates and router != "top_experts":
+            raise ValueError(f"renormalize_gates must be False unless router is 'top_experts', got router={router!r}")
         if noise_std < 0:
             raise ValueError(f"noise_std must be at least 0, got {noise_std}")
         hidden_features = hidden_features or in_features
@@ -143,6 +148,7 @@ class MoeMlp(nn.Module):
         self.auxiliary_mode = auxiliary_mode
         self.router_type = router
         self.dispatch_dtype = torch.bfloat16 if dispatch_dtype == "bfloat16" else None
+        self.renormalize_gates = bool(renormalize_gates)
         self.impl = impl
         self.activation = activation_name(act_layer)
         self.set_routing(
@@ -254,6 +260,8 @@ class MoeMlp(nn.Module):
             )
             slots = routing.slots
             gates = self._remember(routing, images, group, noise_std)
+            if self.renormalize_gates:
+                gates = gates / gates.sum(-1, keepdim=True)
         rows = kernels.rows_per_expert(tokens.shape[0], group, capacity, last_capacity)
         seed = None if seeds is None else seeds[1]
         if tokens.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(tokens.device.type):
@@ -329,6 +337,7 @@ class MoeMlp(nn.Module):
             raise RuntimeError("a scripted MoeMlp must be in eval mode and route by top_experts")
         scored = torch.ops.vmoe.router(tokens, self.router.weight, self.num_selected_experts, group, 0.0, None)
         gates = scored[0]
+        weights = gates / gates.sum(-1, keepdim=True) if self.renormalize_gates else gates
         slots = torch.ops.vmoe.assign_slots(
             scored[1], gates, self.num_experts, group, capacity, last_capacity, self.batch_priority, self.priority
         )
@@ -337,7 +346,7 @@ class MoeMlp(nn.Module):
         return torch.ops.vmoe.moe_mlp(
             tokens,
             slots,
-            gates,
+            weights,
             self.fc1.weight,
             self.fc1.bias,
             self.fc2.weight,

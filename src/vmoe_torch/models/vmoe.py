@@ -97,8 +97,13 @@ class VMoE(vit.VisionTransformer):
         dispatch_dtype: "bfloat16" rounds what goes into and comes out of the experts; None or "float32" does not.
         representation_size: width of a tanh layer before the head; None or 0 for none, True for the model's width.
         pos_embed: timm's "learn", "none", or "sincos2d" (fixed, patches only).
+        renormalize_gates: whether the K gates of a token are scaled to sum to 1.
         impl: "auto", "triton" or "reference".
     """
+
+    # What makes a block, and how many members vote: `VMoEEnsemble` has others.
+    block_class = MoeBlock
+    ensemble_size = 1
 
     def __init__(
         self,
@@ -122,6 +127,7 @@ class VMoE(vit.VisionTransformer):
         router: str = "top_experts",
         dispatch_dtype: str | None = None,
         representation_size: int | bool | None = None,
+        renormalize_gates: bool = False,
         impl: str = "auto",
         depth: int = 12,
         act_layer="gelu_tanh",
@@ -150,6 +156,7 @@ class VMoE(vit.VisionTransformer):
             "auxiliary_mode": auxiliary_mode,
             "router": router,
             "dispatch_dtype": dispatch_dtype,
+            "renormalize_gates": renormalize_gates,
             "impl": impl,
         }
         super().__init__(
@@ -160,7 +167,7 @@ class VMoE(vit.VisionTransformer):
             pos_embed="learn" if sincos else pos_embed,
             no_embed_class=no_embed_class or sincos,
             weight_init="skip",
-            block_fn=partial(MoeBlock, moe_layers=parse_moe_layers(moe_layers, depth), moe=moe),
+            block_fn=partial(self.block_class, moe_layers=parse_moe_layers(moe_layers, depth), moe=moe),
             **kwargs,
         )
         self.fixed_pos_embed = sincos
@@ -222,8 +229,23 @@ class VMoE(vit.VisionTransformer):
 
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
-        """Loads an .npz whose arrays have the original's names (timm's `custom_load`)."""
-        load_original_npz(self, checkpoint_path, prefix)
+        """Loads the original's weights (timm's `custom_load`), adapting resolution, channels and head.
+
+        Args:
+            checkpoint_path: an .npz with the original's names, a converted .safetensors, or what the names of a
+                checkpoint's PREFIX.index and data files begin with; the latter may be a URL.
+            prefix: what the names of the wanted arrays in an .npz begin with.
+
+        Raises:
+            ValueError: if the file is damaged or does not fit the model.
+        """
+        if str(checkpoint_path).endswith(".npz"):
+            load_original_npz(self, checkpoint_path, prefix)
+        else:
+            # The only way up: what reads files is not loaded with the models.
+            from vmoe_torch.checkpoints import load_original
+
+            load_original(checkpoint_path, self)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head on top of the pre-logits layer, where there is one."""

@@ -1,68 +1,36 @@
-"""Names of the original's parameters to ours, and what loading adapts on the way."""
+"""The original's parameters as ours and back, and what loading adapts on the way.
 
+| original | ours | change |
+| --- | --- | --- |
+| embedding/kernel (P, P, 3, D), bias | patch_embed.proj: weight (D, 3, P, P) | permuted |
+| cls | cls_token | |
+| Encoder/posembed_input/pos_embedding (1, L, D) | pos_embed | class token first |
+| Encoder/encoderblock_i/LayerNorm_0, LayerNorm_1: scale, bias | blocks.i.norm1, norm2: weight, bias | |
+| .../SelfAttention/query, key, value: kernel (D, heads, D / heads), bias | blocks.i.attn.qkv: weight (3D, D) | joined |
+| .../SelfAttention/out: kernel (heads, D / heads, D), bias | blocks.i.attn.proj: weight (D, D) | transposed |
+| .../Mlp/Dense_0, Dense_1: kernel (in, out), bias | blocks.i.mlp.fc1, fc2: weight (out, in) | transposed |
+| .../Moe/Mlp/Dense_0, Dense_1: kernel (E, in, out), bias | blocks.i.mlp.fc1, fc2: weight (E, out, in) | transposed |
+| .../Moe/Router/dense/kernel (D, E) | blocks.i.mlp.router.weight (E, D) | transposed |
+| the same of an ensemble of M, (D, M, E / M) | blocks.i.mlp.members.m.router.weight (E / M, D) | experts as well |
+| Encoder/encoder_norm: scale, bias | norm: weight, bias | |
+| pre_logits: kernel, bias | pre_logits.0: weight, bias | transposed |
+| MapHead/probe, MultiHeadDotProductAttention, LayerNorm, Mlp | attn_pool.latent, q, kv, proj, norm, mlp | as above |
+| head: kernel, bias | head: weight, bias | transposed |
+
+Biases keep their name and are joined where kernels are. The plain ViT's names (Transformer/encoderblock_i/MlpBlock_n,
+MultiHeadDotProductAttention_n) are read as well.
+"""
+
+import math
 import re
 from collections.abc import Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from timm.models import adapt_input_conv
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's ViT filter (resampling of patches and positions), which would drop the pre-logits layer."""
-    source = state_dict.get("model", state_dict)
-    source = source.get("state_dict", source)
-    filtered = vit_filter_fn(state_dict, model)
-    if isinstance(model.pre_logits, nn.Sequential):
-        filtered.update({name: value for name, value in source.items() if name.startswith("pre_logits.")})
-    return filtered
-
-
-def from_original(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Converts the original's parameters to a state dict of `VMoE`.
-
-    Args:
-        arrays: parameter path, e.g. "Encoder/encoderblock_1/Moe/Mlp/Dense_0/kernel" -> array.
-
-    Returns:
-        State dict; linear kernels are transposed, query, key and value fused.
-
-    Raises:
-        ValueError: if a path is unknown or a part of a fused projection is missing.
-    """
-    state: dict[str, Tensor] = {}
-    fused: dict[str, dict[str, Tensor]] = {}
-    for path, array in arrays.items():
-        value = torch.from_numpy(np.array(array))
-        name = _rename(path)
-        if name is None:
-            raise ValueError(f"parameter path must be one of the original's, got {path!r}")
-        if "{" in name:
-            part = path.split("/")[-2]
-            fused.setdefault(name, {})[part] = _projection(value, path)
-        elif path.endswith("/out/kernel"):
-            state[name] = value.flatten(0, -2).t().contiguous()
-        elif path == "embedding/kernel":
-            state[name] = value.permute(3, 2, 0, 1).contiguous()
-        elif path.endswith("/kernel"):
-            state[name] = value.transpose(-1, -2).contiguous()
-        else:
-            state[name] = value
-    for name, parts in fused.items():
-        target, _, order = name.partition("{")
-        names = order.rstrip("}").split(",")
-        missing = [part for part in names if part not in parts]
-        if missing:
-            raise ValueError(f"{target} must have query, key and value, missing {missing}")
-        state[target] = torch.cat([parts[part] for part in names])
-    return state
-
-
-def _projection(value: Tensor, path: str) -> Tensor:
-    """(D, heads, head dim) kernel or (heads, head dim) bias -> (D_out, D) or (D_out,)."""
-    return value.flatten(1).t() if path.endswith("kernel") else value.flatten()
-
 
 _LEAF = {"kernel": "weight", "bias": "bias", "scale": "weight"}
 _TOP = {
@@ -70,49 +38,299 @@ _TOP = {
     "Encoder/posembed_input/pos_embedding": "pos_embed",
     "MapHead/probe": "attn_pool.latent",
 }
-_MODULES = (
-    (r"embedding", "patch_embed.proj"),
-    (r"Encoder/encoder_norm", "norm"),
-    (r"pre_logits", "pre_logits.0"),
-    (r"head", "head"),
-    (r"Encoder/encoderblock_(\d+)/LayerNorm_0", r"blocks.\1.norm1"),
-    (r"Encoder/encoderblock_(\d+)/LayerNorm_1", r"blocks.\1.norm2"),
-    (r"Encoder/encoderblock_(\d+)/SelfAttention/out", r"blocks.\1.attn.proj"),
-    (r"Encoder/encoderblock_(\d+)/Mlp/Dense_0", r"blocks.\1.mlp.fc1"),
-    (r"Encoder/encoderblock_(\d+)/Mlp/Dense_1", r"blocks.\1.mlp.fc2"),
-    (r"Encoder/encoderblock_(\d+)/Moe/Mlp/Dense_0", r"blocks.\1.mlp.fc1"),
-    (r"Encoder/encoderblock_(\d+)/Moe/Mlp/Dense_1", r"blocks.\1.mlp.fc2"),
-    (r"Encoder/encoderblock_(\d+)/Moe/Router/dense", r"blocks.\1.mlp.router"),
-    (r"MapHead/MultiHeadDotProductAttention/out", "attn_pool.proj"),
-    (r"MapHead/LayerNorm", "attn_pool.norm"),
-    (r"MapHead/Mlp/Dense_0", "attn_pool.mlp.fc1"),
-    (r"MapHead/Mlp/Dense_1", "attn_pool.mlp.fc2"),
-)
-# Fused targets carry the order of their parts in braces.
-_FUSED = (
-    (r"Encoder/encoderblock_(\d+)/SelfAttention/(query|key|value)", r"blocks.\1.attn.qkv.%s{query,key,value}"),
-    (r"MapHead/MultiHeadDotProductAttention/query", r"attn_pool.q.%s{query}"),
-    (r"MapHead/MultiHeadDotProductAttention/(key|value)", r"attn_pool.kv.%s{key,value}"),
+# {} stands for a block's number.
+_MODULES = {
+    "embedding": "patch_embed.proj",
+    "Encoder/encoder_norm": "norm",
+    "pre_logits": "pre_logits.0",
+    "head": "head",
+    "Encoder/encoderblock_{}/LayerNorm_0": "blocks.{}.norm1",
+    "Encoder/encoderblock_{}/LayerNorm_1": "blocks.{}.norm2",
+    "Encoder/encoderblock_{}/SelfAttention/out": "blocks.{}.attn.proj",
+    "Encoder/encoderblock_{}/Mlp/Dense_0": "blocks.{}.mlp.fc1",
+    "Encoder/encoderblock_{}/Mlp/Dense_1": "blocks.{}.mlp.fc2",
+    "Encoder/encoderblock_{}/Moe/Mlp/Dense_0": "blocks.{}.mlp.fc1",
+    "Encoder/encoderblock_{}/Moe/Mlp/Dense_1": "blocks.{}.mlp.fc2",
+    "Encoder/encoderblock_{}/Moe/Router/dense": "blocks.{}.mlp.router",
+    "MapHead/MultiHeadDotProductAttention/out": "attn_pool.proj",
+    "MapHead/LayerNorm": "attn_pool.norm",
+    "MapHead/Mlp/Dense_0": "attn_pool.mlp.fc1",
+    "MapHead/Mlp/Dense_1": "attn_pool.mlp.fc2",
+}
+# Ours -> the original's modules whose parameters are joined in it, in order.
+_JOINED = {
+    "blocks.{}.attn.qkv": tuple(
+        f"Encoder/encoderblock_{{}}/SelfAttention/{part}" for part in ("query", "key", "value")
+    ),
+    "attn_pool.q": ("MapHead/MultiHeadDotProductAttention/query",),
+    "attn_pool.kv": tuple(f"MapHead/MultiHeadDotProductAttention/{part}" for part in ("key", "value")),
+}
+_PARTS = {path: (name, order) for name, paths in _JOINED.items() for order, path in enumerate(paths)}
+_NORMS = ("LayerNorm_0", "LayerNorm_1", "LayerNorm", "encoder_norm")
+_NUMBER = re.compile(r"(?<=encoderblock_)\d+(?=/)|(?<=^blocks\.)\d+(?=\.)")
+# The plain ViT's names, whose numbers depend on the version that wrote them.
+_PLAIN = (
+    (r"^Transformer/", "Encoder/"),
+    (r"/MultiHeadDotProductAttention_\d+/", "/SelfAttention/"),
+    (r"/MlpBlock_\d+/", "/Mlp/"),
+    (r"/LayerNorm_2/", "/LayerNorm_1/"),
 )
 
 
-def _rename(path: str) -> str | None:
+def _pattern(name: str) -> tuple[str, str]:
+    """The name with {} for the block's number, and the number or ""."""
+    found = _NUMBER.search(name)
+    return (name, "") if found is None else (name[: found.start()] + "{}" + name[found.end() :], found.group())
+
+
+def from_original(arrays: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor]:
+    """Converts the original's parameters to a state dict of `VMoE`.
+
+    Args:
+        arrays: parameter path, e.g. "Encoder/encoderblock_1/Moe/Mlp/Dense_0/kernel" -> array.
+
+    Returns:
+        State dict, by the table above; an ensemble's routers are (E, D) still, see `split_members`.
+
+    Raises:
+        ValueError: if a path is unknown, twice there, or a part of a joined projection is missing.
+    """
+    state: dict[str, Tensor] = {}
+    joined: dict[str, dict[int, Tensor]] = {}
+    for path, array in arrays.items():
+        value = array if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
+        plain = path
+        if path.startswith("Transformer/"):
+            for old, new in _PLAIN:
+                plain = re.sub(old, new, plain)
+        name, order, value = _to_ours(plain, value, path)
+        if name in state or (name in joined and order in joined[name]):
+            raise ValueError(f"parameter paths must be unique, got {path!r} for {name} again")
+        if order is None:
+            state[name] = value
+        else:
+            joined.setdefault(name, {})[order] = value
+    for name, parts in joined.items():
+        module, _, _leaf = name.rpartition(".")
+        paths = _JOINED[_pattern(name)[0].rpartition(".")[0]]
+        missing = [path.rpartition("/")[2] for order, path in enumerate(paths) if order not in parts]
+        if missing:
+            raise ValueError(f"{module} must have query, key and value, missing {missing}")
+        state[name] = torch.cat([parts[order] for order in range(len(paths))])
+    return state
+
+
+def _to_ours(path: str, value: Tensor, given: str) -> tuple[str, int | None, Tensor]:
+    """Our name, the order in a joined parameter or None, and the value in our layout."""
     if path in _TOP:
-        return _TOP[path]
-    module, _, leaf = path.rpartition("/")
-    if leaf not in _LEAF:
-        return None
-    for pattern, target in _FUSED:
-        if re.fullmatch(pattern, module):
-            return re.sub(pattern, target % _LEAF[leaf], module)
-    for pattern, target in _MODULES:
-        if re.fullmatch(pattern, module):
-            return re.sub(pattern, target, module) + "." + _LEAF[leaf]
-    return None
+        return _TOP[path], None, value
+    pattern, number = _pattern(path)
+    module, _, leaf = pattern.rpartition("/")
+    if leaf not in _LEAF or (leaf == "scale") != (leaf != "bias" and module.rpartition("/")[2] in _NORMS):
+        raise ValueError(f"parameter path must be one of the original's, got {given!r}")
+    if module in _PARTS:
+        name, order = _PARTS[module]
+        value = value.flatten(1).t() if leaf == "kernel" else value.flatten()
+        return f"{name.format(number)}.{_LEAF[leaf]}", order, value
+    if module not in _MODULES:
+        raise ValueError(f"parameter path must be one of the original's, got {given!r}")
+    name = f"{_MODULES[module].format(number)}.{_LEAF[leaf]}"
+    if leaf != "kernel":
+        return name, None, value
+    if module == "embedding":
+        return name, None, value.permute(3, 2, 0, 1).contiguous()
+    if module.endswith("/out"):
+        value = value.flatten(0, -2)
+    elif module.endswith("Router/dense"):
+        value = value.flatten(1)
+    return name, None, value.transpose(-1, -2).contiguous()
+
+
+def to_original(state: Mapping[str, Tensor], num_heads: int, ensemble_size: int = 1) -> dict[str, Tensor]:
+    """Converts a state dict of `VMoE` to the original's parameters; the inverse of `from_original`, bit for bit.
+
+    Args:
+        state: as `from_original` gives it, or of an ensemble.
+        num_heads: attention heads of every block, and of the pooling.
+        ensemble_size: M of an ensemble, whose routers become (D, M, E / M).
+
+    Returns:
+        Parameter path -> tensor.
+
+    Raises:
+        ValueError: if the original has no such parameter.
+    """
+    ours = {name: path for path, name in _MODULES.items()}
+    top = {name: path for path, name in _TOP.items()}
+    arrays = {}
+    state = join_members(state)
+    for name, value in state.items():
+        if name in top:
+            arrays[top[name]] = value
+            continue
+        pattern, number = _pattern(name)
+        module, _, leaf = pattern.rpartition(".")
+        if module in _JOINED and leaf in ("weight", "bias"):
+            paths = _JOINED[module]
+            for path, part in zip(paths, value.chunk(len(paths))):
+                if leaf == "weight":
+                    part = part.t().reshape(part.shape[1], num_heads, -1)
+                else:
+                    part = part.reshape(num_heads, -1)
+                arrays[f"{path.format(number)}/{'kernel' if leaf == 'weight' else 'bias'}"] = part
+            continue
+        if module not in ours or leaf not in ("weight", "bias"):
+            raise ValueError(f"the original must have a parameter for every one of ours, it has none for {name!r}")
+        path = ours[module].format(number)
+        if module.endswith((".fc1", ".fc2")) and number:
+            path = path.replace("/Moe/Mlp/", "/Mlp/")
+            if f"blocks.{number}.mlp.router.weight" in state:
+                path = path.replace("/Mlp/", "/Moe/Mlp/")
+        if leaf == "bias":
+            arrays[f"{path}/bias"] = value
+        elif path.rpartition("/")[2] in _NORMS:
+            arrays[f"{path}/scale"] = value
+        elif module == "patch_embed.proj":
+            arrays[f"{path}/kernel"] = value.permute(2, 3, 1, 0)
+        else:
+            value = value.transpose(-1, -2)
+            if path.endswith("/out"):
+                value = value.reshape(num_heads, -1, value.shape[-1])
+            elif module.endswith(".router") and ensemble_size > 1:
+                value = value.reshape(value.shape[0], ensemble_size, -1)
+            arrays[f"{path}/kernel"] = value
+    return arrays
+
+
+def split_members(state: Mapping[str, Tensor], ensemble_size: int) -> dict[str, Tensor]:
+    """Gives every member of an ensemble its share of the experts: blocks.i.mlp.* to blocks.i.mlp.members.m.*."""
+    routed = {
+        name.removesuffix("router.weight") for name in state if re.fullmatch(r"blocks\.\d+\.mlp\.router\.weight", name)
+    }
+    result = {}
+    for name, value in state.items():
+        base = re.match(r"(blocks\.\d+\.mlp\.)", name)
+        if base is None or base.group() not in routed:
+            result[name] = value
+            continue
+        if value.shape[0] % ensemble_size:
+            raise ValueError(
+                f"{name} must have a multiple of ensemble_size={ensemble_size} experts, got {value.shape[0]}"
+            )
+        for member, part in enumerate(value.chunk(ensemble_size)):
+            result[f"{base.group()}members.{member}.{name.removeprefix(base.group())}"] = part
+    return result
+
+
+def join_members(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `split_members`; other state dicts are left as they are."""
+    result, members = {}, {}
+    for name, value in state.items():
+        found = re.fullmatch(r"(blocks\.\d+\.mlp\.)members\.(\d+)\.(.*)", name)
+        if found is None:
+            result[name] = value
+        else:
+            members.setdefault(found[1] + found[3], {})[int(found[2])] = value
+    return result | {name: torch.cat([parts[m] for m in sorted(parts)]) for name, parts in members.items()}
+
+
+def zoom_position(source: Tensor, target: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """Resizes a position embedding as the original does: bilinear, corners on corners.
+
+    Args:
+        source: (1, L, D), a square grid with or without prefix tokens before it.
+        target: (1, prefix + rows * columns, D), the model's own; lends what the source has no position for.
+        grid: rows and columns of the result.
+        prefix: tokens before the grid in the target.
+
+    Returns:
+        (1, prefix + rows * columns, D) in source.dtype.
+
+    Raises:
+        ValueError: if the source has no square grid.
+    """
+    if source.shape == target.shape:
+        return source
+    for tokens in dict.fromkeys((prefix, 0, 1)):
+        side = math.isqrt(max(source.shape[1] - tokens, 0))
+        if side and side * side == source.shape[1] - tokens:
+            break
+    else:
+        raise ValueError(f"pos_embed must hold a square grid to be resized, got {source.shape[1]} positions")
+    image = source[:, tokens:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if (side, side) != tuple(grid):
+        # Float16 and bfloat16 have no bilinear resize of their own everywhere.
+        image = F.interpolate(image.float(), size=tuple(grid), mode="bilinear", align_corners=True).to(source.dtype)
+    own = target[:, :prefix].to(source)
+    first = torch.cat([source[:, : min(tokens, prefix)], own[:, tokens:]], 1)
+    return torch.cat([first, image.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's ViT filter, but positions resize as in the original, and the pre-logits layer and ensembles are known."""
+    source = state_dict.get("model", state_dict)
+    source = dict(source.get("state_dict", source))
+    position = source.pop("pos_embed", None)
+    own = model.state_dict()
+    filtered = vit_filter_fn(source, model)
+    if isinstance(model.pre_logits, nn.Sequential):
+        filtered.update({name: value for name, value in source.items() if name.startswith("pre_logits.")})
+    if position is not None and "pos_embed" in own:
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        filtered["pos_embed"] = zoom_position(position, own["pos_embed"], model.patch_embed.grid_size, prefix)
+    if model.ensemble_size > 1 and not any(".mlp.members." in name for name in filtered):
+        filtered = split_members(filtered, model.ensemble_size)
+    return filtered
+
+
+def load_adapted(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads a state dict, adapting resolution, patches, channels and head; all else must fit exactly.
+
+    Another number of classes keeps the model's own head, and leaves out a pre-logits layer that the model lacks, as the
+    original's fine-tuning does. Other channels are summed or repeated as in timm.
+
+    Args:
+        model: a VMoE; nothing in it changes on an error.
+        state: names as ours.
+        source: where the state comes from, for errors.
+
+    Raises:
+        ValueError: if a parameter is missing, unknown, or of another shape.
+    """
+    own = model.state_dict()
+    had_pre_logits = "pre_logits.0.weight" in state
+    head = state.get("head.weight")
+    state = checkpoint_filter_fn(dict(state), model)
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.dim() == 4 and kernel.shape[1] != own["patch_embed.proj.weight"].shape[1]:
+        state["patch_embed.proj.weight"] = adapt_input_conv(
+            own["patch_embed.proj.weight"].shape[1], kernel, kernel.shape[1]
+        )
+    if model.fixed_pos_embed:
+        state["pos_embed"] = own["pos_embed"]
+    same_head = head is not None and head.shape[0] == model.num_classes
+    wrong = []
+    if not same_head:
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+        state |= {name: value for name, value in own.items() if name.startswith("head.")}
+    elif had_pre_logits and "pre_logits.0.weight" not in own:
+        wrong.append(
+            "pre_logits.0.weight is not in the model, but its head is (create it with representation_size=True)"
+        )
+    wrong += [f"{name} is missing" for name in sorted(own.keys() - state.keys())]
+    wrong += [f"{name} is not in the model" for name in sorted(state.keys() - own.keys())]
+    wrong += [
+        f"{name} must be {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{source} must fit the model: " + "; ".join(wrong[:8]))
+    model.load_state_dict(state)
 
 
 def load_original_npz(model: nn.Module, path: str, prefix: str = "") -> None:
-    """Loads an .npz of the original's parameters, adapting patches, positions, channels and head.
+    """Loads an .npz of the original's parameters, or of a plain ViT's, with what `load_adapted` adapts.
 
     Args:
         model: a VMoE; nothing in it changes on an error.
@@ -126,19 +344,4 @@ def load_original_npz(model: nn.Module, path: str, prefix: str = "") -> None:
         arrays = {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
     if not arrays:
         raise ValueError(f"{path} must hold arrays named {prefix}..., found none")
-    state = checkpoint_filter_fn(from_original(arrays), model)
-    own = model.state_dict()
-    if model.num_classes != state.get("head.weight", own.get("head.weight", torch.empty(0))).shape[0]:
-        state = {name: own.get(name, value) if name.startswith("head.") else value for name, value in state.items()}
-    wrong = sorted(
-        [f"{name} is missing" for name in own.keys() - state.keys()]
-        + [f"{name} is not in the model" for name in state.keys() - own.keys()]
-        + [
-            f"{name} must be {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
-            for name in own.keys() & state.keys()
-            if own[name].shape != state[name].shape
-        ]
-    )
-    if wrong:
-        raise ValueError(f"{path} does not fit the model: " + "; ".join(wrong[:8]))
-    model.load_state_dict(state)
+    load_adapted(model, from_original(arrays), path)

@@ -1,0 +1,144 @@
+"""E3, efficient ensembles of experts (arXiv 2110.03360): M members that share all but the experts.
+
+The batch is repeated before the first MoE layer, and member m is routed among its own E / M experts only.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models import register_notrace_module
+from timm.models import vision_transformer as vit
+from torch import Tensor, nn
+
+from vmoe_torch.layers import MoeMlp
+from vmoe_torch.models.vmoe import VMoE, parse_moe_layers
+
+OUTPUTS = ("probabilities", "log_probabilities", "members")
+
+
+@register_notrace_module
+class EnsembleMoeMlp(nn.Module):
+    """One `MoeMlp` per member, each with its share of the experts.
+
+    Args:
+        in_features: D.
+        ensemble_size: M, a divisor of num_experts.
+        num_experts: E, of all members together.
+        importance_loss_weight: of the mean over members.
+        load_loss_weight: of the mean over members.
+        gshard_loss_weight: of the mean over members.
+        **moe: what `MoeMlp` takes. The router noise is divided by E / M.
+
+    Shape:
+        (B * M, L, D) -> (B * M, L, O); the members of an image follow each other.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *args,
+        ensemble_size: int,
+        num_experts: int,
+        importance_loss_weight: float,
+        load_loss_weight: float,
+        gshard_loss_weight: float,
+        **moe,
+    ):
+        super().__init__()
+        if ensemble_size < 1 or num_experts % ensemble_size:
+            raise ValueError(f"num_experts must be a multiple of ensemble_size={ensemble_size}, got {num_experts}")
+        weights = (importance_loss_weight, load_loss_weight, gshard_loss_weight)
+        importance, load, gshard = (weight / ensemble_size for weight in weights)
+        self.members = nn.ModuleList(
+            MoeMlp(
+                in_features,
+                *args,
+                num_experts=num_experts // ensemble_size,
+                importance_loss_weight=importance,
+                load_loss_weight=load,
+                gshard_loss_weight=gshard,
+                **moe,
+            )
+            for _ in range(ensemble_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(0, (-1, len(self.members))).unbind(1)
+        return torch.stack([member(part) for member, part in zip(self.members, parts)], 1).flatten(0, 1)
+
+
+class EnsembleBlock(vit.Block):
+    """timm's Block with an `EnsembleMoeMlp` where `depth` is among `moe_layers`; the first one repeats the batch."""
+
+    def __init__(
+        self,
+        *args,
+        ensemble_size: int,
+        depth: int = 0,
+        moe_layers: tuple[int, ...] = (),
+        moe: dict[str, Any],
+        **kwargs,
+    ):
+        if depth in moe_layers:
+            kwargs["mlp_layer"] = partial(EnsembleMoeMlp, ensemble_size=ensemble_size, **moe)
+        super().__init__(*args, depth=depth, **kwargs)
+        self.repeats = ensemble_size if depth == moe_layers[0] else 1
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return super().forward(x.repeat_interleave(self.repeats, 0) if self.repeats > 1 else x, *args, **kwargs)
+
+
+class VMoEEnsemble(VMoE):
+    """V-MoE whose members vote.
+
+    In training the logits of every member, (B * M, num_classes), those of an image in a row, as the original has them:
+    repeat the labels. In eval mode `ensemble_output` says what comes out.
+
+    Args:
+        ensemble_size: M; at least one layer must be sparse.
+        ensemble_output: in eval mode, "probabilities" averaged over members (B, num_classes), their logarithms, or the
+            logits of all "members" as in training.
+        **kwargs: what `VMoE` takes; num_experts counts those of all members.
+    """
+
+    def __init__(
+        self,
+        *args,
+        ensemble_size: int = 2,
+        ensemble_output: str = "probabilities",
+        depth: int = 12,
+        moe_layers: str | int | tuple[int, ...] | list[int] = "last2",
+        **kwargs,
+    ):
+        if ensemble_output not in OUTPUTS:
+            raise ValueError(f"ensemble_output must be one of {OUTPUTS}, got {ensemble_output!r}")
+        if not parse_moe_layers(moe_layers, depth):
+            raise ValueError("moe_layers must name at least one block for an ensemble, got none")
+        # Read by the base class while it builds the blocks.
+        self.ensemble_size = ensemble_size
+        self.block_class = partial(EnsembleBlock, ensemble_size=ensemble_size)
+        super().__init__(*args, depth=depth, moe_layers=moe_layers, **kwargs)
+        self.ensemble_output = ensemble_output
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        logits = super().forward(x, attn_mask)
+        if self.training or self.ensemble_output == "members":
+            return logits
+        return average_members(logits, self.ensemble_size, self.ensemble_output == "log_probabilities")
+
+
+def average_members(logits: Tensor, ensemble_size: int, log: bool = False) -> Tensor:
+    """Probabilities averaged over members.
+
+    Args:
+        logits: (B * M, num_classes), the members of an image in a row.
+        ensemble_size: M.
+        log: whether to return their logarithms.
+
+    Returns:
+        (B, num_classes) in logits.dtype.
+    """
+    log_p = logits.unflatten(0, (-1, ensemble_size)).log_softmax(-1).logsumexp(1) - math.log(ensemble_size)
+    return log_p if log else log_p.exp()
