@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.cases import CPU_LAYER, Case
 from benchmarks.protocol import Samples, measure, peak_cpu_memory, relative_error, with_gradients
-from benchmarks.results import RESULTS, Row, as_dicts, environment, heading, machine_name, row, table, write
+from benchmarks.results import RESULTS, Ceiling, Row, as_dicts, environment, heading, machine_name, row, table, write
 from vmoe_torch.layers import MoeMlp
 
 CPU = torch.device("cpu")
@@ -206,7 +206,7 @@ def growth_bar(samples: dict[str, Samples]) -> Bar:
 def layer_rows(case: Case, samples: dict[str, Samples]) -> list[Row]:
     """Rows with the share of this machine's own matmul rate."""
     square = 2 * 2048**3
-    ceiling = ("matmul 2048^3", square / samples["matmul 2048^3/forward"].median)
+    ceiling = Ceiling("matmul 2048^3", square / samples["matmul 2048^3/forward"].median, "flops")
     rows = []
     for name, each in samples.items():
         variant, direction = name.split("/")

@@ -141,7 +141,7 @@ def compile_case(case: CompileCase, capability: int) -> Compiled:
         dict(case.constexprs),
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.max_registers}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack, local = machine_code(binary.asm["cubin"])
     ptx, shared = binary.asm["ptx"], binary.metadata.shared

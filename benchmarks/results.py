@@ -17,6 +17,15 @@ RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
+class Ceiling:
+    """A rate that was measured in the same run, and what it counts: "flops" or "bytes", per second."""
+
+    name: str
+    rate: float
+    counts: str
+
+
+@dataclass(frozen=True)
 class Row:
     """One variant of one op at one shape."""
 
@@ -35,8 +44,9 @@ class Row:
 
     @property
     def rate(self) -> str:
-        """FLOP/s where the op is counted in FLOPs, else bytes/s."""
-        work, unit = (self.flops, "FLOP/s") if self.flops else (self.bytes, "B/s")
+        """FLOP/s of a product, bytes/s of what is bound by memory."""
+        of_copy = self.ceiling == "copy" or not self.flops
+        work, unit = (self.bytes, "B/s") if of_copy else (self.flops, "FLOP/s")
         if not work:
             return ""
         giga = work / self.median_us * 1e-3
@@ -52,13 +62,13 @@ def row(
     *,
     num_bytes: int | None = None,
     flops: int | None = None,
-    ceiling: tuple[str, float] | None = None,
+    ceiling: Ceiling | None = None,
 ) -> Row:
-    """A row from its samples; `ceiling` is a name and a rate in FLOP/s (with flops) or bytes/s."""
+    """A row from its samples."""
     percent = None
-    work = flops or num_bytes
-    if ceiling is not None and work:
-        percent = 100.0 * work / samples.median / ceiling[1]
+    if ceiling is not None:
+        work = flops if ceiling.counts == "flops" else num_bytes
+        percent = None if work is None else 100.0 * work / samples.median / ceiling.rate
     return Row(
         op,
         direction,
@@ -70,7 +80,7 @@ def row(
         len(samples.seconds),
         num_bytes,
         flops,
-        None if ceiling is None else ceiling[0],
+        None if ceiling is None else ceiling.name,
         percent,
     )
 

@@ -25,10 +25,12 @@ class Config:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None  # per thread, so that more programs fit on a multiprocessor
 
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `kernel[grid](...)`."""
-        return {**self.constexprs, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        kwargs = {**self.constexprs, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return kwargs if self.max_registers is None else {**kwargs, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class CompileCase:
     has_dot: bool = False  # the kernel multiplies matrices, so it must use tensor cores
     divisible: Sequence[str] = field(default=())  # integer arguments that are multiples of 16 at these constants
     capabilities: Sequence[int] = field(default=(80, 90, 100))  # chips that this config ships for
+    max_registers: int | None = None  # as in Config
 
 
 _TABLES: dict[str, dict[Key, Config]] = {}

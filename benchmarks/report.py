@@ -1,0 +1,221 @@
+"""Measures everything this machine can, checks it against its bars, and writes it down as it goes.
+
+    python -m benchmarks.report [--quick] [--seconds 540]
+
+On a GPU: benchmarks/results/<gpu>/report.{json,md}, every op against its opponents. Without one: the CPU benchmark, and
+benchmarks/results/predicted/report.{json,md}, where the measured columns are empty and predictions stand beside them.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import (
+    bars,
+    bench_combine,
+    bench_dispatch,
+    bench_expert_mlp,
+    bench_gpu_layer,
+    bench_model,
+    bench_moe_layer,
+    bench_router,
+    bench_slots,
+    ceilings,
+    work,
+)
+from benchmarks.cases import LAYERS, Case
+from benchmarks.results import RESULTS, as_dicts, environment, heading, machine_name, table, write
+from benchmarks.session import Session
+
+# In this order, each until its share of the time is used up; what one leaves goes to the next.
+SHARES = (
+    (ceilings, 0.05),
+    (bench_slots, 0.10),
+    (bench_gpu_layer, 0.40),
+    (bench_expert_mlp, 0.15),
+    (bench_router, 0.08),
+    (bench_dispatch, 0.06),
+    (bench_combine, 0.06),
+    (bench_model, 0.10),
+)
+QUICK = 2  # cases of LAYERS
+COMPILE_REPORT = RESULTS / "compile_report.json"
+
+
+def measure_all(session: Session) -> None:
+    """Runs every benchmark; what fails is noted and costs the others nothing."""
+    due = 0.0
+    for bench, share in SHARES:
+        due += share * session.seconds
+        session.deadline = due
+        try:
+            bench.run(session)
+        except Exception as error:  # Numbers that were measured must survive what comes after them.
+            session.note(f"{bench.__name__} stopped: {type(error).__name__}: {error}")
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def write_measured(session: Session, folder: Path, complete: bool = False) -> Path:
+    """Writes what there is so far."""
+    made = environment(session.device)
+    results = [bar.result(session) for bar in bars.BARS]
+    content = {
+        "environment": made,
+        "complete": complete,
+        "seconds": session.elapsed,
+        "bars": results,
+        "ceilings": session.ceilings,
+        "peak_memory": [
+            {"case": case, "variant": variant, "bytes": peak} for (case, variant), peak in session.memory.items()
+        ],
+        "notes": session.notes,
+        "rows": as_dicts(session.rows),
+    }
+    lines = heading("Kernels, measured", made)
+    if not complete:
+        lines += ["The run has not ended: this is a part.", ""]
+    lines += [
+        f"Data is {str(session.dtype).removeprefix('torch.')}, N(0, 1)-like; the L2 is cold; medians of interleaved",
+        "runs; every variant passed its check against float64 before it was timed. A bar is held against the worst case.",
+        "",
+        *bars.lines(results),
+        "",
+        *(f"- {note}" for note in session.notes),
+        "",
+        *_memory_lines(session),
+        *table(session.rows),
+    ]
+    return write(folder, "report", content, lines)
+
+
+def _memory_lines(session: Session) -> list[str]:
+    if not session.memory:
+        return []
+    lines = ["| case | variant | peak memory of a training step |", "| --- | --- | --- |"]
+    lines += [f"| {case} | {variant} | {peak / 2**20:.0f} MiB |" for (case, variant), peak in session.memory.items()]
+    return [*lines, ""]
+
+
+def predictions(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
+    """Least time of every op, direction and case on an H200, from bytes and FLOPs over its ceilings."""
+    found = []
+    for case in cases:
+        for op, count in work.OPS.items():
+            for direction, least in count(case).items():
+                copies, products = least.bytes / work.H200_COPY, least.flops / work.H200_MATMUL
+                found.append(
+                    {
+                        "op": op,
+                        "direction": direction,
+                        "case": case.name,
+                        "bytes": least.bytes,
+                        "flops": least.flops,
+                        "predicted_us": least.seconds() * 1e6,
+                        "bound": "products" if products > copies else "copies",
+                        "measured_us": None,
+                    }
+                )
+    return found
+
+
+def kernel_predictions() -> list[dict]:
+    """What the kernels' own files predict (PREDICTED_MICROSECONDS: a name, or a tuple of names and sizes, to us)."""
+    from benchmarks.compile_report import triton_modules
+
+    found = []
+    for module in triton_modules():
+        predicted = getattr(importlib.import_module(module), "PREDICTED_MICROSECONDS", {})
+        for key, microseconds in predicted.items():
+            name = " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+            found.append({"module": module, "kernel": name, "predicted_us": microseconds, "measured_us": None})
+    return found
+
+
+def occupancy(capability: int = 90) -> list[dict]:
+    """Registers, shared memory and resident blocks of every shipped config, from the compile report."""
+    if not COMPILE_REPORT.exists():
+        return []
+    fields = ("name", "num_warps", "registers", "shared", "blocks_per_sm")
+    rows = json.loads(COMPILE_REPORT.read_text())["rows"]
+    return [{field: row[field] for field in fields} for row in rows if row["capability"] == capability]
+
+
+def write_predicted(folder: Path, own: list[dict]) -> Path:
+    """Writes the bars with an empty measured column, and the predictions beside an empty one."""
+    made = environment(torch.device("cpu"))
+    results = [bar.result(Session(torch.device("cpu"))) for bar in bars.BARS]
+    least, resident = predictions(), occupancy()
+    ceiling_text = f"{work.H200_MATMUL * 1e-12:.0f} TFLOP/s in bf16 and {work.H200_COPY * 1e-12:.1f} TB/s"
+    lines = [
+        *heading("Kernels, predicted: nothing here was measured on a GPU", made),
+        "`python -m benchmarks.report` on a GPU fills the measured columns in a file of its own.",
+        "",
+        *bars.lines(results),
+        "",
+        f"Predicted is the least time on an H200: the larger of FLOPs and bytes over {ceiling_text}, inputs read once",
+        "and outputs written once; launches come on top.",
+        "",
+        "| op | direction | case | MB | GFLOP | bound by | predicted us | measured us |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {each['op']} | {each['direction']} | {each['case']} | {each['bytes'] * 1e-6:.1f} "
+        f"| {each['flops'] * 1e-9:.1f} | {each['bound']} | {each['predicted_us']:.1f} | |"
+        for each in least
+    ]
+    if own:
+        lines += ["", "| the kernel files' own predictions | predicted us | measured us |", "| --- | --- | --- |"]
+        lines += [f"| {each['kernel']} | {each['predicted_us']:.1f} | |" for each in own]
+    if resident:
+        lines += [
+            "",
+            "Occupancy on sm_90, from the compile report:",
+            "",
+            "| config | warps | registers | shared | blocks/SM | warps/SM |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {each['name']} | {each['num_warps']} | {each['registers']} | {each['shared']} "
+            f"| {each['blocks_per_sm']} | {each['blocks_per_sm'] * each['num_warps']} |"
+            for each in resident
+        ]
+    content = {
+        "environment": made,
+        "bars": results,
+        "predictions": least,
+        "kernel_predictions": own,
+        "occupancy": resident,
+    }
+    return write(folder, "report", content, lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and runs; on a CPU, predictions alone")
+    parser.add_argument("--seconds", type=float, default=540.0, help="of the whole run on a GPU")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        path = write_predicted(RESULTS / "predicted", kernel_predictions())
+        print(f"no GPU: predictions written to {path}")
+        return 0 if options.quick else bench_moe_layer.main([])
+    device = torch.device("cuda", torch.cuda.current_device())
+    folder = RESULTS / machine_name(device)
+    session = Session(device, seconds=options.seconds, on_row=lambda session: write_measured(session, folder))
+    if options.quick:
+        session = replace(session, cases=LAYERS[:QUICK], seconds=min(options.seconds, 180.0), seconds_per_variant=0.1)
+    measure_all(session)
+    path = write_measured(session, folder, complete=True)
+    print("\n".join(bars.lines([bar.result(session) for bar in bars.BARS])))
+    print("\n".join(session.notes))
+    print(f"{len(session.rows)} rows in {session.elapsed:.0f} s, written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
