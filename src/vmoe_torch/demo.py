@@ -195,8 +195,8 @@ def _machine() -> str:
     if info.exists():
         lines = (line.partition(":") for line in info.read_text().splitlines())
         name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
-    return f"{name}, {os.cpu_count()} cores, {device}; Python {platform.python_version()}, PyTorch {torch.__version__}"
+    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores{device}; Python {platform.python_version()}, PyTorch {torch.__version__}"
 
 
 def _result_section(evaluations: list[Evaluation]) -> Section:

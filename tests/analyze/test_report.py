@@ -106,6 +106,14 @@ def test_capacity_curve_draws_every_evaluation(evaluations):
         capacity_curve(evaluations, "time")
 
 
+def test_capacity_curve_does_not_blow_up_small_differences(evaluations):
+    low, high = capacity_curve(evaluations[-2:-1]).axes[0].get_ylim()
+    assert high - low == pytest.approx(5.0)
+    low, high = capacity_curve(evaluations).axes[0].get_ylim()
+    assert low < 100 * min(e.top1 for e in evaluations)
+    assert high > 100 * max(e.top1 for e in evaluations)
+
+
 def test_capacity_curve_has_a_dense_line_only_if_given(evaluations):
     labels = [line.get_label() for line in capacity_curve(evaluations, dense=0.7).axes[0].lines]
     assert labels.count("dense counterpart") == 1

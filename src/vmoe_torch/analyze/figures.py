@@ -18,6 +18,8 @@ from vmoe_torch.evaluate import Evaluation
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 _STYLE = {True: (BLUE, "BPR", "o"), False: (ORANGE, "vanilla", "s"), None: (GREEN, "as trained", "D")}
 _DASHES = ("-", "--", ":", "-.")
+# Points of accuracy that an axis shows at least.
+_LEAST_SPAN = 5.0
 # Flat and pale blue, which no grey image has.
 _HIDDEN = (0.70, 0.80, 0.93)
 
@@ -67,6 +69,10 @@ def capacity_curve(evaluations: Sequence[Evaluation], against: str = "capacity",
         axes.set_xlabel("capacity factor C (slots per choice, log scale)")
     else:
         axes.set_xlabel("compute of a forward pass (MFLOPs per image)")
+    # Differences of less than a point are mostly chance: never let them fill the picture.
+    low, high = axes.get_ylim()
+    room = max(0.0, _LEAST_SPAN - (high - low)) / 2
+    axes.set_ylim(low - room, high + room)
     axes.set_ylabel("test accuracy, top-1 (%)")
     axes.set_title("Accuracy against " + {"capacity": "capacity", "flops": "compute"}[against] + ", same weights")
     axes.grid(alpha=0.3)

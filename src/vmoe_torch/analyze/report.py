@@ -25,7 +25,8 @@ th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid #e3e
 th { color: #555; font-weight: 600; vertical-align: bottom; }
 tbody tr.first td { border-top: 2px solid #8a8a8a; }
 td.best { font-weight: 700; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem;
+  margin-top: 1.2rem; }
 .figures.wide { grid-template-columns: minmax(0, 1fr); }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; width: 100%; height: auto; max-width: 62rem; }
