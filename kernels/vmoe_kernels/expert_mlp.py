@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe_kernels._impl import check_dtypes, check_floating, no_autocast, use_reference
+from vmoe_kernels._impl import (
+    HAS_TRITON,
+    check_dtypes,
+    check_floating,
+    no_autocast,
+    register_triton,
+    use_reference,
+)
 from vmoe_kernels.activations import FORWARD, activate, chain, check_activation
 from vmoe_kernels.philox import dropout_keep
 
@@ -370,3 +377,10 @@ def expert_mlp(
     if use_reference(impl, x):
         return expert_mlp_reference(x, *weights, activation=activation, drop=drop, seed=seed)
     return torch.ops.vmoe.expert_mlp(x, *weights, activation, drop, seed, wants_grad(x, *weights))[0]
+
+
+if HAS_TRITON:
+    from vmoe_kernels.triton_expert_mlp import expert_mlp_backward_triton, expert_mlp_triton
+
+    register_triton(_expert_mlp_op, expert_mlp_triton)
+    register_triton(_expert_mlp_backward_op, expert_mlp_backward_triton)

@@ -55,6 +55,7 @@ class CompileCase:
 _TABLES: dict[str, dict[Key, Config]] = {}
 _CANDIDATES: dict[str, tuple[Config, ...]] = {}
 _OVERRIDES: dict[str, Config] = {}
+_RECORDINGS: list[list[tuple[str, str]]] = []
 
 
 def register_table(op: str, table: Mapping[Key, Config], candidates: Sequence[Config] = ()) -> None:
@@ -87,6 +88,8 @@ def look_up(op: str, device: torch.device, bucket: str = ANY) -> Config:
     """
     if op not in _TABLES:
         raise ValueError(f"op must be one of {sorted(_TABLES)}, got {op!r}")
+    for seen in _RECORDINGS:
+        seen.append((op, bucket))
     if op in _OVERRIDES:
         return _OVERRIDES[op]
     table, kind = _TABLES[op], device_kind(device)
@@ -155,3 +158,14 @@ def override(op: str, config: Config) -> Iterator[None]:
             del _OVERRIDES[op]
         else:
             _OVERRIDES[op] = before
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[str, str]]]:
+    """Yields a list that fills with the (op, bucket) of every look-up in the block."""
+    seen: list[tuple[str, str]] = []
+    _RECORDINGS.append(seen)
+    try:
+        yield seen
+    finally:
+        _RECORDINGS.remove(seen)

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe_kernels._impl import accumulation_dtype, check_dtypes, check_floating, check_slots, no_autocast, use_reference
+from vmoe_kernels._impl import (
+    HAS_TRITON,
+    accumulation_dtype,
+    check_dtypes,
+    check_floating,
+    check_slots,
+    no_autocast,
+    register_triton,
+    use_reference,
+)
 from vmoe_kernels.activations import check_activation
 from vmoe_kernels.combine import _nan_gates, combine_reference
 from vmoe_kernels.dispatch import choice_of_row, dispatch_reference
@@ -272,3 +281,10 @@ def moe_mlp(
         )
     save = wants_grad(x, gates, *weights)
     return torch.ops.vmoe.moe_mlp(x, slots, gates, *weights, rows_per_expert, activation, drop, seed, save)[0]
+
+
+if HAS_TRITON:
+    from vmoe_kernels.triton_moe_mlp import moe_mlp_backward_triton, moe_mlp_triton
+
+    register_triton(_moe_mlp_op, moe_mlp_triton)
+    register_triton(_moe_mlp_backward_op, moe_mlp_backward_triton)
