@@ -180,8 +180,8 @@ def store_hidden_gradient(
             held, start, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2,
         )  # fmt: skip
         right_dots = store_hidden_gradient(
-            right, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, expert, place, num_rows, count,
-            held, start + BLOCK // 2, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2,
+            right, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, expert, place, num_rows,
+            count, held, start + BLOCK // 2, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2,
         )  # fmt: skip
         return left_dots + right_dots
     rows = tl.arange(0, BLOCK_ROWS)

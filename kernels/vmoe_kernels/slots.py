@@ -10,7 +10,7 @@ Dims: T tokens in G groups of S (the last one may be smaller), K choices per tok
 import torch
 from torch import Tensor
 
-from vmoe_kernels._impl import use_reference
+from vmoe_kernels._impl import HAS_TRITON, register_triton, use_reference
 
 PRIORITIES = ("max", "sum")
 
@@ -151,7 +151,8 @@ def assign_slots(
         raise ValueError(f"capacity must be at least 1 slot, got {capacity} (last group: {last_capacity})")
     if priority not in PRIORITIES:
         raise ValueError(f"priority must be one of {PRIORITIES}, got {priority!r}")
-    if use_reference(impl, experts):
+    # The gates name the dtype: float64 ones are the reference's.
+    if use_reference(impl, gates):
         return assign_slots_reference(
             experts,
             gates,
@@ -165,3 +166,9 @@ def assign_slots(
     return torch.ops.vmoe.assign_slots(
         experts, gates.detach(), num_experts, group_size, capacity, last_capacity, batch_priority, priority
     )
+
+
+if HAS_TRITON:
+    from vmoe_kernels.triton_slots import assign_slots_triton
+
+    register_triton(_assign_slots_op, assign_slots_triton)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vmoe_kernels.expert_epilogue import store_hidden, tile_mask, tile_rows
-from vmoe_kernels.launch import ANY, Config, look_up, register_table, size_bucket
+from vmoe_kernels.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
 from vmoe_kernels.triton_dispatch import dispatch_triton
 from vmoe_kernels.triton_expert_activation import activation_after_gemm, compile_case
 
@@ -188,8 +188,8 @@ def gemm_tile(
 
 # Predicted, nothing was measured yet. 128x128 with 8 warps and 128 registers runs two programs per multiprocessor of an
 # H100 or H200, so one's epilogue (4 bytes of stores per 1,536 FLOPs at D=768) hides behind the other's products. With
-# that cap sm_80 and sm_100 would spill, and so would dropout, which draws random numbers in the epilogue. Full-precision
-# float32 has no tensor cores: small tiles fill the chip.
+# that cap sm_80 and sm_100 would spill, and so would dropout, which draws random numbers in the epilogue. float32 in
+# full precision has no tensor cores: small tiles fill the chip.
 _WIDE = gemm_tile(128, 128, 64, warps=8, stages=3, parts=2)
 _WIDE_SM90 = gemm_tile(128, 128, 64, warps=8, stages=3, registers=128)
 _FEW_ROWS = gemm_tile(64, 128, 64, warps=4, stages=3, parts=2)

@@ -216,8 +216,8 @@ def experts_backward(
 
     Returns:
         The gradient of the rows of x (E, R, D), undefined in empty rows; the gradients of fc1 weight and bias, fc2
-        weight and bias, empty where a bias is absent; and, with gates, float32 parts (P, E * R) and (E * R,) that add up
-        to the gradient of the gate of each row, the second from the bias, None where there is none.
+        weight and bias, empty where a bias is absent; and, with gates, float32 parts (P, E * R) and (E * R,) that add
+        up to the gradient of the gate of each row, the second from the bias, None where there is none.
     """
     buffer = x.buffer
     d_pre, gated, row_dots, column_sums = hidden_gradient(
