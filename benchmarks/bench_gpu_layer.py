@@ -10,7 +10,7 @@ from benchmarks.ceilings import bmm_rate
 from benchmarks.opponents import layer_variants, mlp_variants, scattermoe
 from benchmarks.protocol import peak_cuda_memory, relative_error, with_gradients
 from benchmarks.results import Ceiling
-from benchmarks.session import Session, Variant
+from benchmarks.session import Session, Variant, first_line
 
 OP = "moe_layer"
 # Logits that differ in rounding order the tokens differently where two are nearly equal.
@@ -92,6 +92,6 @@ def _scattermoe(session: Session, layer: Layer) -> None:
         if not error <= 0.02:
             raise RuntimeError(f"off by {error:.1e} from the eager reference")
     except Exception as error:  # A package of its own, of any version: noted, left out.
-        session.note(f"{what}: ScatterMoE is left out: {error}")
+        session.note(f"{what}: ScatterMoE is left out: {first_line(error)}")
         return
     session.time(OP, "forward", f"{layer.case.name}, no bias, no drops, routing given", {"ScatterMoE": call})

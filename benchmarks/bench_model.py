@@ -5,7 +5,7 @@ import time
 import torch
 
 from benchmarks.protocol import Samples
-from benchmarks.session import Session
+from benchmarks.session import Session, first_line
 
 OP = "model"
 MOE, DENSE = "vmoe_b16", "vit_base_patch16_224"
@@ -40,7 +40,7 @@ def run(session: Session, images: int = 128, moe: str = MOE, dense: str = DENSE)
             try:
                 _time(session, direction, case, calls)
             except Exception as error:  # A failure of one mode must not cost the others their numbers.
-                session.note(f"{OP} {direction} {case}: left out: {error!r}")
+                session.note(f"{OP} {direction} {case}: left out: {first_line(error)}")
             for model in models.values():
                 model.zero_grad(set_to_none=True)
 

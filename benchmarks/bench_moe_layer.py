@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from timm.layers import Mlp
@@ -270,10 +271,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="time to spend on timed runs")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the machine's folder is made")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     content, lines = run_cpu(CPU_LAYER, options.seconds)
-    path = write(RESULTS / machine_name(CPU), "bench_moe_layer", content, lines)
+    path = write(options.folder / machine_name(CPU), "bench_moe_layer", content, lines)
     print("\n".join(lines))
     print(f"\nwritten to {path}")
     return 0

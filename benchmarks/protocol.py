@@ -134,13 +134,10 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return (got - exact).norm().item() / (scale if scale > 0 else 1.0)
 
 
-def require_close(
-    what: str, got: Mapping[str, Tensor], eager: Mapping[str, Tensor], exact: Mapping[str, Tensor]
-) -> None:
+def require_close(got: Mapping[str, Tensor], eager: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:
     """Every tensor is at most twice as far from the exact one as the eager reference's.
 
     Args:
-        what: names the variant in the error.
         got: results by name.
         eager: the eager reference's, in the dtype that is measured.
         exact: the same in float64.
@@ -151,7 +148,7 @@ def require_close(
     for name, tensor in got.items():
         error, budget = relative_error(tensor, exact[name]), 2.0 * relative_error(eager[name], exact[name]) + 1e-6
         if not error <= budget:
-            raise RuntimeError(f"{what}: {name} must be within {budget:.1e} of float64, got {error:.1e}: not timed")
+            raise RuntimeError(f"{name} must be within {budget:.1e} of float64, got {error:.1e}: not timed")
 
 
 def peak_cuda_memory(call: Callable[[], object], device: torch.device) -> int:

@@ -30,7 +30,7 @@ from benchmarks import (
 )
 from benchmarks.cases import LAYERS, Case
 from benchmarks.results import RESULTS, as_dicts, environment, heading, machine_name, table, write
-from benchmarks.session import Session
+from benchmarks.session import Session, first_line
 
 # In this order, each until its share of the time is used up; what one leaves goes to the next.
 SHARES = (
@@ -56,7 +56,7 @@ def measure_all(session: Session) -> None:
         try:
             bench.run(session)
         except Exception as error:  # Numbers that were measured must survive what comes after them.
-            session.note(f"{bench.__name__} stopped: {type(error).__name__}: {error}")
+            session.note(f"{bench.__name__} stopped: {type(error).__name__}: {first_line(error)}")
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -82,7 +82,7 @@ def write_measured(session: Session, folder: Path, complete: bool = False) -> Pa
         lines += ["The run has not ended: this is a part.", ""]
     lines += [
         f"Data is {str(session.dtype).removeprefix('torch.')}, N(0, 1)-like; the L2 is cold; medians of interleaved",
-        "runs; every variant passed its check against float64 before it was timed. A bar is held against the worst case.",
+        "runs; every variant passed its check against float64 before it was timed. The worst case counts.",
         "",
         *bars.lines(results),
         "",
@@ -199,13 +199,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and runs; on a CPU, predictions alone")
     parser.add_argument("--seconds", type=float, default=540.0, help="of the whole run on a GPU")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the machine's folder is made")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        path = write_predicted(RESULTS / "predicted", kernel_predictions())
+        path = write_predicted(options.folder / "predicted", kernel_predictions())
         print(f"no GPU: predictions written to {path}")
-        return 0 if options.quick else bench_moe_layer.main([])
+        return 0 if options.quick else bench_moe_layer.main(["--folder", str(options.folder)])
     device = torch.device("cuda", torch.cuda.current_device())
-    folder = RESULTS / machine_name(device)
+    folder = options.folder / machine_name(device)
     session = Session(device, seconds=options.seconds, on_row=lambda session: write_measured(session, folder))
     if options.quick:
         session = replace(session, cases=LAYERS[:QUICK], seconds=min(options.seconds, 180.0), seconds_per_variant=0.1)

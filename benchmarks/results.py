@@ -1,7 +1,9 @@
 """What a measurement is, and the files it goes to: benchmarks/results/<machine>/<name>.{json,md}."""
 
 import dataclasses
+import functools
 import json
+import os
 import platform
 import re
 import subprocess
@@ -122,15 +124,16 @@ def _command() -> str:
     return " ".join([*started, *sys.argv[1:]])
 
 
+@functools.cache
 def _commit() -> str:
-    """The commit that is checked out, and whether files differ from it."""
+    """The commit that is checked out, and whether files differ from it; GIT_COMMIT where there is no repository."""
     try:
         commit, changes = (
             subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout
             for arguments in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("GIT_COMMIT", "unknown")
     return commit.strip() + (" with changes" if changes.strip() else "")
 
 

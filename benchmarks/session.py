@@ -1,6 +1,5 @@
 """One measuring session: what is checked, then timed, then written down at once."""
 
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,11 @@ from benchmarks.work import Work
 Variant = Callable[..., Tensor]
 
 
+def compiled(function: Callable) -> Callable:
+    """torch.compile for one shape."""
+    return torch.compile(function, dynamic=False)
+
+
 @dataclass
 class Session:
     """Where rows go, how much time is left, and which shapes are measured.
@@ -30,7 +34,7 @@ class Session:
     cases: Sequence[Case] = LAYERS
     seconds: float = 600.0  # of the whole session
     seconds_per_variant: float = 0.25  # of timed runs
-    compiler: Callable[[Callable], Callable] = functools.partial(torch.compile, dynamic=False)
+    compiler: Callable[[Callable], Callable] = compiled
     on_row: Callable[["Session"], None] = lambda session: None
     rows: list[Row] = field(default_factory=list)
     samples: dict[tuple[str, str, str, str], Samples] = field(default_factory=dict)
@@ -103,9 +107,9 @@ class Session:
         good = {}
         for name, variant in variants.items():
             try:
-                require_close(name, _results(variant, inputs, fixed, cotangent), eager, exact)
+                require_close(_results(variant, inputs, fixed, cotangent), eager, exact)
             except Exception as error:  # An opponent may lack an operator, memory or precision: noted, left out.
-                self.note(f"{what}: {name} is left out: {str(error).splitlines()[0] if str(error) else error!r}")
+                self.note(f"{what}: {name} is left out: {first_line(error)}")
             else:
                 good[name] = variant
         return good
@@ -146,6 +150,11 @@ class Session:
             out = eager(**inputs, **fixed)
         generator = torch.Generator(self.device).manual_seed(1)
         return torch.randn(out.shape, generator=generator, device=self.device).to(out.dtype)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _as_double(tensor: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# What a session with a GPU runs from the repository's root, nothing installed:
+#   benchmarks/gpu_session.sh [STEP ...] [-- FOLDER]
+# Steps: tests, sanitize, report, tune; default: tests sanitize report. Results go to FOLDER (default: benchmarks/results).
+# Each step runs whatever the one before it did; the exit code is that of the worst.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD:$PWD/src:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
+
+steps=()
+folder=benchmarks/results
+while (($#)); do
+  if [[ $1 == -- ]]; then
+    folder=${2:?"-- needs a FOLDER"}
+    break
+  fi
+  steps+=("$1")
+  shift
+done
+((${#steps[@]})) || steps=(tests sanitize report)
+
+worst=0
+run() {
+  echo "== $*"
+  "$@"
+  local code=$?
+  ((code > worst)) && worst=$code
+  return 0
+}
+
+for step in "${steps[@]}"; do
+  case $step in
+    tests)
+      # No plugin or option of pyproject.toml that a bare machine may lack.
+      run python3 -m pytest -o addopts= -q --maxfail=20 -m gpu tests/gpu
+      ;;
+    sanitize)
+      for tool in memcheck racecheck; do
+        run compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m benchmarks.sanitize
+      done
+      ;;
+    report) run python3 -m benchmarks.report --folder "$folder" ;;
+    tune) run python3 -m benchmarks.tune --folder "$folder" ;;
+    *)
+      echo "STEP must be tests, sanitize, report or tune, got $step" >&2
+      exit 2
+      ;;
+  esac
+done
+exit "$worst"

@@ -1,0 +1,143 @@
+"""The report: every benchmark runs, checks before it times, and what was written survives."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import bars, bench_model, report, work
+from benchmarks.cases import LAYERS, Case
+from benchmarks.protocol import Samples
+from benchmarks.session import Session
+
+CPU = torch.device("cpu")
+SMALL = Case(images=4, tokens_per_image=6, group_images=2, width=16, hidden=32, num_experts=4)
+
+
+def session(**options) -> Session:
+    """A session on the CPU, with eager PyTorch in place of compiled opponents."""
+    settings = {"cases": (SMALL,), "seconds_per_variant": 0.0, "compiler": lambda function: function, **options}
+    return Session(CPU, torch.float32, **settings)
+
+
+def test_every_benchmark_measures_every_variant(monkeypatch, tmp_path):
+    original = bench_model.run
+    monkeypatch.setattr(bench_model, "ROUNDS", 1)
+    monkeypatch.setattr(bench_model, "STEPS", 1)
+    monkeypatch.setattr(bench_model, "run", lambda session: original(session, 2, "test_vmoe", "test_vit"))
+    measured = session()
+    report.measure_all(measured)
+    assert measured.notes == []
+    variants = {(row.op, row.direction): set() for row in measured.rows}
+    for row in measured.rows:
+        variants[row.op, row.direction].add(row.variant)
+    small = {"ours", "eager", "compile"}
+    for op in ("router", "dispatch", "combine"):
+        assert variants[op, "forward"] == variants[op, "backward"] == small
+    assert variants["slots", "forward"] == small
+    opponents = small | {"bmm", "grouped_mm"}
+    assert variants["expert_mlp", "both"] == variants["expert_mlp", "forward"] == opponents
+    assert variants["moe_layer", "both"] == opponents | {"one-hot einsum"}
+    assert variants["model", "both"] == {"ours", "dense"}
+    assert set(measured.ceilings) >= {"matmul", "copy", "sort", "launch"}
+
+    path = report.write_measured(measured, tmp_path, complete=True)
+    content = json.loads(path.with_suffix(".json").read_text())
+    assert content["complete"]
+    assert len(content["rows"]) == len(measured.rows)
+    assert {"environment", "bars", "ceilings", "notes", "peak_memory"} <= set(content)
+    assert [bar["what"] for bar in content["bars"]] == [bar.what for bar in bars.BARS]
+    # What needs a GPU or T = 25k stays empty.
+    assert [bar["what"] for bar in content["bars"] if bar["measured"] is None] == [
+        "slots (BPR), T=25k in one group",
+        "peak training memory over the eager reference",
+    ]
+
+
+def test_compare_never_times_a_wrong_variant():
+    x = torch.randn(8, 4)
+    one = {"forward": work.Work(1)}
+    variants = {"ours": lambda x: x * 2, "eager": lambda x: x + x, "off": lambda x: x * 2.01}
+    measured = session()
+    measured.compare("op", "case", variants, {"x": x}, one, None)
+    assert [row.variant for row in measured.rows] == ["ours", "eager"]
+    assert "off is left out: out must be within" in measured.notes[0]
+
+    measured = session()
+    measured.compare("op", "case", {**variants, "ours": variants["off"]}, {"x": x}, one, None)
+    assert measured.rows == []
+
+
+def test_compare_checks_gradients():
+    def wrong_gradient(x):
+        return x.detach() * 2 + (x - x.detach())
+
+    measured = session()
+    variants = {"ours": wrong_gradient, "eager": lambda x: x * 2}
+    measured.compare("op", "case", variants, {"x": torch.randn(4)}, {"forward": work.Work(1)}, None)
+    assert measured.rows == []
+    assert "d_x must be within" in measured.notes[0]
+
+
+def test_measure_all_survives_a_failing_benchmark(monkeypatch):
+    class Failing:
+        __name__ = "bench_failing"
+
+        @staticmethod
+        def run(session):
+            raise RuntimeError("out of memory")
+
+    seen = []
+    following = type("Following", (), {"run": staticmethod(lambda session: seen.append(1))})
+    monkeypatch.setattr(report, "SHARES", ((Failing, 0.5), (following, 0.5)))
+    measured = session()
+    report.measure_all(measured)
+    assert measured.notes == ["Failing stopped: RuntimeError: out of memory"]
+    assert seen == [1]
+
+
+def test_begin_says_what_no_time_was_left_for():
+    measured = session(seconds=0.0)
+    assert not measured.begin("router T=1")
+    assert measured.notes == ["router T=1: left out, no time was left"]
+    assert session().begin("router T=1")
+
+
+def test_rows_are_written_as_they_come(tmp_path):
+    written = session(on_row=lambda session: report.write_measured(session, tmp_path))
+    written.time("op", "forward", "case", {"ours": lambda: None})
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [row["op"] for row in content["rows"]] == ["op"]
+    assert not content["complete"]
+    assert "this is a part" in (tmp_path / "report.md").read_text()
+
+
+def test_predictions_are_never_called_measured(tmp_path):
+    path = report.write_predicted(tmp_path, report.kernel_predictions())
+    content = json.loads(path.with_suffix(".json").read_text())
+    assert all(bar["measured"] is None and bar["met"] is None for bar in content["bars"])
+    assert all(each["measured_us"] is None for each in content["predictions"])
+    assert len(content["predictions"]) == 11 * len(LAYERS)
+    assert "nothing here was measured on a GPU" in path.read_text()
+
+
+def test_predicted_layer_time_is_the_roofline():
+    """T = 25,088, K = 1 without spare capacity: 0.30 ms forward at 790 TFLOP/s."""
+    case = Case(num_selected=1, num_experts=8, capacity_factor=1.0)
+    assert case.num_rows == case.num_tokens == 25_088
+    assert work.moe_layer(case)["forward"].seconds() * 1e3 == pytest.approx(0.30, abs=0.005)
+    assert work.moe_layer(case)["both"].flops == pytest.approx(3 * work.moe_layer(case)["forward"].flops)
+
+
+@pytest.mark.parametrize(("ours", "met"), [(1.0, "stretch"), (1.1, "yes"), (1.3, "no")])
+def test_bars_hold_the_worst_case(ours, met):
+    measured = session()
+    measured.samples = {
+        ("moe_layer", "forward", case, variant): Samples((seconds,))
+        for case, seconds_of in {"easy": (0.1, 1.3), "hard": (ours, 1.3)}.items()
+        for variant, seconds in zip(("ours", "bmm"), seconds_of)
+    }
+    result = bars.BARS[0].result(measured)
+    assert (result["case"], result["met"]) == ("hard", met)
+    assert result["measured"] == pytest.approx(1.3 / ours)
+    assert result["best"] == pytest.approx(13.0)
