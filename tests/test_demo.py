@@ -47,3 +47,18 @@ def test_demo_run_again_goes_on_where_it_stopped(folder, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.count("vanilla") == printed.count("BPR") == 8
     assert str(folder / "report.html") in printed
+
+
+def test_demo_refuses_bad_options_before_training(tmp_path):
+    for options, message in (
+        (["--test-images", "0"], "--test-images must be at least 1, got 0"),
+        (["--epochs", "0"], "schedule.epochs must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            demo.main(["--out", str(tmp_path), *options])
+    assert not (tmp_path / "train").exists()
+
+
+def test_demo_refuses_to_mix_runs(folder):
+    with pytest.raises(ValueError, match="schedule.epochs must be that of the run to resume"):
+        demo.main(["--out", str(folder), "--epochs", "2"])

@@ -83,8 +83,14 @@ CONFIG = Config.from_dict(
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    """Trains, evaluates, prints the table; returns the path of the report."""
+    """Trains, evaluates, prints the table; returns the path of the report.
+
+    Raises:
+        ValueError: if an option is out of its range, or the folder holds another run; before any training.
+    """
     options = _parser().parse_args(arguments)
+    if options.test_images is not None and options.test_images < 1:
+        raise ValueError(f"--test-images must be at least 1, got {options.test_images}")
     out = Path(options.out)
     config = CONFIG.override(f"run.output={out / 'train'}", f"schedule.epochs={options.epochs}")
     if options.max_updates is not None:
@@ -342,4 +348,7 @@ def _file_section() -> Section:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"demo: {error}")

@@ -167,6 +167,7 @@ def test_report_is_one_well_formed_page_with_its_pictures(evaluations, routing, 
     assert "script" not in page.tags
     assert "http" not in text
     assert page.links == ["results.csv"]
+    assert [image["alt"] for image in page.images] == ['an "alt"', "alt"]
     for piece in ("Title & more", "summary", "a < b", "A <caption> & more", "term", "value"):
         assert piece in page.text
     for picture, figure in zip(page.pictures(), figures, strict=True):
