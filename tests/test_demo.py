@@ -60,5 +60,5 @@ def test_demo_refuses_bad_options_before_training(tmp_path):
 
 
 def test_demo_refuses_to_mix_runs(folder):
-    with pytest.raises(ValueError, match="schedule.epochs must be that of the run to resume"):
+    with pytest.raises(ValueError, match=r"schedule.epochs must be that of the run to resume"):
         demo.main(["--out", str(folder), "--epochs", "2"])
