@@ -26,7 +26,8 @@ setup(
         "timm>=1.0.26",
         "einops>=0.8",
         "numpy>=1.26",
-        # Checkpoints: any remote file system; the converted files. torch and timm need them as well.
+        # Checkpoints: ranks fetch once; any remote file system; the converted files. torch and timm need them as well.
+        "filelock>=3.12",
         "fsspec>=2024.6",
         "safetensors>=0.4.3",
     ],

@@ -6,4 +6,13 @@ from vmoe_torch.models.vmoe import VMoE
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["VMoE", "auxiliary_loss", "models", "moe_layers", "routing", "routing_stats", "set_routing"]
+__all__ = ["VMoE", "auxiliary_loss", "models", "moe_layers", "routing", "routing_stats", "set_routing", "upcycle"]
+
+
+def __getattr__(name: str):
+    # Loaded when it is asked for: whatever reads files stays out of `import vmoe_torch`.
+    if name == "upcycle":
+        from vmoe_torch.checkpoints import upcycle
+
+        return upcycle
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

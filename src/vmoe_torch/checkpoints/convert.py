@@ -155,8 +155,9 @@ def export_original(
     if isinstance(source, nn.Module):
         state = source.state_dict()
         # Fixed positions are computed, in the original too.
-        state = {name: value for name, value in state.items() if name != "pos_embed" or not source.fixed_pos_embed}
-        origin = Origin(source.blocks[0].attn.num_heads, source.ensemble_size)
+        if getattr(source, "fixed_pos_embed", False):
+            del state["pos_embed"]
+        origin = Origin(source.blocks[0].attn.num_heads, getattr(source, "ensemble_size", 1))
     elif isinstance(source, Mapping):
         state = dict(source)
     else:

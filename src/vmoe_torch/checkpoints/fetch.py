@@ -1,6 +1,7 @@
 """Remote files: https and public gs:// with the standard library alone, everything else through fsspec.
 
-A download goes to NAME.part, is resumed where the server can, and gets its name only when it is complete.
+A download goes to NAME.part and gets its name only when it is complete. It is resumed where the server can tell that
+the file is still the same (an ETag or a date, kept in NAME.part.tag), and begins anew elsewhere.
 """
 
 import http.client
@@ -79,6 +80,11 @@ def download(url: str, path: str | os.PathLike, *, progress: bool = False, tries
                 ) from None
         time.sleep(0.1 * 4**attempt if attempt > 1 else 0)
     os.replace(part, path)
+    _tag(part).unlink(missing_ok=True)
+
+
+def _tag(part: Path) -> Path:
+    return part.with_name(part.name + ".tag")
 
 
 def _public(url: str) -> str:
@@ -89,16 +95,19 @@ def _public(url: str) -> str:
 
 
 def _fetch_http(url: str, part: Path, progress: bool) -> None:
-    have = part.stat().st_size if part.exists() else 0
+    tag = _tag(part)
+    have = part.stat().st_size if part.exists() and tag.exists() else 0
     # The length counts, so nothing may be compressed on the way.
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text()}
     request = urllib.request.Request(url, headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:
             raise
-        # Nothing beyond what is there: complete, or a leftover of another file. Start over.
+        # Nothing beyond what is there: it came whole, or is not of this file. Begin anew.
         error.close()
         part.unlink()
         return _fetch_http(url, part, progress)
@@ -108,6 +117,10 @@ def _fetch_http(url: str, part: Path, progress: bool) -> None:
         length = response.headers.get("Content-Length")
         total = None if length is None else have + int(length)
         with open(part, "ab" if resumed else "wb") as file:
+            tag.unlink(missing_ok=True)
+            validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
+            if validator and not validator.startswith("W/"):
+                tag.write_text(validator)
             _copy(response, file, have, total, url, progress)
     if total is not None and part.stat().st_size != total:
         raise ConnectionError(f"the connection ended at byte {part.stat().st_size} of {total}")

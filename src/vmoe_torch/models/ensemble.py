@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models import register_notrace_module
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from vmoe_torch.layers import MoeMlp
-from vmoe_torch.models.vmoe import VMoE, parse_moe_layers
+from vmoe_torch.models.vmoe import VMoE, create_vmoe, parse_moe_layers, released_cfg
 
 OUTPUTS = ("probabilities", "log_probabilities", "members")
 
@@ -142,3 +142,46 @@ def average_members(logits: Tensor, ensemble_size: int, log: bool = False) -> Te
     """
     log_p = logits.unflatten(0, (-1, ensemble_size)).log_softmax(-1).logsumexp(1) - math.log(ensemble_size)
     return log_p if log else log_p.exp()
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "eee_s32_last2_e8.in1k": released_cfg("eee_s32_last2_ilsvrc2012"),
+        "eee_s32_last2_e8_128.in1k_ft_cifar100": released_cfg(
+            "eee_s32_last2_ilsvrc2012_ft_cifar100",
+            num_classes=100,
+            input_size=(3, 128, 128),
+            crop_pct=1.0,
+            crop_mode="squash",
+        ),
+    }
+)
+
+
+def _create_eee(variant: str, pretrained: bool, **kwargs) -> VMoEEnsemble:
+    args = {
+        "patch_size": 32,
+        "embed_dim": 512,
+        "depth": 8,
+        "num_heads": 8,
+        "moe_layers": "last2",
+        "num_experts": 8,
+        "num_selected_experts": 1,
+        "capacity_factor": 1.5,
+        "batch_priority": False,
+        "dispatch_dtype": "bfloat16",
+        "representation_size": True,
+    }
+    return create_vmoe(variant, pretrained, VMoEEnsemble, **{**args, **kwargs})
+
+
+@register_model
+def eee_s32_last2_e8(pretrained: bool = False, **kwargs) -> VMoEEnsemble:
+    """The released E3-S/32: two members of four experts each, K=1; routed as its fine-tuning is configured."""
+    return _create_eee("eee_s32_last2_e8", pretrained, **kwargs)
+
+
+@register_model
+def eee_s32_last2_e8_128(pretrained: bool = False, **kwargs) -> VMoEEnsemble:
+    """The released E3-S/32, fine-tuned on CIFAR-100 at 128 px."""
+    return _create_eee("eee_s32_last2_e8_128", pretrained, **{"img_size": 128, **kwargs})

@@ -15,6 +15,7 @@ from timm.models import (
     named_apply,
     register_model,
     register_notrace_module,
+    resolve_pretrained_cfg,
 )
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
@@ -304,7 +305,8 @@ def _init_module_as_original(module: nn.Module, name: str = "", needs_reset: boo
         module.reset_parameters()
 
 
-def _cfg(url: str = "", **kwargs) -> dict[str, Any]:
+def vmoe_cfg(url: str = "", **kwargs) -> dict[str, Any]:
+    """What timm knows of a model's data and weights; the original's preprocessing."""
     return {
         "url": url,
         "num_classes": 1000,
@@ -322,25 +324,42 @@ def _cfg(url: str = "", **kwargs) -> dict[str, Any]:
     }
 
 
+def released_cfg(prefix: str, **kwargs) -> dict[str, Any]:
+    """Of a checkpoint in the original's public bucket."""
+    source = "https://github.com/google-research/vmoe"
+    return vmoe_cfg(f"{BUCKET}/{prefix}", custom_load=True, origin_url=source, paper_ids="arXiv:2106.05974", **kwargs)
+
+
+# gs://vmoe_checkpoints, readable by everyone.
+BUCKET = "https://storage.googleapis.com/vmoe_checkpoints"
 _TEST = {"input_size": (3, 160, 160)}
+# Fine-tuned and evaluated on whole images, squashed to a square.
+_SQUASHED_384 = {"input_size": (3, 384, 384), "crop_pct": 1.0, "crop_mode": "squash"}
 
 default_cfgs = generate_default_cfgs(
     {
-        "vmoe_s32.untrained": _cfg(),
-        "vmoe_b32.untrained": _cfg(),
-        "vmoe_b16.untrained": _cfg(),
-        "vmoe_l32.untrained": _cfg(),
-        "vmoe_l32_last2.untrained": _cfg(),
-        "vmoe_l16.untrained": _cfg(),
-        "vmoe_l16_last2.untrained": _cfg(),
-        "vmoe_h14.untrained": _cfg(),
-        "vmoe_h14_last5.untrained": _cfg(),
-        "vmoe_15b.untrained": _cfg(num_classes=29593),
-        "vmoe_s32_last2_e8.untrained": _cfg(),
-        "vmoe_b16_e8.untrained": _cfg(num_classes=21843),
-        "vmoe_dense_s32.untrained": _cfg(),
-        "test_vmoe.untrained": _cfg(**_TEST),
-        "test_vmoe2.untrained": _cfg(**_TEST),
+        "vmoe_s32.untrained": vmoe_cfg(),
+        "vmoe_b32.untrained": vmoe_cfg(),
+        "vmoe_b16.untrained": vmoe_cfg(),
+        "vmoe_l32.untrained": vmoe_cfg(),
+        "vmoe_l32_last2.untrained": vmoe_cfg(),
+        "vmoe_l16.untrained": vmoe_cfg(),
+        "vmoe_l16_last2.untrained": vmoe_cfg(),
+        "vmoe_h14.untrained": vmoe_cfg(),
+        "vmoe_h14_last5.untrained": vmoe_cfg(),
+        "vmoe_15b.untrained": vmoe_cfg(num_classes=29593),
+        "vmoe_s32_last2_e8.randaug_light1_in1k": released_cfg("vmoe_s32_last2_ilsvrc2012_randaug_light1"),
+        "vmoe_s32_last2_e8.randaug_medium_in1k": released_cfg("vmoe_s32_last2_ilsvrc2012_randaug_medium"),
+        "vmoe_s32_last2_e8_384.randaug_light1_in1k_ft_in1k": released_cfg(
+            "vmoe_s32_last2_ilsvrc2012_randaug_light1_ft_ilsvrc2012", **_SQUASHED_384
+        ),
+        "vmoe_b16_e8.randaug_strong_in21k": released_cfg("vmoe_b16_imagenet21k_randaug_strong", num_classes=21843),
+        "vmoe_b16_e8_384.randaug_strong_in21k_ft_in1k": released_cfg(
+            "vmoe_b16_imagenet21k_randaug_strong_ft_ilsvrc2012", **_SQUASHED_384
+        ),
+        "vmoe_dense_s32.untrained": vmoe_cfg(),
+        "test_vmoe.untrained": vmoe_cfg(**_TEST),
+        "test_vmoe2.untrained": vmoe_cfg(**_TEST),
     }
 )
 
@@ -353,10 +372,20 @@ _RELEASED = {"num_experts": 8, "batch_priority": False, "dispatch_dtype": "bfloa
 _TINY = {"patch_size": 16, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2.0, "num_experts": 4}
 
 
-def _create_vmoe(variant: str, pretrained: bool = False, **kwargs) -> VMoE:
+def create_vmoe(variant: str, pretrained: bool = False, model_cls: type[VMoE] = VMoE, **kwargs) -> VMoE:
+    """timm's way to a model; weights at the URL of an original checkpoint are fetched and converted first."""
     out_indices = kwargs.pop("out_indices", 3)
+    if pretrained:
+        overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+        # timm would take the URL for that of a single file.
+        if cfg.custom_load and cfg.url and not (cfg.file or cfg.state_dict or cfg.url.endswith(".npz")):
+            from vmoe_torch.checkpoints import cached_checkpoint
+
+            overlay |= {"file": str(cached_checkpoint(cfg.url, kwargs.get("cache_dir"))), "custom_load": True}
+            kwargs["pretrained_cfg_overlay"] = overlay
     return build_model_with_cfg(
-        VMoE,
+        model_cls,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
@@ -368,87 +397,101 @@ def _create_vmoe(variant: str, pretrained: bool = False, **kwargs) -> VMoE:
 @register_model
 def vmoe_s32(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-S/32, every 2: 8 layers of width 512 (not timm's vit_small)."""
-    return _create_vmoe("vmoe_s32", pretrained, **{**_S, "patch_size": 32, **kwargs})
+    return create_vmoe("vmoe_s32", pretrained, **{**_S, "patch_size": 32, **kwargs})
 
 
 @register_model
 def vmoe_b32(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-B/32, every 2."""
-    return _create_vmoe("vmoe_b32", pretrained, **{**_B, "patch_size": 32, **kwargs})
+    return create_vmoe("vmoe_b32", pretrained, **{**_B, "patch_size": 32, **kwargs})
 
 
 @register_model
 def vmoe_b16(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-B/16, every 2."""
-    return _create_vmoe("vmoe_b16", pretrained, **{**_B, "patch_size": 16, **kwargs})
+    return create_vmoe("vmoe_b16", pretrained, **{**_B, "patch_size": 16, **kwargs})
 
 
 @register_model
 def vmoe_l32(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-L/32, every 2."""
-    return _create_vmoe("vmoe_l32", pretrained, **{**_L, "patch_size": 32, **kwargs})
+    return create_vmoe("vmoe_l32", pretrained, **{**_L, "patch_size": 32, **kwargs})
 
 
 @register_model
 def vmoe_l32_last2(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-L/32, last 2."""
-    return _create_vmoe("vmoe_l32_last2", pretrained, **{**_L, "patch_size": 32, "moe_layers": "last2", **kwargs})
+    return create_vmoe("vmoe_l32_last2", pretrained, **{**_L, "patch_size": 32, "moe_layers": "last2", **kwargs})
 
 
 @register_model
 def vmoe_l16(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-L/16, every 2."""
-    return _create_vmoe("vmoe_l16", pretrained, **{**_L, "patch_size": 16, **kwargs})
+    return create_vmoe("vmoe_l16", pretrained, **{**_L, "patch_size": 16, **kwargs})
 
 
 @register_model
 def vmoe_l16_last2(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-L/16, last 2."""
-    return _create_vmoe("vmoe_l16_last2", pretrained, **{**_L, "patch_size": 16, "moe_layers": "last2", **kwargs})
+    return create_vmoe("vmoe_l16_last2", pretrained, **{**_L, "patch_size": 16, "moe_layers": "last2", **kwargs})
 
 
 @register_model
 def vmoe_h14(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-H/14, every 2."""
-    return _create_vmoe("vmoe_h14", pretrained, **{**_H, "patch_size": 14, **kwargs})
+    return create_vmoe("vmoe_h14", pretrained, **{**_H, "patch_size": 14, **kwargs})
 
 
 @register_model
 def vmoe_h14_last5(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-H/14, last 5."""
-    return _create_vmoe("vmoe_h14_last5", pretrained, **{**_H, "patch_size": 14, "moe_layers": "last5", **kwargs})
+    return create_vmoe("vmoe_h14_last5", pretrained, **{**_H, "patch_size": 14, "moe_layers": "last5", **kwargs})
 
 
 @register_model
 def vmoe_15b(pretrained: bool = False, **kwargs) -> VMoE:
     """V-MoE-15B: 48 layers of width 1408, 24 of them sparse."""
     args = {"patch_size": 14, "embed_dim": 1408, "depth": 48, "num_heads": 16, "mlp_ratio": 6400 / 1408}
-    return _create_vmoe("vmoe_15b", pretrained, **{**args, **kwargs})
+    return create_vmoe("vmoe_15b", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def vmoe_s32_last2_e8(pretrained: bool = False, **kwargs) -> VMoE:
     """The released V-MoE-S/32, last 2, E=8: trained at capacity 1.05, evaluated at 4.0, tanh layer before the head."""
     args = {"patch_size": 32, "moe_layers": "last2", "eval_capacity_factor": 4.0, "representation_size": True}
-    return _create_vmoe("vmoe_s32_last2_e8", pretrained, **{**_S, **_RELEASED, **args, **kwargs})
+    return create_vmoe("vmoe_s32_last2_e8", pretrained, **{**_S, **_RELEASED, **args, **kwargs})
 
 
 @register_model
 def vmoe_b16_e8(pretrained: bool = False, **kwargs) -> VMoE:
     """The released V-MoE-B/16, every 2, E=8."""
-    return _create_vmoe("vmoe_b16_e8", pretrained, **{**_B, **_RELEASED, "patch_size": 16, **kwargs})
+    return create_vmoe("vmoe_b16_e8", pretrained, **{**_B, **_RELEASED, "patch_size": 16, **kwargs})
+
+
+@register_model
+def vmoe_s32_last2_e8_384(pretrained: bool = False, **kwargs) -> VMoE:
+    """The released V-MoE-S/32, last 2, E=8, fine-tuned at 384 px: capacity 1.5, no tanh layer."""
+    args = {"patch_size": 32, "img_size": 384, "moe_layers": "last2", "capacity_factor": 1.5}
+    return create_vmoe("vmoe_s32_last2_e8_384", pretrained, **{**_S, **_RELEASED, **args, **kwargs})
+
+
+@register_model
+def vmoe_b16_e8_384(pretrained: bool = False, **kwargs) -> VMoE:
+    """The released V-MoE-B/16, every 2, E=8, fine-tuned at 384 px: capacity 1.5."""
+    args = {"patch_size": 16, "img_size": 384, "capacity_factor": 1.5}
+    return create_vmoe("vmoe_b16_e8_384", pretrained, **{**_B, **_RELEASED, **args, **kwargs})
 
 
 @register_model
 def vmoe_dense_s32(pretrained: bool = False, **kwargs) -> VMoE:
     """ViT-S/32 as the paper has it, the dense counterpart of vmoe_s32, which timm lacks."""
-    return _create_vmoe("vmoe_dense_s32", pretrained, **{**_S, "patch_size": 32, "moe_layers": (), **kwargs})
+    return create_vmoe("vmoe_dense_s32", pretrained, **{**_S, "patch_size": 32, "moe_layers": (), **kwargs})
 
 
 @register_model
 def test_vmoe(pretrained: bool = False, **kwargs) -> VMoE:
     """A tiny V-MoE for tests."""
-    return _create_vmoe("test_vmoe", pretrained, **{**_TINY, "depth": 6, **kwargs})
+    return create_vmoe("test_vmoe", pretrained, **{**_TINY, "depth": 6, **kwargs})
 
 
 @register_model
@@ -463,4 +506,4 @@ def test_vmoe2(pretrained: bool = False, **kwargs) -> VMoE:
         "init_values": 1e-5,
         "num_selected_experts": 1,
     }
-    return _create_vmoe("test_vmoe2", pretrained, **{**_TINY, **args, **kwargs})
+    return create_vmoe("test_vmoe2", pretrained, **{**_TINY, **args, **kwargs})

@@ -1,0 +1,152 @@
+"""Sparse upcycling (arXiv 2212.05055): some MLPs of a dense model become E copies of themselves behind a router."""
+
+import copy
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from vmoe_torch.layers import ExpertLinear, MoeMlp
+from vmoe_torch.models.vmoe import parse_moe_layers
+
+
+def upcycle(
+    model: str | nn.Module,
+    moe_layers: str | int | tuple[int, ...] | list[int] = "every2",
+    num_experts: int = 8,
+    *,
+    expert_noise: float = 0.0,
+    renormalize_gates: bool = False,
+    pretrained: bool = False,
+    model_args: dict[str, Any] | None = None,
+    **moe,
+) -> nn.Module:
+    """A sparse model whose experts all begin as the dense model's MLPs.
+
+    Gates are softmax values, so a token's K gates sum to less than 1 and the new model's output differs from the
+    dense one's. With renormalize_gates they sum to 1: while capacity drops nothing and expert_noise is 0, both models
+    compute the same, whatever the routers say.
+
+    Args:
+        model: a timm model's name, or a model: a VisionTransformer or another one with `blocks` whose `mlp` is timm's
+            Mlp. It is copied, not changed.
+        moe_layers: "everyN", "lastN" or block numbers, as in `VMoE`.
+        num_experts: E.
+        expert_noise: standard deviation of Gaussian noise on every expert's weights, as a multiple of the standard
+            deviation of the dense weight.
+        renormalize_gates: whether the K gates of a token are scaled to sum to 1.
+        pretrained: whether the named model gets its pretrained weights.
+        model_args: what else `timm.create_model` gets for the named model.
+        **moe: what else `MoeMlp` takes, e.g. num_selected_experts, capacity_factor, batch_priority, group_size.
+
+    Returns:
+        A copy of the dense model with a `MoeMlp` in the chosen blocks, in the same mode, dtype and on the same device;
+        routers are random.
+
+    Raises:
+        ValueError: if the model has no blocks, or a chosen block's MLP is of a kind that experts are not.
+    """
+    if expert_noise < 0:
+        raise ValueError(f"expert_noise must be at least 0, got {expert_noise}")
+    if isinstance(model, str):
+        model = timm.create_model(model, pretrained=pretrained, **(model_args or {}))
+    elif pretrained or model_args:
+        raise ValueError(f"pretrained and model_args must go with a model's name, got a {type(model).__name__}")
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not all(hasattr(block, "mlp") for block in blocks):
+        raise ValueError(f"model must have blocks with an mlp each, as a VisionTransformer, got {type(model).__name__}")
+    chosen = parse_moe_layers(moe_layers, len(blocks))
+    for index in chosen:
+        _check_mlp(f"blocks.{index}.mlp", blocks[index].mlp)
+    model = copy.deepcopy(model)
+    for index in chosen:
+        block = model.blocks[index]
+        options = {"num_experts": num_experts, "renormalize_gates": renormalize_gates, **moe}
+        block.mlp = _experts(block.mlp, expert_noise, options)
+    return model
+
+
+def _check_mlp(name: str, mlp: nn.Module) -> None:
+    # Its subclasses compute something else.
+    if type(mlp) is not Mlp:
+        raise ValueError(f"{name} must be timm's Mlp to become experts, got {type(mlp).__name__}")
+    if not isinstance(mlp.norm, nn.Identity):
+        raise ValueError(f"{name} must have no norm inside to become experts, got {type(mlp.norm).__name__}")
+    if not isinstance(mlp.fc1, nn.Linear) or not isinstance(mlp.fc2, nn.Linear):
+        raise ValueError(f"{name} must be made of linear layers to become experts, got {type(mlp.fc1).__name__}")
+    if (mlp.fc1.bias is None) != (mlp.fc2.bias is None):
+        raise ValueError(f"{name} must have both biases or none to become experts, got one")
+
+
+@torch.no_grad()
+def _experts(mlp: Mlp, noise: float, options: dict[str, Any]) -> MoeMlp:
+    act = "gelu_tanh" if getattr(mlp.act, "approximate", "none") == "tanh" else type(mlp.act)
+    experts = MoeMlp(
+        mlp.fc1.in_features,
+        mlp.fc1.out_features,
+        mlp.fc2.out_features,
+        act_layer=act,
+        bias=mlp.fc1.bias is not None,
+        drop=mlp.drop1.p,
+        device=mlp.fc1.weight.device,
+        dtype=mlp.fc1.weight.dtype,
+        **options,
+    )
+    for dense, sparse in ((mlp.fc1, experts.fc1), (mlp.fc2, experts.fc2)):
+        _copy_linear(dense, sparse, noise)
+    return experts.train(mlp.training)
+
+
+def _copy_linear(dense: nn.Linear, sparse: ExpertLinear, noise: float) -> None:
+    sparse.weight.copy_(dense.weight.expand_as(sparse.weight))
+    if noise > 0:
+        sparse.weight.add_(torch.randn_like(sparse.weight), alpha=noise * dense.weight.std().item())
+    if dense.bias is not None:
+        sparse.bias.copy_(dense.bias.expand_as(sparse.bias))
+
+
+def upcycle_optimizer(
+    dense_optimizer: torch.optim.Optimizer,
+    dense: nn.Module,
+    sparse_optimizer: torch.optim.Optimizer,
+    sparse: nn.Module,
+) -> None:
+    """Copies the moments of a dense model's optimizer to that of the upcycled one; every expert gets a copy.
+
+    Routers have no past: their state begins at their first step.
+
+    Args:
+        dense_optimizer: of the dense model.
+        dense: the model that was upcycled.
+        sparse_optimizer: of the same kind, over the upcycled model's parameters; its state is replaced.
+        sparse: what `upcycle` returned.
+
+    Raises:
+        ValueError: if a parameter's shape is neither the dense one nor E copies of it; then nothing has changed.
+    """
+    own = dict(dense.named_parameters())
+    state = {}
+    for name, parameter in sparse.named_parameters():
+        before = own.get(name)
+        if before is None:
+            continue
+        if parameter.shape != before.shape and parameter.shape[1:] != before.shape:
+            raise ValueError(
+                f"{name} must be {tuple(before.shape)} or a number of them, as upcycled, got {tuple(parameter.shape)}"
+            )
+        if before in dense_optimizer.state:
+            past = dense_optimizer.state[before]
+            state[parameter] = {key: _copied(value, before, parameter) for key, value in past.items()}
+    for parameter in sparse.parameters():
+        sparse_optimizer.state.pop(parameter, None)
+    sparse_optimizer.state.update(state)
+
+
+def _copied(value, before: Tensor, after: Tensor):
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    if value.shape != before.shape or value.dim() == 0:
+        return value.clone()
+    return value.expand_as(after).clone()
