@@ -19,7 +19,7 @@ def run(session: Session) -> None:
         session.compare(
             OP,
             case.name,
-            expert_variants(case, session.compiler),
+            session.trimmed(case, expert_variants(case, session.compiler)),
             {"x": layer.buffer, **layer.weights},
             work.expert_mlp(case, layer.x.element_size()),
             Ceiling("cuBLAS bmm at this shape", bmm_rate(session, case), "flops"),

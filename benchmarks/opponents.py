@@ -4,7 +4,7 @@ Dims: T tokens, K choices, D width, H hidden width, E experts, R rows per expert
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -114,8 +114,10 @@ def one_hot(case: Case) -> Callable[..., Tensor]:
     return call
 
 
-def layer_variants(case: Case, compiler: Compiler) -> dict[str, Callable[..., Tensor]]:
-    """Routing and all that follows; opponents route by the compiled eager reference."""
+def layer_variants(
+    case: Case, compiler: Compiler, mlps: Mapping[str, Callable[..., Tensor]]
+) -> dict[str, Callable[..., Tensor]]:
+    """Routing and one of `mlp_variants` each; opponents route by the compiled eager reference."""
     settings = {
         "num_selected_experts": case.num_selected,
         "capacity": case.capacity,
@@ -142,7 +144,7 @@ def layer_variants(case: Case, compiler: Compiler) -> dict[str, Callable[..., Te
 
         return call
 
-    return {name: chain(routes.get(name, route_compiled), mlp) for name, mlp in mlp_variants(case, compiler).items()}
+    return {name: chain(routes.get(name, route_compiled), mlp) for name, mlp in mlps.items()}
 
 
 def scattermoe(layer: Layer) -> tuple[Callable[[], Tensor], Tensor] | None:

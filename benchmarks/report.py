@@ -1,6 +1,6 @@
 """Measures everything this machine can, checks it against its bars, and writes it down as it goes.
 
-    python -m benchmarks.report [--quick] [--seconds 540]
+    python -m benchmarks.report [--quick] [--seconds 480]
 
 On a GPU: benchmarks/results/<gpu>/report.{json,md}, every op against its opponents. Without one: the CPU benchmark, and
 benchmarks/results/predicted/report.{json,md}, where the measured columns are empty and predictions stand beside them.
@@ -37,11 +37,11 @@ SHARES = (
     (ceilings, 0.05),
     (bench_slots, 0.10),
     (bench_gpu_layer, 0.40),
-    (bench_expert_mlp, 0.15),
-    (bench_router, 0.08),
+    (bench_model, 0.15),
+    (bench_expert_mlp, 0.12),
+    (bench_router, 0.06),
     (bench_dispatch, 0.06),
     (bench_combine, 0.06),
-    (bench_model, 0.10),
 )
 QUICK = 2  # cases of LAYERS
 COMPILE_REPORT = RESULTS / "compile_report.json"
@@ -198,7 +198,7 @@ def write_predicted(folder: Path, own: list[dict]) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and runs; on a CPU, predictions alone")
-    parser.add_argument("--seconds", type=float, default=540.0, help="of the whole run on a GPU")
+    parser.add_argument("--seconds", type=float, default=480.0, help="of the whole run on a GPU")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the machine's folder is made")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -57,6 +57,12 @@ class Session:
         torch.compiler.reset()
         return True
 
+    def trimmed(self, case: Case, variants: dict[str, Variant]) -> dict[str, Variant]:
+        """Without torch.compile of the whole reference past the first two cases: compiling it takes longest."""
+        if case not in self.cases[:2]:
+            variants.pop("compile", None)
+        return variants
+
     def note(self, text: str) -> None:
         """Writes down what a reader of the numbers must know."""
         self.notes.append(text)
