@@ -20,8 +20,8 @@ from vmoe_kernels.triton_slots_sort import priority_keys, sort_slots
 
 MAX_EXPERTS = 256
 MAX_SELECTED = 8
-# Above this, a program's 16 keys a thread do not fit in registers without spills (compile report).
-MAX_SELECT_GROUP = 8192
+# Above this, 16 keys a thread and what is made of them spill registers: 16 warps leave a thread 128.
+MAX_SELECT_GROUP = 4096
 _BOUNDS = (63, MAX_SELECT_GROUP)
 
 _SORT = Config({"DESIGN": "sort"}, num_warps=4)
@@ -126,9 +126,9 @@ def _claim_kernel(
         taken += tl.sum(match, axis=0)
 
 
-def _select_warps(block: int) -> int:
-    """16 keys a thread, as few warps as hold them: a warp's share of a reduction is free, crossing warps is not."""
-    return max(1, block // 512)
+def _select_warps(block: int, num_choices: int) -> int:
+    """Few warps, as every count crosses them; but no more keys a thread than registers hold beside K choices."""
+    return max(1, block // (256 if num_choices > 4 else 512))
 
 
 def _design(num_tokens: int, group_size: int, device: torch.device) -> str:
@@ -190,7 +190,7 @@ def assign_slots_triton(
     slots = torch.empty_like(experts)
     block = max(16, triton.next_power_of_2(min(group_size, num_tokens)))
     shape = (num_tokens, group_size, capacity, last_capacity, rows_per_expert)
-    launch = {"K": num_choices, "BLOCK_S": block, "num_warps": _select_warps(block)}
+    launch = {"K": num_choices, "BLOCK_S": block, "num_warps": _select_warps(block, num_choices)}
     if batch_priority:
         _select_kernel[(groups, num_experts)](experts, gates, slots, *shape, SUM=use_sum, **launch)
     else:
@@ -208,13 +208,13 @@ def _case(block: int, selected: int, batch_priority: bool) -> CompileCase:
         kernel=_select_kernel if batch_priority else _claim_kernel,
         signature={"experts_ptr": "*i32", "slots_ptr": "*i32"} | gates | _SCALARS,
         constexprs={"K": selected, "BLOCK_S": block} | ({"SUM": True} if batch_priority else {}),
-        num_warps=_select_warps(block),
+        num_warps=_select_warps(block, selected),
     )
 
 
 COMPILE_CASES = [
     _case(block, selected, batch_priority)
-    for block, selected in ((256, 2), (2048, 1), (2048, 2), (2048, 8), (8192, 2))
+    for block, selected in ((256, 2), (2048, 1), (2048, 2), (2048, 8), (4096, 2))
     for batch_priority in (True, False)
 ]
 

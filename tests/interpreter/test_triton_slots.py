@@ -133,7 +133,7 @@ def test_sorted_slots_of_many_experts():
 
 def test_slots_table_chooses_a_design_that_holds_the_group():
     device = torch.device("cpu")
-    sizes = {1: "sort", 63: "sort", 64: "select", 1576: "select", 8192: "select", 8193: "sort", 200_000: "sort"}
+    sizes = {1: "sort", 63: "sort", 64: "select", 1576: "select", 4096: "select", 4097: "sort", 200_000: "sort"}
     assert {size: triton_slots._design(10**6, size, device) for size in sizes} == sizes
     # A group size beyond the tokens is a group of all tokens.
     assert triton_slots._design(100, 10**6, device) == "select"
@@ -149,9 +149,9 @@ def test_slots_refuse_what_the_kernels_cannot_hold():
         _assign(torch.zeros(2, 1, dtype=torch.int32), ones[:, :1], num_experts=1, capacity=2**31)
     with (
         override("slots", Config({"DESIGN": "select"}, num_warps=4)),
-        pytest.raises(ValueError, match=r"groups of at most 8192 tokens, got 8193"),
+        pytest.raises(ValueError, match=r"groups of at most 4096 tokens, got 4097"),
     ):
-        _assign(torch.zeros(8193, 1, dtype=torch.int32), torch.ones(8193, 1), num_experts=1, capacity=1)
+        _assign(torch.zeros(4097, 1, dtype=torch.int32), torch.ones(4097, 1), num_experts=1, capacity=1)
 
 
 def test_slots_op_passes_opcheck(design):
