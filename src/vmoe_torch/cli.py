@@ -12,9 +12,11 @@ import torch
 
 import vmoe_torch
 from vmoe_torch.data import read_image
+from vmoe_torch.parallel import GPUS, Settings, changes_that_fit, describe, plan
 from vmoe_torch.recipes import load_recipe, recipe_names
 from vmoe_torch.train import Config, build_transforms, load_model
-from vmoe_torch.train.build import image_mode
+from vmoe_torch.train.build import build_model, image_mode
+from vmoe_torch.train.config import ModelConfig
 from vmoe_torch.train.loop import train
 
 
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vmoe", description="Train and use V-MoE, the sparse vision transformer.")
     parser.add_argument("--version", action="version", version=f"vmoe-torch {vmoe_torch.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_predict):
+    for add in (_add_train, _add_predict, _add_plan):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -107,6 +109,32 @@ def _predict(options: argparse.Namespace) -> int:
         print(path)
         for rank, (share, label) in enumerate(zip(probabilities.tolist(), classes.tolist()), start=1):
             print(f"  {rank}  {class_names[label]:<{width}}  {share:6.1%}")
+    return 0
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="plan a training run on many GPUs",
+        description="Bytes that each GPU holds and sends, the estimated time of a step, and what to change if it does "
+        "not fit. No GPU and no weights are needed.",
+        epilog="example: vmoe plan --model vmoe_15b --gpus 64 --ep 32 --gpu h200 --batch 1024",
+    )
+    parser.add_argument("--model", required=True, metavar="NAME", help="a model of ours, as vmoe_15b")
+    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="number of GPUs")
+    parser.add_argument("--ep", required=True, type=int, metavar="N", help="GPUs that share one set of experts")
+    parser.add_argument("--gpu", default="h200", choices=tuple(GPUS), help="kind of GPU (default: h200)")
+    parser.add_argument("--batch", required=True, type=int, metavar="N", help="images per step over all GPUs")
+    parser.add_argument("--recompute", action="store_true", help="recompute activations in the backward")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    with torch.device("meta"):
+        model = build_model(ModelConfig(options.model), num_classes=1000)
+    settings = Settings(options.gpus, options.ep, options.batch, options.gpu, options.recompute)
+    result = plan(model, settings)
+    print(describe(result, [] if result.fits else changes_that_fit(model, settings)))
     return 0
 
 

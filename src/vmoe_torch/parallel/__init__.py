@@ -4,5 +4,18 @@ from vmoe_torch.parallel.clip import clip_grad_norm
 from vmoe_torch.parallel.exchange import ExpertExchange
 from vmoe_torch.parallel.mesh import build_mesh
 from vmoe_torch.parallel.parallelize import parallelize, parameter_groups
+from vmoe_torch.parallel.plan import GPUS, Plan, Settings, changes_that_fit, describe, plan
 
-__all__ = ["ExpertExchange", "build_mesh", "clip_grad_norm", "parallelize", "parameter_groups"]
+__all__ = [
+    "GPUS",
+    "ExpertExchange",
+    "Plan",
+    "Settings",
+    "build_mesh",
+    "changes_that_fit",
+    "clip_grad_norm",
+    "describe",
+    "parallelize",
+    "parameter_groups",
+    "plan",
+]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.parallel.exchange import ExpertExchange
@@ -36,7 +36,7 @@ def parallelize(
     Every rank must hold the same weights and give the same number of images per step.
 
     Args:
-        model: on its device, with `blocks` (VMoE).
+        model: on its device, with `blocks` (VMoE); on the meta device, `materialize` fills it afterwards.
         mesh: with axes `dp` and `ep` (see `build_mesh`).
         wire_dtype: dtype of rows on the wire, e.g. torch.bfloat16; None is that of the activations.
         chunks: parts along the capacity whose exchange overlaps the experts' work.
@@ -50,13 +50,15 @@ def parallelize(
         The model.
 
     Raises:
-        ValueError: if the mesh lacks an axis or the experts do not divide among its ranks.
+        ValueError: if the mesh lacks an axis, the experts do not divide among its ranks, or a MoeMlp is not a block's.
     """
     names = mesh.mesh_dim_names or ()
     if names != ("dp", "ep"):
         raise ValueError(f"mesh must have the axes ('dp', 'ep'), got {names}")
     ep = mesh["ep"].size()
-    layers = [module for module in model.modules() if isinstance(module, MoeMlp)]
+    layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoeMlp)]
+    if len(layers) != sum(isinstance(module, MoeMlp) for module in model.modules()):
+        raise ValueError("every MoeMlp of the model must be the mlp of a block, got one elsewhere")
     for layer in layers:
         if layer.num_experts % ep:
             raise ValueError(f"ep must divide num_experts={layer.num_experts}, got ep={ep}")
@@ -73,9 +75,14 @@ def parallelize(
 
 
 def _spread_experts(layer: MoeMlp, ep: DeviceMesh) -> None:
+    rank, size = ep.get_local_rank(), ep.size()
     for module, placement in ((layer.router, Replicate()), (layer.fc1, Shard(0)), (layer.fc2, Shard(0))):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            spread = distribute_tensor(parameter.detach(), ep, [placement])
+            part = parameter.detach()
+            if placement.is_shard():
+                # A copy, so that the other ranks' experts are freed.
+                part = part.chunk(size)[rank].clone()
+            spread = DTensor.from_local(part, ep, [placement], run_check=False)
             setattr(module, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
 
 

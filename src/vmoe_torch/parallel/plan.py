@@ -1,0 +1,344 @@
+"""What a training step of a model on many GPUs holds, moves and takes, computed on paper: no GPU, no weights.
+
+Byte counts follow what the code does and are tested against real runs; times follow from the rates in `GPUS` and the
+assumed shares of them, and are estimates.
+
+Dims: B images of a rank, L tokens per image, T = B * L, D width, H hidden width, E experts, K selected, R rows per
+expert and rank, N ranks of one set of experts.
+"""
+
+from dataclasses import dataclass, replace
+from math import prod
+
+from torch import Size, nn
+
+from vmoe_kernels import num_groups, rows_per_expert
+from vmoe_torch.layers import MoeMlp
+
+MASTER = 4  # bytes of a parameter, of its gradient, and of each of AdamW's two moments: float32
+LABEL = 4  # bytes of what routing keeps: float32 and int32
+# Assumed shares of the peak rates that a training step reaches, and of the memory that tensors may fill.
+COMPUTE_SHARE, LINK_SHARE, MEMORY_SHARE = 0.45, 0.75, 0.9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Vendor's peaks: memory in bytes, dense bf16 FLOP/s, bytes/s in one direction inside a node and between nodes.
+
+    The network is assumed: one 200 Gbit/s (A100) or 400 Gbit/s adapter per GPU, eight GPUs per node.
+    """
+
+    memory: float
+    flops: float
+    link: float
+    network: float
+    per_node: int = 8
+
+
+GPUS = {
+    "a100": Gpu(80e9, 312e12, 300e9, 25e9),
+    "h100": Gpu(80e9, 989e12, 450e9, 50e9),
+    "h200": Gpu(141e9, 989e12, 450e9, 50e9),
+    "b200": Gpu(180e9, 2250e12, 900e9, 50e9),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run to plan; `batch` is images per step over all GPUs, forwards of one accumulation step alone."""
+
+    gpus: int
+    ep: int
+    batch: int
+    gpu: str = "h200"
+    recompute: bool = False
+    # Bytes of an activation and of a gathered parameter, and of a value on the wire: 2 is bfloat16.
+    compute_bytes: int = 2
+    wire_bytes: int = 2
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError if the run cannot be set up."""
+        if self.gpu not in GPUS:
+            raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {self.gpu!r}")
+        if self.gpus < 1 or self.ep < 1 or self.gpus % self.ep:
+            raise ValueError(f"ep must divide the number of GPUs, got ep={self.ep} and gpus={self.gpus}")
+        if self.batch < 1 or self.batch % self.gpus:
+            raise ValueError(f"batch must be a positive multiple of gpus={self.gpus}, got {self.batch}")
+        if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
+            raise ValueError(f"the model must have patch_embed and blocks, got {type(model).__name__}")
+        for block in model.blocks:
+            if isinstance(block.mlp, MoeMlp) and block.mlp.num_experts % self.ep:
+                raise ValueError(f"ep must divide num_experts={block.mlp.num_experts}, got ep={self.ep}")
+
+    @property
+    def dp(self) -> int:
+        """Replicas of the experts."""
+        return self.gpus // self.ep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Per rank (the first, which never holds less than another): bytes held, bytes sent per step, seconds per step."""
+
+    settings: Settings
+    parameters: int
+    gradients: int
+    # AdamW's moments.
+    optimizer: int
+    # What autograd keeps at the end of the forward; with recomputation also the block that is recomputed.
+    activations: int
+    # Parameters of two FSDP units, gathered, and the gradients of one on their way to be reduced.
+    gathered: int
+    # Rows of one layer as they leave and as they arrive.
+    exchange_buffers: int
+    # All-to-all in one layer's forward: dispatch and combine, to other ranks.
+    exchange_per_layer: int
+    # All-to-all in a step: every layer, forward and backward (and the recomputation's forward).
+    exchange_per_step: int
+    # FSDP's gathers and reductions in a step.
+    shards_per_step: int
+    flops_per_step: float
+    compute_seconds: float
+    exchange_seconds: float
+    shards_seconds: float
+
+    @property
+    def held(self) -> int:
+        """Bytes of all tensors together."""
+        states = self.parameters + self.gradients + self.optimizer
+        return states + self.activations + self.gathered + self.exchange_buffers
+
+    @property
+    def capacity(self) -> float:
+        """Bytes that tensors may fill."""
+        return GPUS[self.settings.gpu].memory * MEMORY_SHARE
+
+    @property
+    def fits(self) -> bool:
+        """Whether the tensors fit."""
+        return self.held <= self.capacity
+
+    @property
+    def step_seconds(self) -> float:
+        """FSDP's transfers overlap the computation; the all-to-all is taken not to."""
+        return max(self.compute_seconds, self.shards_seconds) + self.exchange_seconds
+
+
+def plan(model: nn.Module, settings: Settings) -> Plan:
+    """Plans a training step with AdamW in float32 and compute in `settings.compute_bytes`, without dropout.
+
+    Args:
+        model: VMoE, on any device; the meta device is enough.
+        settings: of the run.
+
+    Raises:
+        ValueError: if the numbers do not divide, or the GPU is unknown.
+    """
+    settings.check(model)
+    gpu, a = GPUS[settings.gpu], settings.compute_bytes
+    images = settings.batch // settings.gpus
+    tokens = images * (model.patch_embed.num_patches + model.num_prefix_tokens)
+    layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoeMlp)]
+
+    parameters = MASTER * _local_parameters(model, settings)
+    units = _unit_sizes(model, settings)
+    largest = max(size for size, _ in units)
+    per_block = [_block_activations(block, images, tokens, a) for block in model.blocks]
+    if settings.recompute:
+        width = model.embed_dim
+        kept = sum(tokens * width * a + _routing_bytes(block.mlp, tokens) for block in model.blocks) + max(per_block)
+    else:
+        kept = sum(per_block)
+
+    buffers = [layer.num_experts * _rows(layer, images, tokens) * layer.fc1.weight.shape[2] for layer in layers]
+    sent = [2 * size * settings.wire_bytes * (settings.ep - 1) // settings.ep for size in buffers]
+    passes = 3 if settings.recompute else 2
+    gathers = 2 * a + MASTER
+    shards = int(sum(size * gathers * (ranks - 1) / ranks for size, ranks in units))
+    flops = (4 if settings.recompute else 3) * forward_flops(model, images)
+    return Plan(
+        settings=settings,
+        parameters=parameters,
+        gradients=parameters,
+        optimizer=2 * parameters,
+        activations=kept + _ends_activations(model, images, tokens, a),
+        gathered=largest * (2 * a + a + MASTER) if settings.gpus > 1 else 0,
+        exchange_buffers=2 * settings.wire_bytes * max(buffers, default=0),
+        exchange_per_layer=max(sent, default=0),
+        exchange_per_step=passes * sum(sent),
+        shards_per_step=shards,
+        flops_per_step=flops,
+        compute_seconds=flops / (gpu.flops * COMPUTE_SHARE),
+        exchange_seconds=passes * sum(2 * size * settings.wire_bytes for size in buffers) * _seconds_per_byte(settings),
+        shards_seconds=shards / ((gpu.link if settings.gpus <= gpu.per_node else gpu.network) * LINK_SHARE),
+    )
+
+
+def changes_that_fit(model: nn.Module, settings: Settings) -> list[tuple[str, Plan]]:
+    """The smallest change of each kind with which the run fits, and its plan."""
+    experts = [block.mlp.num_experts for block in model.blocks if isinstance(block.mlp, MoeMlp)]
+    kinds = [[("recompute the activations", replace(settings, recompute=True))]]
+    again = replace(settings, recompute=True)
+    doubled = [settings.ep * 2**i for i in range(1, 12)]
+    kinds.append([(f"ep={ep} and recompute", replace(again, ep=ep)) for ep in doubled])
+    smaller = [settings.batch // 2**i for i in range(1, 24) if settings.batch % 2**i == 0]
+    kinds.append([(f"batch={batch} and recompute", replace(again, batch=batch)) for batch in smaller])
+    more = [settings.gpus * 2**i for i in range(1, 12)]
+    kinds.append([(f"gpus={gpus} and recompute", replace(again, gpus=gpus)) for gpus in more])
+    found = []
+    for options in kinds:
+        for text, option in options:
+            possible = option.gpus % option.ep == 0 and option.batch % option.gpus == 0
+            if possible and all(count % option.ep == 0 for count in experts) and (new := plan(model, option)).fits:
+                found.append((text, new))
+                break
+    return found
+
+
+def forward_flops(model: nn.Module, images: int) -> int:
+    """FLOPs of the matrix products of a forward of so many images; experts at full capacity, in training mode."""
+    patches = images * model.patch_embed.num_patches
+    length = model.patch_embed.num_patches + model.num_prefix_tokens
+    tokens = images * length
+    flops = 2 * patches * model.patch_embed.proj.weight.numel()
+    for part in (*model.pre_logits.modules(), model.head):
+        flops += 2 * images * part.weight.numel() if isinstance(part, nn.Linear) else 0
+    width = model.embed_dim
+    for block in model.blocks:
+        flops += 2 * tokens * (block.attn.qkv.weight.numel() + block.attn.proj.weight.numel())
+        flops += 4 * images * length * length * width
+        mlp = block.mlp
+        if isinstance(mlp, MoeMlp):
+            flops += 2 * tokens * mlp.router.weight.numel()
+            flops += 2 * _rows(mlp, images, tokens) * (mlp.fc1.weight.numel() + mlp.fc2.weight.numel())
+        else:
+            flops += 2 * tokens * (mlp.fc1.weight.numel() + mlp.fc2.weight.numel())
+    return flops
+
+
+def _rows(layer: MoeMlp, images: int, tokens: int) -> int:
+    """R of a training forward."""
+    group = min(layer.group_size * (tokens // images), tokens) if layer.group_size else tokens
+    mode = layer.training
+    layer.training = True
+    capacity, rest = layer.capacity(group), tokens % group
+    last = layer.capacity(rest) if rest else capacity
+    layer.training = mode
+    return rows_per_expert(tokens, group, capacity, last)
+
+
+def _routing_bytes(mlp: nn.Module, tokens: int) -> int:
+    """Logits (T, E); gates, experts and slots (T, K)."""
+    if not isinstance(mlp, MoeMlp):
+        return 0
+    return LABEL * tokens * (mlp.num_experts + 3 * mlp.num_selected_experts)
+
+
+def _block_activations(block: nn.Module, images: int, tokens: int, a: int) -> int:
+    """Bytes that autograd keeps of one block: each tensor once, however many ops keep it."""
+    width, heads = block.norm1.weight.shape[0], block.attn.num_heads
+    # Input of norm1, norm1's output, q, k, v, attention's output, input of norm2, norm2's output.
+    kept = 8 * tokens * width * a
+    # Mean and deviation of two norms, and the attention's logsumexp, in float32.
+    kept += 4 * tokens * (4 + heads)
+    kept += sum(tokens * width * a for scale in (block.ls1, block.ls2) if not isinstance(scale, nn.Identity))
+    mlp = block.mlp
+    if not isinstance(mlp, MoeMlp):
+        # Before and after the activation.
+        return kept + 2 * tokens * mlp.fc1.weight.shape[0] * a
+    rows = mlp.num_experts * _rows(mlp, images, tokens)
+    hidden = mlp.fc1.weight.shape[1]
+    groups = num_groups(tokens, mlp.group_size * (tokens // images) or tokens)
+    # Rows that arrived, the pre-activation, and the outputs that came back; per group and expert, what losses keep.
+    kept += rows * (2 * width + hidden) * a + 6 * LABEL * groups * mlp.num_experts
+    return kept + _routing_bytes(mlp, tokens)
+
+
+def _ends_activations(model: nn.Module, images: int, tokens: int, a: int) -> int:
+    """Images, the last norm's input and output, and the log-probabilities of the loss in float32."""
+    pixels = model.patch_embed.proj.weight[0].numel() * model.patch_embed.num_patches
+    return images * pixels * a + 2 * tokens * model.embed_dim * a + 8 * tokens + 4 * images * model.num_classes
+
+
+def _part(shape: Size, dim: int, ranks: int) -> int:
+    """Numbers of the first rank's part."""
+    return prod(shape) // max(shape[dim], 1) * -(-shape[dim] // ranks)
+
+
+def _local_parameters(model: nn.Module, settings: Settings) -> int:
+    """Numbers of all parameters that the first rank keeps, as `parallelize` shards them."""
+    layers = [module for module in model.modules() if isinstance(module, MoeMlp)]
+    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    total = sum(_part(p.shape or Size([1]), 0, settings.gpus) for p in model.parameters() if id(p) not in in_layers)
+    for layer in layers:
+        total += _part(layer.router.weight.shape, 0, settings.dp)
+        for fc in (layer.fc1, layer.fc2):
+            for parameter in fc.parameters():
+                shape = Size([parameter.shape[0] // settings.ep, *parameter.shape[1:]])
+                total += _part(shape, 1 if shape[1] % settings.dp == 0 else 0, settings.dp)
+    return total
+
+
+def _unit_sizes(model: nn.Module, settings: Settings) -> list[tuple[int, int]]:
+    """Numbers of parameters that each FSDP unit gathers on a rank, and over how many ranks."""
+    units, rest = [], sum(parameter.numel() for parameter in model.parameters())
+    for block in model.blocks:
+        size = whole = sum(parameter.numel() for parameter in block.parameters())
+        rest -= whole
+        if isinstance(block.mlp, MoeMlp):
+            router = block.mlp.router.weight.numel()
+            experts = sum(parameter.numel() for parameter in block.mlp.parameters()) - router
+            units.append((experts // settings.ep + router, settings.dp))
+            size -= experts + router
+        units.append((size, settings.gpus))
+    return [*units, (rest, settings.gpus)]
+
+
+def _seconds_per_byte(settings: Settings) -> float:
+    """Of a byte of a rank's buffers: both kinds of links work at once, and the rank's own share stays."""
+    gpu, ep = GPUS[settings.gpu], settings.ep
+    near = min(ep, gpu.per_node)
+    inside, between = (near - 1) / ep / gpu.link, (ep - near) / ep / gpu.network
+    return max(inside, between) / LINK_SHARE
+
+
+def describe(result: Plan, changes: list[tuple[str, Plan]]) -> str:
+    """A table for the terminal; `changes` as `changes_that_fit` gives them."""
+    s, gpu = result.settings, GPUS[result.settings.gpu]
+    held = (
+        ("parameters", result.parameters),
+        ("gradients", result.gradients),
+        ("AdamW's moments", result.optimizer),
+        ("activations", result.activations),
+        ("gathered by FSDP", result.gathered),
+        ("exchange buffers", result.exchange_buffers),
+        ("total", result.held),
+    )
+    moved = (
+        ("all-to-all per layer, forward", result.exchange_per_layer),
+        ("all-to-all per step", result.exchange_per_step),
+        ("FSDP per step", result.shards_per_step),
+    )
+    times = (
+        ("compute", result.compute_seconds),
+        ("all-to-all", result.exchange_seconds),
+        ("FSDP, overlapped", result.shards_seconds),
+        ("step", result.step_seconds),
+    )
+    lines = [f"{s.gpus} x {s.gpu}, dp={s.dp}, ep={s.ep}, {s.batch} images per step, {s.batch // s.gpus} per GPU", ""]
+    lines += ["held per GPU, GB", *(f"  {name:<32}{size / 1e9:>10.2f}" for name, size in held), ""]
+    lines += ["sent per GPU, GB", *(f"  {name:<32}{size / 1e9:>10.3f}" for name, size in moved), ""]
+    lines += ["estimated time, ms", *(f"  {name:<32}{seconds * 1e3:>10.1f}" for name, seconds in times)]
+    lines += [
+        f"  {'images per second':<32}{s.batch / result.step_seconds:>10.0f}",
+        "",
+        f"assumed of a {s.gpu}: {COMPUTE_SHARE:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s; {LINK_SHARE:.0%} of "
+        f"{gpu.link / 1e9:.0f} GB/s inside a node of {gpu.per_node} and of {gpu.network / 1e9:.0f} GB/s between nodes; "
+        "experts at full capacity",
+    ]
+    limit = f"{MEMORY_SHARE:.0%} of {gpu.memory / 1e9:.0f} GB"
+    if result.fits:
+        return "\n".join([*lines, f"fits: {result.held / 1e9:.1f} GB are within {limit}"])
+    lines.append(f"does not fit: {result.held / 1e9:.1f} GB are above {limit}; these changes fit:")
+    found = [f"  {text}: {new.held / 1e9:.1f} GB, {new.step_seconds * 1e3:.0f} ms per step" for text, new in changes]
+    return "\n".join([*lines, *(found or ["  none of recomputation, a larger ep, a smaller batch, more GPUs"])])
