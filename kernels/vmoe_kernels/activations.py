@@ -33,13 +33,17 @@ def activate(name: str, pre: Tensor, hidden: Tensor) -> None:
         aten.silu.out(pre, out=hidden)
 
 
-def chain(name: str, pre: Tensor, grad: Tensor) -> None:
-    """Turns `grad` (n, H), the gradient of the hidden activations, into that of `pre` (n, H), in place."""
+def chain(name: str, pre: Tensor, grad: Tensor, work: tuple[Tensor, Tensor]) -> None:
+    """Turns `grad` (n, H), the gradient of the hidden activations, into that of `pre` (n, H), in place.
+
+    `work` is memory of the same shape, twice: fresh pages would cost a CPU more than the arithmetic.
+    """
     aten = torch.ops.aten
     if name == "gelu_tanh":
         # s + s * (1 - s) * x * d(2u)/dx, with s = sigmoid(2u)
-        square = pre * pre
-        gate = (square * _B).add_(_A).mul_(pre).sigmoid_()
+        square, gate = work
+        torch.mul(pre, pre, out=square)
+        torch.mul(square, _B, out=gate).add_(_A).mul_(pre).sigmoid_()
         square.mul_(3.0 * _B).add_(_A).mul_(pre)
         grad.mul_(square.addcmul_(square, gate, value=-1.0).add_(1.0).mul_(gate))
     elif name == "gelu":

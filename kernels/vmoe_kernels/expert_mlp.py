@@ -60,8 +60,8 @@ def row_blocks(rows: int, hidden: int) -> Iterator[slice]:
 
 
 def largest_block(rows: int, hidden: int) -> int:
-    """Rows of the largest of `row_blocks`, for scratch memory."""
-    return max((block.stop - block.start for block in row_blocks(rows, hidden)), default=0)
+    """Rows that no block of `row_blocks` exceeds, for any number of rows up to this one."""
+    return min(rows, -(-_BLOCK_FLOATS // max(hidden, 1)))
 
 
 def linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -101,7 +101,7 @@ class ExpertGradients:
         self.d_fc1_weight, self.d_fc2_weight = torch.empty_like(fc1_weight), torch.empty_like(fc2_weight)
         self.d_fc1_bias = fc1_weight.new_zeros(0 if fc1_bias is None else fc1_bias.shape)
         self.d_fc2_bias = fc2_weight.new_zeros(0 if fc2_bias is None else fc2_bias.shape)
-        self.scratch: tuple[Tensor, Tensor] | None = None
+        self.scratch: Tensor | None = None
 
     def add_rows(
         self,
@@ -130,9 +130,9 @@ class ExpertGradients:
         """
         fc1_weight, _, fc2_weight, fc2_bias = self.weights
         rows = x.shape[0]
-        if self.scratch is None or self.scratch[0].shape[0] < rows:
-            self.scratch = (torch.empty_like(pre), torch.empty_like(pre))
-        hidden, d_hidden = (memory[:rows] for memory in self.scratch)
+        if self.scratch is None or self.scratch.shape[1] < rows:
+            self.scratch = pre.new_empty(3, rows, pre.shape[1])
+        hidden, d_hidden, work = self.scratch[:, :rows]
         activate(self.activation, pre, hidden)
         torch.mm(d_out, fc2_weight[expert], out=d_hidden)
         if keep is not None:
@@ -149,7 +149,8 @@ class ExpertGradients:
         self.d_fc2_weight[expert].addmm_(d_out.t(), hidden, beta=beta)
         if keep is not None:
             d_hidden.mul_(keep)
-        chain(self.activation, pre, d_hidden)
+        # The hidden activations have served: their memory is free.
+        chain(self.activation, pre, d_hidden, (hidden, work))
         self.d_fc1_weight[expert].addmm_(d_hidden.t(), x, beta=beta)
         if self.d_fc1_bias.numel():
             self.d_fc1_bias[expert] += d_hidden.sum(0)

@@ -1,5 +1,7 @@
 """The registered ops against their eager twins: outputs and every gradient by name, odd sizes, poison, opcheck."""
 
+import sys
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -70,6 +72,37 @@ def test_layer_equals_reference(size, batch_priority, noise_std):
         results.append({"y": y, **routing._asdict()} | {name: tensor.grad for name, tensor in inputs.items()})
     for name, got in results[0].items():
         assert relative_error(got, results[1][name].detach()) <= 1e-11, name
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_blocks_of_rows_fit_their_memory(save, monkeypatch):
+    # 13 rows are cut into blocks of 5, but the 8 or 9 that are filled make one block of 8 or two of 5.
+    monkeypatch.setattr(sys.modules["vmoe_kernels.expert_mlp"], "_BLOCK_FLOATS", 8 * 32)
+    inputs = _layer_inputs((40, 40, 16, 32, 4, 1, 1.3))
+    results = []
+    for impl in ("auto", "reference"):
+        routing, _ = _route(inputs, (40, 40, 16, 32, 4, 1, 1.3), impl)
+        weights = [inputs[name] for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")]
+        with torch.set_grad_enabled(save):
+            y = vk.moe_mlp(inputs["x"], routing.slots, routing.gates, *weights, rows_per_expert=16, impl=impl)
+        if save:
+            y.square().sum().backward()
+        results.append([y] + [tensor.grad for tensor in inputs.values() if save])
+        for tensor in inputs.values():
+            tensor.grad = None
+    for got, want in zip(*results):
+        assert relative_error(got, want.detach()) <= 1e-11
+
+
+def test_no_block_exceeds_the_largest():
+    module = sys.modules["vmoe_kernels.expert_mlp"]
+    for hidden in (1, 2048, 3072, 1 << 21):
+        for rows in (0, 1, 341, 342, 512, 513, 700, 864, 1025, 5000):
+            blocks = list(module.row_blocks(rows, hidden))
+            assert [i for block in blocks for i in range(block.start, block.stop)] == list(range(rows))
+            for fewer in range(0, rows + 1, max(rows // 50, 1)):
+                sizes = [block.stop - block.start for block in module.row_blocks(fewer, hidden)]
+                assert max(sizes, default=0) <= module.largest_block(rows, hidden)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
