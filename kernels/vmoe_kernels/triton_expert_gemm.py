@@ -190,10 +190,10 @@ def gemm_tile(
 # H100 or H200, so one's epilogue (4 bytes of stores per 1,536 FLOPs at D=768) hides behind the other's products. With
 # that cap sm_80 and sm_100 would spill, and so would dropout, which draws random numbers in the epilogue. float32 in
 # full precision has no tensor cores: small tiles fill the chip.
-_WIDE = gemm_tile(128, 128, 64, warps=8, stages=3, parts=2)
-_WIDE_SM90 = gemm_tile(128, 128, 64, warps=8, stages=3, registers=128)
+_WIDE = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4)
+_WIDE_SM90 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=2, registers=128)
 _FEW_ROWS = gemm_tile(64, 128, 64, warps=4, stages=3, parts=2)
-_DROPOUT = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4)
+_DROPOUT = gemm_tile(128, 128, 64, warps=8, stages=3, parts=8)
 _FLOAT32 = gemm_tile(64, 64, 32, warps=8, stages=2)
 _CANDIDATES = (
     gemm_tile(128, 256, 64, warps=8, stages=3, parts=2),
