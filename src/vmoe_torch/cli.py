@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 import vmoe_torch
+from vmoe_torch.checkpoints import convert, export_original
 from vmoe_torch.data import read_image
 from vmoe_torch.parallel import GPUS, Settings, changes_that_fit, describe, plan
 from vmoe_torch.recipes import load_recipe, recipe_names
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vmoe", description="Train and use V-MoE, the sparse vision transformer.")
     parser.add_argument("--version", action="version", version=f"vmoe-torch {vmoe_torch.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_predict, _add_plan):
+    for add in (_add_train, _add_predict, _add_plan, _add_convert):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -135,6 +136,35 @@ def _plan(options: argparse.Namespace) -> int:
     settings = Settings(options.gpus, options.ep, options.batch, options.gpu, options.recompute)
     result = plan(model, settings)
     print(describe(result, [] if result.fits else changes_that_fit(model, settings)))
+    return 0
+
+
+def _add_convert(commands) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert checkpoints of the original JAX V-MoE, and back",
+        description="Converts PREFIX.index and PREFIX.data-nnnnn-of-NNNNN to one .safetensors file, or such a file back. "
+        "One of SOURCE and TARGET ends in .safetensors, the other one is a PREFIX; a SOURCE may be a URL.",
+        epilog="example: vmoe convert gs://vmoe_checkpoints/vmoe_s32_last2_ilsvrc2012_randaug_light1 s32.safetensors",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="PREFIX or FILE.safetensors to read")
+    parser.add_argument("target", metavar="TARGET", help="FILE.safetensors or PREFIX to write")
+    parser.add_argument("--train-state", action="store_true", help="keep optimizer, step and random keys too")
+    parser.add_argument("--num-heads", type=int, metavar="N", help="attention heads, for a file that does not say it")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="data files to write (default: 1)")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    ends = [name.endswith(".safetensors") for name in (options.source, options.target)]
+    if sum(ends) != 1:
+        raise ValueError(
+            f"one of SOURCE and TARGET must end in .safetensors, got {options.source} and {options.target}"
+        )
+    if ends[1]:
+        convert(options.source, options.target, train_state=options.train_state, progress=sys.stderr.isatty())
+    else:
+        export_original(options.source, options.target, num_heads=options.num_heads, num_shards=options.shards)
     return 0
 
 

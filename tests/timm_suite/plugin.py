@@ -5,13 +5,14 @@ vmoe_torch and answers in timm's place: where a list of name patterns says `vit_
 `test_vit*` as if also `test_vmoe*`, and where a list of modules says `vision_transformer` also `vmoe`, so each of our
 models is held to what a ViT is held to; and of the answer only our models are kept. Tests of other models by name go.
 
-No model has public weights, so the tests of loading would get none of ours: the tiny models get a file of random
-weights in the folder named by VMOE_TIMM_WEIGHTS.
+So that loading is tested without a network, the tiny models get a file of random weights in the folder named by
+VMOE_TIMM_WEIGHTS.
 
 What a test needs decides who runs it:
 - default_cfgs works on the meta device: every model.
 - The pruning contract copies the model per block: models whose parameters, times the copies, are at most LIMIT.
 - Reference outputs on timm's hub (test_model_inference) exist for no model of ours.
+- Loading the released weights needs the network: tests/checkpoints does it from a server on loopback.
 - Every other test holds weights and gradients in float32, 8 bytes a parameter, and may hold a traced copy: models of
   at most LIMIT parameters, which is 4 GiB of weights and gradients, safe on a machine of 24 GB and done in minutes.
 Parameters are counted on the meta device. Who ran and who was left out, and why, is printed at the end.
@@ -35,6 +36,7 @@ from vmoe_torch.models import vmoe
 LIMIT = 4 * 1024**3 // 8
 ON_META = ("test_model_default_cfgs_non_std",)
 NEEDS_HUB = ("test_model_inference",)
+LOADS = ("test_model_load_pretrained", "test_model_features_pretrained")
 COPY_PER_BLOCK = ("test_prune_intermediate_layers_contract",)
 SAME_PATTERNS = {"vit_*": "vmoe_*", "test_vit*": "test_vmoe*"}
 SAME_MODULES = {"vision_transformer": "vmoe"}
@@ -80,6 +82,8 @@ def reason_to_leave_out(test: str, name: str) -> str | None:
         return None
     if test in NEEDS_HUB:
         return "compares with tensors on timm's hub, which has none for our models"
+    if test in LOADS and timm.get_pretrained_cfg(name).url:
+        return "its weights are in a public bucket, which this suite does not reach"
     parameters, blocks = size(name)
     held = parameters * (blocks + 1) if test in COPY_PER_BLOCK else parameters
     if held <= LIMIT:
