@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_checkpoint_read [--gigabytes 1.2] [--shards 1 4] [--rounds 5] [--folder FOLDER]
 
-The arrays have the shapes of the released B/16 with 8 experts. Both variants read the same files in turn, in two states:
-"warm", all in the page cache, and "cold", dropped from it before each run (posix_fadvise; a disk's own or a host's cache
-is out of reach). Writes benchmarks/results/<machine>/bench_checkpoint_read.{json,md}.
+The arrays have the shapes of the released B/16 with 8 experts. Both variants read the same files in turn, in two
+states: "cold", dropped from the page cache before each run (posix_fadvise; a disk's own or a host's cache is out of
+reach), which gives the disk's rate and has the bar; and "warm", all in the page cache, where one variant reuses 8 MB of
+memory and the other has to be given 1.2 GB. Writes benchmarks/results/<machine>/bench_checkpoint_read.{json,md}.
 """
 
 import argparse
@@ -107,7 +108,11 @@ def main() -> None:
     made = environment(cpu) | {"load": f"{os.getloadavg()[0]:.1f}"}
     lines = heading("Reading a checkpoint", made) + table(rows)
     lines += ["", "| rate over the sequential one | bar | measured | met |", "| --- | --- | --- | --- |"]
-    lines += [f"| {case} | {BAR} | {ratio:.2f} | {'yes' if ratio >= BAR else 'no'} |" for case, ratio in ratios.items()]
+    for case, ratio in ratios.items():
+        cold = case.endswith("cold")
+        lines.append(
+            f"| {case} | {BAR if cold else ''} | {ratio:.2f} | {('no', 'yes')[ratio >= BAR] if cold else ''} |"
+        )
     content = {"environment": made, "rows": as_dicts(rows), "ratios": ratios, "bar": BAR}
     print("\n".join(lines))
     print(write(RESULTS / machine_name(cpu), "bench_checkpoint_read", content, lines))

@@ -143,7 +143,7 @@ def _add_convert(commands) -> None:
     parser = commands.add_parser(
         "convert",
         help="convert checkpoints of the original JAX V-MoE, and back",
-        description="Converts PREFIX.index and PREFIX.data-nnnnn-of-NNNNN to one .safetensors file, or such a file back. "
+        description="Converts PREFIX.index and PREFIX.data-nnnnn-of-NNNNN to one .safetensors file, or such one back. "
         "One of SOURCE and TARGET ends in .safetensors, the other one is a PREFIX; a SOURCE may be a URL.",
         epilog="example: vmoe convert gs://vmoe_checkpoints/vmoe_s32_last2_ilsvrc2012_randaug_light1 s32.safetensors",
     )
@@ -158,9 +158,7 @@ def _add_convert(commands) -> None:
 def _convert(options: argparse.Namespace) -> int:
     ends = [name.endswith(".safetensors") for name in (options.source, options.target)]
     if sum(ends) != 1:
-        raise ValueError(
-            f"one of SOURCE and TARGET must end in .safetensors, got {options.source} and {options.target}"
-        )
+        raise ValueError(f"one of the two names must end in .safetensors, got {options.source} and {options.target}")
     if ends[1]:
         convert(options.source, options.target, train_state=options.train_state, progress=sys.stderr.isatty())
     else:

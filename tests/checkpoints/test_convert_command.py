@@ -18,7 +18,7 @@ def test_convert_goes_there_and_back(tmp_path):
 
 def test_convert_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert main(["convert", "a", "b"]) == 2
-    assert capsys.readouterr().err == "vmoe convert: one of SOURCE and TARGET must end in .safetensors, got a and b\n"
+    assert capsys.readouterr().err == "vmoe convert: one of the two names must end in .safetensors, got a and b\n"
     assert main(["convert", str(tmp_path / "none"), str(tmp_path / "x.safetensors")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"vmoe convert: {tmp_path}/none.index must be a readable file, got ")

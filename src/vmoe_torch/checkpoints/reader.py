@@ -84,7 +84,7 @@ def read_original(
         prefix: what the names of its files begin with: a local path, an https:// or gs:// URL, or any fsspec URL.
         keep: whether to read the array at a path such as "params/Encoder/encoderblock_1/Moe/Mlp/Dense_0/kernel"; the
             others are checked but neither read nor allocated. None reads all.
-        threads: that read at the same time; None is one per core, 8 at most.
+        threads: that read at the same time; None is two per core, as one waits while the other copies, 8 at most.
         progress: whether to show a bar.
 
     Returns:
@@ -94,7 +94,7 @@ def read_original(
         CheckpointError: naming the file and the leaf, if anything is damaged, missing, or not as declared. Nothing is
             allocated that the bytes present do not fill.
     """
-    threads = threads or min(8, os.cpu_count() or 1)
+    threads = threads or min(8, 2 * (os.cpu_count() or 1))
     with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
         index = _parse(_local(f"{prefix}.index", stack, progress))
         names = {shard: shard_name(prefix, shard, index.shard_count) for leaf in index.leaves for shard in leaf.shards}
