@@ -14,9 +14,12 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python -m vmoe_torch.demo
 
+# One thread a process and a process a core: the tests are many and small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(WORKERS),2)
+
 test: $(STAMP) lint
-	$(BIN)/python -m pytest tests --ignore=tests/interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	$(PYTEST) tests --ignore=tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 
 test-timm: $(STAMP)
 	$(BIN)/python tests/timm_suite/run.py
