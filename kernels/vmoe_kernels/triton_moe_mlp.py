@@ -126,6 +126,42 @@ def moe_mlp_backward_triton(
     return d_x, gate_gradient(*dots, slots, gates), *weights
 
 
+def moe_mlp_costs(
+    num_tokens: int, num_choices: int, num_rows: int, num_experts: int, width: int, hidden: int, itemsize: int
+) -> dict[str, tuple[int, int]]:
+    """What each kernel of a layer must do at least, at full capacity.
+
+    A predicted time is the larger of FLOPs over the peak rate and bytes over the peak bandwidth.
+
+    Args:
+        num_tokens: T.
+        num_choices: K.
+        num_rows: N, rows of all experts.
+        num_experts: E.
+        width: D, in and out.
+        hidden: H.
+        itemsize: bytes of an element of the data and weights.
+
+    Returns:
+        Kernel to (FLOPs, bytes), each operand and result counted once, forward kernels first.
+    """
+    gemm = 2 * num_rows * width * hidden
+    tokens, rows, acts = num_tokens * width, num_rows * width, num_rows * hidden
+    weight = num_experts * width * hidden
+    elements = {
+        "expert_up": (gemm, tokens + weight + 2 * acts),
+        "expert_down": (gemm, acts + weight + rows),
+        "combine": (0, num_choices * tokens + tokens),
+        "expert_d_hidden": (gemm, tokens + weight + 3 * acts),
+        "output_bias": (0, tokens),
+        "expert_d_fc2": (gemm, tokens + acts + weight),
+        "expert_d_fc1": (gemm, tokens + acts + weight),
+        "expert_d_rows": (gemm, acts + weight + rows),
+        "dispatch_backward": (0, num_choices * tokens + tokens),
+    }
+    return {kernel: (flops, count * itemsize) for kernel, (flops, count) in elements.items()}
+
+
 def _compile_cases() -> list[CompileCase]:
     config = look_up("gate_gradient", torch.device("cpu"))
     cases = []

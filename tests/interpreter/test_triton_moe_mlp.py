@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from vmoe_kernels import launch, moe_mlp, moe_mlp_reference
 from vmoe_kernels.philox import _uniform, philox_bits
@@ -20,7 +21,7 @@ from vmoe_kernels.testing import (
 )
 from vmoe_kernels.triton_expert_gemm import CUBLAS, LINEAR_OPS
 from vmoe_kernels.triton_expert_gradient import WEIGHT_OPS
-from vmoe_kernels.triton_moe_mlp import moe_mlp_backward_triton, moe_mlp_triton
+from vmoe_kernels.triton_moe_mlp import moe_mlp_backward_triton, moe_mlp_costs, moe_mlp_triton
 
 GEMMS = (*LINEAR_OPS, "expert_d_hidden", *WEIGHT_OPS)
 # (T, K, E, C, D)
@@ -152,6 +153,19 @@ def test_moe_mlp_saves_less_than_half_of_what_eager_saves(num_choices):
     ours = _saved_bytes(partial(moe_mlp, impl="triton", rows_per_expert=rows), inputs)
     eager = _saved_bytes(partial(moe_mlp_reference, rows_per_expert=rows), inputs)
     assert 0 < ours <= 0.45 * eager, f"{ours} bytes are {ours / eager:.3f} of the eager twin's"
+
+
+def test_moe_mlp_costs_count_the_flops_that_pytorch_counts():
+    shape = (26, 2, 4, 13, 16)
+    num_tokens, num_choices, num_experts, rows, width = shape
+    routed = make_routed("random", shape, torch.float32)
+    experts = make_experts((num_experts, width, 24, width), torch.float32)
+    inputs = [routed["x"], routed["slots"], routed["gates"], *experts.values()]
+    with FlopCounterMode(display=False) as counter:
+        y = _ops(shape)[0](*(tensor.requires_grad_() if tensor.is_floating_point() else tensor for tensor in inputs))
+        y.sum().backward()
+    costs = moe_mlp_costs(num_tokens, num_choices, num_experts * rows, num_experts, width, 24, 4)
+    assert sum(flops for flops, _ in costs.values()) == counter.get_total_flops()
 
 
 def test_moe_mlp_takes_strided_inputs():
