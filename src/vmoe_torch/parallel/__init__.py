@@ -1,7 +1,9 @@
 """Expert parallelism, applied to a finished model from outside: DeviceMesh, DTensor, FSDP2, all-to-all."""
 
+from vmoe_torch.parallel.checkpoint import ShardedCheckpoints, export_safetensors, full_state_dict, load_checkpoint
 from vmoe_torch.parallel.clip import clip_grad_norm
 from vmoe_torch.parallel.exchange import ExpertExchange
+from vmoe_torch.parallel.materialize import materialize
 from vmoe_torch.parallel.mesh import build_mesh
 from vmoe_torch.parallel.parallelize import parallelize, parameter_groups
 from vmoe_torch.parallel.plan import GPUS, Plan, Settings, changes_that_fit, describe, plan
@@ -11,10 +13,15 @@ __all__ = [
     "ExpertExchange",
     "Plan",
     "Settings",
+    "ShardedCheckpoints",
     "build_mesh",
     "changes_that_fit",
     "clip_grad_norm",
     "describe",
+    "export_safetensors",
+    "full_state_dict",
+    "load_checkpoint",
+    "materialize",
     "parallelize",
     "parameter_groups",
     "plan",

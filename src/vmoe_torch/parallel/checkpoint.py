@@ -1,0 +1,292 @@
+"""Checkpoints that know no number of ranks: torch.distributed.checkpoint, asynchronous, whole or not at all.
+
+A checkpoint is a folder `update_00000012` with the tensors of model and optimiser, as DCP lays them out, everything
+else in `state.pt`, and the files' sizes and checksums in `complete.json`. It is written under a hidden name and renamed
+when all ranks are done.
+"""
+
+import json
+import os
+import shutil
+import warnings
+import zlib
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+_STATE, _COMPLETE = "state.pt", "complete.json"
+
+
+class ShardedCheckpoints:
+    """The last few checkpoints of a run; all ranks must call its methods together.
+
+    Args:
+        folder: where they are; made when the first is written.
+        keep: how many to keep.
+
+    With one process and no process group, everything works alike.
+    """
+
+    def __init__(self, folder: Path | str, keep: int):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.folder, self.keep = Path(folder), keep
+        self.distributed = dist.is_initialized()
+        # A group of its own: its collectives run in a thread, beside those of the training.
+        self.group = dist.new_group(backend="gloo") if self.distributed else None
+        self.first = not self.distributed or dist.get_rank() == 0
+        self.writing: Future | None = None
+
+    def save(self, update: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Copies the tensors and returns; a thread writes them, and completes the checkpoint when all ranks are done.
+
+        Args:
+            update: number of the checkpoint.
+            model: parallelised or not.
+            optimizer: of its parameters.
+            state: everything else, equal on all ranks: plain tensors, numbers, strings, and lists and dicts of them.
+
+        Raises:
+            RuntimeError: if the one before could not be written.
+        """
+        self.wait()
+        partial = self.folder / f".update_{update:08d}"
+        tensors, numbers = _tensors_and_numbers(model, optimizer)
+        if self.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in self.folder.glob(".update_*"):
+                shutil.rmtree(old)
+            partial.mkdir()
+            torch.save({"state": state, "optimizer": numbers}, partial / _STATE)
+        self._barrier()
+        if not self.distributed:
+            with warnings.catch_warnings():
+                # That there is one process is what we want to say.
+                warnings.simplefilter("ignore", UserWarning)
+                dcp.save(tensors, checkpoint_id=partial, no_dist=True)
+            self._complete(partial, update)
+            return
+        self.writing = dcp.async_save(tensors, checkpoint_id=partial, process_group=self.group)
+        if self.first:
+            # DCP's first rank ends when all have written.
+            finished: Future = Future()
+            self.writing.add_done_callback(lambda done: self._finish(done, finished, partial, update))
+            self.writing = finished
+
+    def _finish(self, done: Future, finished: Future, partial: Path, update: int) -> None:
+        try:
+            done.result()
+            self._complete(partial, update)
+        except BaseException as error:
+            finished.set_exception(error)
+        else:
+            finished.set_result(None)
+
+    def _complete(self, partial: Path, update: int) -> None:
+        """Lists the files, renames the folder, and removes those beyond `keep`."""
+        files = sorted(path for path in partial.iterdir())
+        (partial / _COMPLETE).write_text(json.dumps({path.name: [path.stat().st_size, _crc(path)] for path in files}))
+        for path in (*files, partial / _COMPLETE, partial):
+            _sync(path)
+        final = self.folder / f"update_{update:08d}"
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        _sync(self.folder)
+        for old in self._numbered()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def wait(self) -> None:
+        """Until the checkpoint being written is complete, on all ranks.
+
+        Raises:
+            RuntimeError: if it could not be written.
+        """
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            try:
+                writing.result()
+            except Exception as error:
+                raise RuntimeError(f"checkpoint in {self.folder} could not be written: {error}") from error
+            self._barrier()
+
+    def any(self) -> bool:
+        """Whether there is a checkpoint, whole or not."""
+        return bool(self._numbered())
+
+    def state(self, path: Path) -> dict[str, Any]:
+        """The `state` of a checkpoint, without its tensors."""
+        return _read_state(path)["state"]
+
+    def usable(self) -> list[Path]:
+        """Complete and undamaged checkpoints, the newest first; others are named in warnings."""
+        found: list[list[Path]] = [[]]
+        if self.first:
+            for partial in sorted(self.folder.glob(".update_*")):
+                warnings.warn(f"checkpoint {partial} is half-written, skipped", stacklevel=2)
+            for path in reversed(self._numbered()):
+                problem = _problem(path)
+                if problem is None:
+                    found[0].append(path)
+                else:
+                    warnings.warn(f"checkpoint {path} is damaged, skipped: {problem}", stacklevel=2)
+        if self.distributed:
+            dist.broadcast_object_list(found, group=self.group, group_src=0)
+        return found[0]
+
+    def load(self, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any] | None:
+        """Loads the newest usable checkpoint in place, saved by any number of ranks.
+
+        Args:
+            model: parallelised or not.
+            optimizer: over the model's parameters; None loads weights only.
+
+        Returns:
+            The `state` that was saved, or None where there is no usable checkpoint.
+
+        Raises:
+            ValueError: if it does not fit the model.
+        """
+        for path in self.usable():
+            return load_checkpoint(path, model, optimizer, self.group)
+        return None
+
+    def _barrier(self) -> None:
+        if self.distributed:
+            dist.barrier(self.group)
+
+    def _numbered(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("update_*") if path.is_dir())
+
+
+def load_checkpoint(
+    path: Path | str, model: nn.Module, optimizer: Optimizer | None = None, group: dist.ProcessGroup | None = None
+) -> dict[str, Any]:
+    """Loads one checkpoint folder in place; returns its `state`.
+
+    Raises:
+        ValueError: if it cannot be read or does not fit the model.
+    """
+    path = Path(path)
+    saved = _read_state(path)
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    wanted, moments = {}, {}
+    for name, tensor in model.state_dict().items():
+        entry = metadata.get(f"model.{name}")
+        if entry is None or entry.size != tensor.shape:
+            got = "none" if entry is None else tuple(entry.size)
+            raise ValueError(f"checkpoint {path} must hold {name} of shape {tuple(tensor.shape)}, got {got}")
+        wanted[f"model.{name}"] = tensor
+    if optimizer is not None:
+        ours = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in model.named_parameters():
+            if parameter not in ours:
+                continue
+            prefix = f"optimizer.{name}:"
+            moments[parameter] = dict(saved["optimizer"].get(name, {}))
+            for key in (key for key in metadata if key.startswith(prefix)):
+                entry = metadata[key]
+                if entry.size == parameter.shape:
+                    tensor = torch.empty_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+                else:
+                    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+                wanted[key] = moments[parameter][key.removeprefix(prefix)] = tensor
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(wanted, checkpoint_id=path, process_group=group, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
+    if optimizer is not None:
+        optimizer.state.clear()
+        optimizer.state.update({parameter: state for parameter, state in moments.items() if state})
+    return saved["state"]
+
+
+def export_safetensors(model: nn.Module, path: Path | str) -> None:
+    """Writes all weights into one file, which `timm.create_model(..., checkpoint_path=path)` loads; all ranks call it.
+
+    The first rank holds the whole model on its CPU for a moment; the others one parameter.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    weights = full_state_dict(model, first)
+    if first:
+        path = Path(path)
+        partial = path.with_name(f".{path.name}")
+        save_file(weights, partial, metadata={"format": "pt"})
+        os.replace(partial, path)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def full_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """Whole weights on the CPU; empty on ranks that do not keep them, which must call it all the same."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            weights[name] = whole.detach().to("cpu", copy=True).contiguous()
+    return weights
+
+
+def _tensors_and_numbers(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Tensors of model and optimiser by name, and what else the optimiser keeps of a parameter."""
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    numbers: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{name}:{key}"] = value
+            else:
+                numbers.setdefault(name, {})[key] = value
+    return tensors, numbers
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path / _STATE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, if anything."""
+    try:
+        files = json.loads((path / _COMPLETE).read_text())
+    except (OSError, ValueError) as error:
+        return f"{_COMPLETE} cannot be read ({error})"
+    for name, (size, crc) in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} must have {size} bytes, has {file.stat().st_size}"
+        if _crc(file) != crc:
+            return f"{name} has changed"
+    return None
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _sync(path: Path) -> None:
+    """Onto the disk, so that a rename never comes before what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
