@@ -174,14 +174,18 @@ def machine_code(cubin: bytes) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump must report the registers of the kernel, got {usage!r}")
-    return int(found[1]), int(found[2]), len(re.findall(r"\b(?:LDL|STL)\b", code))
+
+        def read(option: str) -> str:
+            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage = read("-res-usage")
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump must report the registers of the kernel, got {usage!r}")
+        registers, stack, local = map(int, found.groups())
+        # Local memory lies in the stack frame; disassembling takes longer than compiling, so only where there is some.
+        code = read("-sass") if stack or local else ""
+    return registers, stack, len(re.findall(r"\b(?:LDL|STL)\b", code))
 
 
 def blocks_per_sm(capability: int, registers: int, shared: int, num_warps: int) -> int:
