@@ -1,6 +1,7 @@
 """These tests run the Triton kernels on the CPU, in Triton's interpreter."""
 
 import pytest
+
 from vmoe_kernels import _impl
 
 if not _impl.INTERPRET:
