@@ -109,10 +109,8 @@ def main() -> None:
     lines = heading("Reading a checkpoint", made) + table(rows)
     lines += ["", "| rate over the sequential one | bar | measured | met |", "| --- | --- | --- | --- |"]
     for case, ratio in ratios.items():
-        cold = case.endswith("cold")
-        lines.append(
-            f"| {case} | {BAR if cold else ''} | {ratio:.2f} | {('no', 'yes')[ratio >= BAR] if cold else ''} |"
-        )
+        bar, met = (BAR, "yes" if ratio >= BAR else "no") if case.endswith("cold") else ("", "")
+        lines.append(f"| {case} | {bar} | {ratio:.2f} | {met} |")
     content = {"environment": made, "rows": as_dicts(rows), "ratios": ratios, "bar": BAR}
     print("\n".join(lines))
     print(write(RESULTS / machine_name(cpu), "bench_checkpoint_read", content, lines))

@@ -1,6 +1,7 @@
 """The original's own files: read bit by bit, and written again byte by byte."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,20 @@ def test_leaves_without_version_follow_the_train_state(tmp_path):
     order = ["step", "params/w10", "params/w2", "opt_state/2/mu/w", "opt_state/2/nu/w", "opt_state/10/count", "rngs/a"]
     assert list(got) == order
     assert [int(tensor[0]) for tensor in got.values()] == list(range(len(order)))
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_peak_memory_is_the_result_and_a_chunk_per_thread(num_shards, tmp_path):
+    # Chunks of the second kind do not lie together in their array.
+    arrays = {f"w{i}": torch.randn(1 << 10, 1 << 10) for i in range(4)} | {"wide": torch.randn(1 << 9, 1 << 11, 4)}
+    write_original(tmp_path / "x", arrays, num_shards=num_shards, max_chunk_bytes=1 << 20)
+    size = sum(tensor.nbytes for tensor in arrays.values())
+    tracemalloc.start()
+    got = read_original(str(tmp_path / "x"), threads=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert all(torch.equal(got[name], tensor) for name, tensor in arrays.items())
+    assert size <= peak < size + (4 << 20)
 
 
 def test_fsspec_urls_are_read(tmp_path):

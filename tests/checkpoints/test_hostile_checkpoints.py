@@ -149,6 +149,17 @@ def test_unknown_versions_are_refused(folder):
     _refused(folder, "version must be '20220622' or absent, got '20990101'")
 
 
+@pytest.mark.parametrize(("count", "box"), [(2, ((0, 3),)), (4, ((0, 3),)), (3, ((0, 2),)), (0, ((0, 3),))])
+def test_chunks_of_another_size_are_refused(tmp_path, count, box):
+    """A piece that is sound in itself but does not fill its chunk would leave memory as it was."""
+    body = index.pack_piece("float32", count, 4) + bytes(4 * count)
+    slices = index.pack_box(box)
+    chunk = array_header(2) + array_header(1) + body + extension_header(index.SLICE_ND, len(slices)) + slices
+    shard = map_header(2) + pack(index.CHUNKS_KEY) + pack(True) + pack("0") + array_header(1) + chunk
+    _write(tmp_path, _one("w", _info((3,))), shard)
+    _refused(tmp_path, "leaf 'w': a chunk ", "x")
+
+
 def test_bytes_that_are_no_bool_are_refused(tmp_path):
     write_original(tmp_path / "x", {"w": torch.tensor([True, False])})
     path = tmp_path / "x.data-00000-of-00001"

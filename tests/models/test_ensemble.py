@@ -133,6 +133,8 @@ def test_ensemble_checkpoints_are_loaded(router, tmp_path):
         write_original(tmp_path / "x", arrays)
     other = _model()
     load_original(tmp_path / "x", other)
+    want = model.state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in other.state_dict().items())
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(other(x), model(x))
 
