@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ELEMENTWISE = ("adam", "adamw", "nadamw", "lion", "sgd", "momentum")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,33 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How torchrun's processes share the model; with ep=1 and without fsdp each holds all of it (DDP)."""
+
+    # Processes that one set of experts is spread over.
+    ep: int = 1
+    # Sets of experts; None is processes / ep.
+    dp: int | None = None
+    # Spread parameters, gradients and moments with FSDP2; always on where ep is above 1.
+    fsdp: bool = False
+    # dtype of rows on their way between experts, "bfloat16" or "float32"; None is that of the activations.
+    wire: str | None = None
+    # Parts whose exchange overlaps the experts' work.
+    chunks: int = 1
+    # M > 1: exchange inside nodes of M processes first, then between nodes.
+    ranks_per_node: int = 0
+    # Recompute activations in the backward, all but the routing.
+    recompute: bool = False
+    # Seconds after which a process that waits for another gives up.
+    timeout: float = 600.0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the model is spread over the processes."""
+        return self.ep > 1 or self.fsdp
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where and how the run runs; nothing here but `seed` and `precision` changes what is computed."""
 
@@ -130,6 +158,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,6 +235,11 @@ class Config:
             ("optim.accumulation", optim.accumulation, 1),
             ("schedule.epochs", schedule.epochs, 1),
             ("schedule.warmup_epochs", schedule.warmup_epochs, 0),
+            ("parallel.ep", self.parallel.ep, 1),
+            ("parallel.dp", self.parallel.dp, 1),
+            ("parallel.chunks", self.parallel.chunks, 1),
+            ("parallel.ranks_per_node", self.parallel.ranks_per_node, 0),
+            ("parallel.timeout", self.parallel.timeout, 1),
             ("run.seed", run.seed, 0),
             ("run.keep_checkpoints", run.keep_checkpoints, 1),
             ("run.log_every", run.log_every, 1),
@@ -219,6 +253,19 @@ class Config:
         for name, value in (("optim.ema_decay", optim.ema_decay), ("loss.label_smoothing", self.loss.label_smoothing)):
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
+        if self.parallel.enabled:
+            self._check_parallel()
+
+    def _check_parallel(self) -> None:
+        """What a model spread over processes cannot do."""
+        wire = self.parallel.wire
+        if wire is not None:
+            _one_of("parallel.wire", wire, ("bfloat16", "float32"))
+        # Others take norms or products of whole matrices, of which a process has a part.
+        _one_of("optim.name with parallel.ep or parallel.fsdp", self.optim.name.lower(), ELEMENTWISE)
+        _one_of("run.precision with parallel.ep or parallel.fsdp", self.run.precision, ("float32", "bfloat16"))
+        if self.optim.ema_decay is not None:
+            raise ValueError(f"optim.ema_decay must be null with parallel.ep or fsdp, got {self.optim.ema_decay}")
 
 
 class _Text(str):

@@ -19,20 +19,30 @@ from torch import nn
 from vmoe_torch.control import auxiliary_loss
 from vmoe_torch.data import EpochSampler, evaluation_loader, training_loader
 from vmoe_torch.layers.auxiliary import set_auxiliary_gradient_scale
+from vmoe_torch.parallel import (
+    ShardedCheckpoints,
+    clip_grad_norm,
+    full_state_dict,
+    load_checkpoint,
+    parameter_groups,
+)
 from vmoe_torch.train.build import build_data, build_loss, build_mixup, build_model, build_transforms, image_mode
 from vmoe_torch.train.checkpoint import (
+    BEST,
     FORMAT,
     CheckpointFolder,
     load_weights,
     random_states,
     read_checkpoint,
     set_random_states,
+    write_atomically,
 )
 from vmoe_torch.train.config import PRECISIONS, Config
 from vmoe_torch.train.logs import Logs, check_writable
 from vmoe_torch.train.meter import Meter
 from vmoe_torch.train.optimizer import build_optimizer, build_schedule
 from vmoe_torch.train.processes import Processes, processes
+from vmoe_torch.train.spread import EvenShares, spread_model
 from vmoe_torch.train.validation import validate
 
 
@@ -71,7 +81,10 @@ def train(config: Config, resume: bool = False) -> TrainResult:
         FloatingPointError: if the loss is no longer finite.
     """
     config.check()
-    with processes(config.run.device) as group, _deterministic(group.device, config.run.deterministic):
+    with (
+        processes(config.run.device, config.parallel.timeout) as group,
+        _deterministic(group.device, config.run.deterministic),
+    ):
         run = _Run(config, group, resume)
         with _Sigterm() as stop:
             return run.run(stop)
@@ -89,11 +102,20 @@ class _Run:
             check_writable(folder)
         group.wait()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.run.keep_checkpoints)
+        self.spread = config.parallel.enabled
+        self.sharded = ShardedCheckpoints(folder / "checkpoints", config.run.keep_checkpoints)
+        # Those of a spread run can be resumed without spreading, too.
+        found = self.sharded.any()
+        if not self.spread and not found:
+            self.sharded = None
         last = self.checkpoints.last()
-        if last is not None and not resume:
+        if (last is not None or found) and not resume:
             raise ValueError(f"run.output must be a new folder, or be resumed; {folder} holds checkpoints already")
-        state = None if last is None else read_checkpoint(last)
-        if state is not None:
+        if self.sharded is not None:
+            last = next(iter(self.sharded.usable()), None)
+        state = None
+        if last is not None:
+            state = read_checkpoint(last) if self.sharded is None else self.sharded.state(last)
             _check_same_run(config, state["config"])
 
         data = build_data(config.data, image_mode(config.model))
@@ -103,7 +125,8 @@ class _Run:
         if config.model.checkpoint is not None:
             start = read_checkpoint(config.model.checkpoint)
             load_weights(model, start["model"] if start["ema"] is None else start["ema"])
-        self.model = model = model.to(device)
+        model = model.to(device)
+        self.model = model = spread_model(model, config, group) if self.spread else model
         optim = config.optim
         self.sampler = EpochSampler(
             len(data.train),
@@ -117,8 +140,10 @@ class _Run:
         train_transform, val_transform = build_transforms(config.data, model)
         pin, workers = device.type == "cuda", config.data.workers
         self.train_batches = training_loader(data.train, train_transform, self.sampler, workers, pin)
+        val = EvenShares(data.val, group) if self.spread else data.val
+        self.val_count = val.own if self.spread else None
         self.val_batches = evaluation_loader(
-            data.val, val_transform, config.data.eval_batch_size, workers, pin, group.rank, group.world_size
+            val, val_transform, config.data.eval_batch_size, workers, pin, group.rank, group.world_size
         )
         # A file or transform that cannot work fails here, before any training.
         train_transform(data.train[0][0]), val_transform(data.val[0][0])
@@ -129,6 +154,8 @@ class _Run:
             raise ValueError(f"data.mixup and data.cutmix need an even number of images per forward, got {images}")
         self.loss = build_loss(config).to(device)
         self.optimizer = build_optimizer(model, optim)
+        if self.spread:
+            self.optimizer.param_groups = parameter_groups(self.optimizer.param_groups)
         self.schedule = build_schedule(self.optimizer, config.schedule, self.updates_per_epoch)
         self.ema = None if optim.ema_decay is None else ModelEmaV3(model, decay=optim.ema_decay)
         self.dtype = PRECISIONS[config.run.precision]
@@ -138,9 +165,9 @@ class _Run:
         # Processes draw different noise.
         _seed(config.run.seed, group.rank)
         if state is not None:
-            self._restore(state)
-        self.forward_model = group.replicate(model)
-        if config.run.compile:
+            self._restore(state, last)
+        self.forward_model = model if self.spread else group.replicate(model)
+        if config.run.compile and not self.spread:
             self.forward_model = torch.compile(self.forward_model)
 
     def run(self, stop: "_Sigterm") -> TrainResult:
@@ -158,6 +185,8 @@ class _Run:
                     history.append(self._end_epoch(logs))
                 else:
                     self._save()
+            if self.sharded is not None:
+                self.sharded.wait()
         finally:
             logs.close()
             set_auxiliary_gradient_scale(1.0, self.device)
@@ -213,7 +242,8 @@ class _Run:
             if self.mixup is not None:
                 inputs, targets = self.mixup(images, labels)
             last = step + 1 == steps
-            shared = self.group.world_size == 1 or last
+            # A spread model adds up its gradients' parts, reduced at every step.
+            shared = self.forward_model is self.model or self.group.world_size == 1 or last
             with contextlib.nullcontext() if shared else self.forward_model.no_sync():
                 with self._autocast():
                     logits = self.forward_model(inputs)
@@ -225,7 +255,8 @@ class _Run:
         norm = None
         if self.config.optim.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+            clip = clip_grad_norm if self.spread else nn.utils.clip_grad_norm_
+            norm = clip(self.model.parameters(), self.config.optim.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
@@ -294,7 +325,7 @@ class _Run:
         return row
 
     def _validate(self, model: nn.Module) -> tuple[float, float]:
-        return validate(model, self.val_batches, self.group, self.dtype)
+        return validate(model, self.val_batches, self.group, self.dtype, self.val_count)
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
@@ -310,29 +341,41 @@ class _Run:
     def _save(self, best: bool = False) -> None:
         """A checkpoint of this moment; all processes take part."""
         own = {"random": random_states(), "meter": self.meter.sums.cpu()}
-        everyone = self.group.gather(own)
+        state = {
+            "format": FORMAT,
+            "config": self.config.to_dict(),
+            "class_names": list(self.class_names),
+            "update": self.update,
+            "best_accuracy": self.best_accuracy,
+            "scaler": self.scaler.state_dict(),
+            "processes": self.group.gather(own),
+        }
+        if self.sharded is not None:
+            self.sharded.save(self.update, self.model, self.optimizer, state)
+            if best:
+                weights = full_state_dict(self.model, keep=self.group.is_first)
+                if self.group.is_first:
+                    whole = {**state, "model": weights, "ema": None, "optimizer": None}
+                    write_atomically(self.checkpoints.folder / BEST, whole)
+            return
         if self.group.is_first:
-            state = {
-                "format": FORMAT,
-                "config": self.config.to_dict(),
-                "class_names": list(self.class_names),
-                "update": self.update,
-                "best_accuracy": self.best_accuracy,
+            whole = {
                 "model": self.model.state_dict(),
                 "ema": None if self.ema is None else self.ema.module.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "processes": everyone,
             }
-            self.checkpoints.save(state, best)
+            self.checkpoints.save({**state, **whole}, best)
         self.group.wait()
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
         """Goes back to the moment of a checkpoint."""
-        load_weights(self.model, state["model"])
-        if self.ema is not None:
-            load_weights(self.ema.module, state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.sharded is not None:
+            load_checkpoint(path, self.model, self.optimizer, self.sharded.group)
+        else:
+            load_weights(self.model, state["model"])
+            if self.ema is not None:
+                load_weights(self.ema.module, state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.update, self.best_accuracy = state["update"], state["best_accuracy"]
         everyone = state["processes"]
@@ -396,6 +439,8 @@ def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     """The checkpoint's configuration computes the same."""
     now = config.to_dict()
     free = {"run": set(now["run"]) - {"seed", "precision"}, "data": {"root", "workers"}, "model": {"checkpoint"}}
+    # Other numbers of processes compute the same.
+    free["parallel"] = set(now["parallel"])
     for section, values in now.items():
         for name, value in values.items():
             if name not in free.get(section, ()) and saved[section].get(name) != value:

@@ -1,5 +1,6 @@
 """The processes of a run: one, or those that torchrun started."""
 
+import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,11 +55,12 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Processes]:
+def processes(device: str, timeout: float = 600.0) -> Iterator[Processes]:
     """Joins the processes that torchrun's environment names, for the length of a `with` block.
 
     Args:
         device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is one.
+        timeout: seconds after which a process that waits for another gives up.
 
     Raises:
         ValueError: if there is no such device.
@@ -75,7 +77,8 @@ def processes(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(place)
     joins = world_size > 1 and not dist.is_initialized()
     if joins:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     try:
         yield Processes(rank, world_size, place)
     finally:

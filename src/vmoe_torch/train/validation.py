@@ -10,7 +10,11 @@ from vmoe_torch.train.processes import Processes
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, batches: DataLoader, group: Processes, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    batches: DataLoader,
+    group: Processes,
+    dtype: torch.dtype = torch.float32,
+    count: int | None = None,
 ) -> tuple[float, float]:
     """Cross-entropy and top-1 accuracy over all processes' batches, in eval mode; leaves the mode as it was.
 
@@ -19,6 +23,7 @@ def validate(
         batches: (images, labels) of this process.
         group: the processes.
         dtype: of autocast; float32 for none.
+        count: how many of this process's images count, the first ones; None for all.
 
     Returns:
         (mean loss, accuracy in 0..1).
@@ -27,10 +32,15 @@ def validate(
     model.eval()
     device = group.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
+    seen = 0
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             logits = model(images)
+        if count is not None:
+            keep = min(max(count - seen, 0), labels.shape[0])
+            seen += labels.shape[0]
+            logits, labels = logits[:keep], labels[:keep]
         sums[0] += F.cross_entropy(logits.float(), labels, reduction="sum")
         sums[1] += (logits.argmax(1) == labels).sum()
         sums[2] += labels.shape[0]

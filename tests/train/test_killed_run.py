@@ -1,0 +1,71 @@
+"""Experts on two processes: a killed run restarts and ends with the bits of one never killed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vmoe_torch.train import load_model, train
+from vmoe_torch.train.logs import read_metrics
+
+PROGRAM = Path(__file__).with_name("killed_run.py")
+NEVER = 1000
+
+
+def run_two(config, folder, dies_at, restarts):
+    """Weights that two processes ended with, and what torchrun said."""
+    folder.mkdir()
+    file = folder / "config.json"
+    file.write_text(config.override(f"run.output={folder}").to_json())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, f"--max-restarts={restarts}", "--monitor-interval=0.2", PROGRAM, file, str(dies_at)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(folder / "model.safetensors"), done.stderr
+
+
+def test_killed_run_ends_with_the_bits_of_one_never_killed(tiny, tmp_path):
+    config = tiny.override(
+        "optim.ema_decay=none", "schedule.epochs=2", "run.checkpoint_every=2", "parallel.ep=2", "parallel.dp=1"
+    )
+    whole, _ = run_two(config, tmp_path / "whole", NEVER, 0)
+    killed, log = run_two(config, tmp_path / "killed", 8, 1)
+    assert "SIGKILL" in log or "exitcode: -9" in log or "exitcode  : -9" in log
+    assert whole.keys() == killed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(killed[name], tensor), name
+    columns = ("update", "train_loss", "val_loss", "val_accuracy")
+    metrics = [
+        [[row[column] for column in columns] for row in read_metrics(tmp_path / folder / "metrics.csv")]
+        for folder in ("whole", "killed")
+    ]
+    assert metrics[0] == metrics[1]
+    assert len(metrics[0]) == 2
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".update_*"))
+    # The best weights are one file, and a run goes on with any number of processes.
+    model, _, _ = load_model(tmp_path / "whole")
+    assert {name for name, _ in model.named_parameters()} == whole.keys()
+    again = train(config.override(f"run.output={tmp_path}/whole", "parallel.ep=1"), resume=True)
+    assert again.updates == 10
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_spread_run_without_torchrun_is_refused(tiny):
+    config = tiny.override("optim.ema_decay=none")
+    with pytest.raises(ValueError, match=r"parallel.dp \* parallel.ep must be the number of processes 1, got 0 \* 2"):
+        train(config.override("parallel.ep=2"))
+    for change, message in (
+        ("optim.ema_decay=0.9", "optim.ema_decay must be null with parallel.ep or fsdp, got 0.9"),
+        ("optim.name=muon", "must be one of adam, adamw"),
+        ("run.precision=float16", "must be one of float32, bfloat16, got 'float16'"),
+        ("parallel.wire=int8", "parallel.wire must be one of"),
+        ("parallel.chunks=0", "parallel.chunks must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config.override("parallel.ep=2", change))
