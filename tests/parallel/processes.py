@@ -11,16 +11,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _enter(rank: int, world: int, meeting: str, function: Callable, arguments: tuple) -> None:
+def enter(rank: int, world: int, meeting: str, function: Callable, arguments: tuple, timeout: float = 60.0) -> None:
+    """Joins the group and calls `function(*arguments)`."""
     warnings.simplefilter("error")
     # torch's own deprecations inside its distributed packages.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
-    )
+    wait = datetime.timedelta(seconds=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=wait)
     try:
         function(*arguments)
         dist.barrier()
@@ -31,4 +31,4 @@ def _enter(rank: int, world: int, meeting: str, function: Callable, arguments: t
 def run(world: int, folder: Path, function: Callable, *arguments) -> None:
     """Calls `function(*arguments)` in `world` processes; an error in any of them is raised here."""
     meeting = folder / f"meeting-{world}-{len(list(folder.iterdir()))}"
-    mp.spawn(_enter, args=(world, str(meeting), function, arguments), nprocs=world)
+    mp.spawn(enter, args=(world, str(meeting), function, arguments), nprocs=world)
