@@ -47,7 +47,7 @@ _WEIGHT = {
     "le128": _config(32, 64, 8, 3),
     "gt128": _config(32, 64, 8, 2),
     "fp32_le32": _config(16, 64, 4, 3),
-    "fp32_le64": _config(16, 64, 8, 3),
+    "fp32_le64": _config(16, 32, 8, 3),
     "fp32_le128": _config(16, 32, 8, 3),
     "fp32_gt128": _config(16, 16, 8, 3),
 }

@@ -98,6 +98,8 @@ def main(arguments: list[str] | None = None) -> Path:
     out.mkdir(parents=True, exist_ok=True)
 
     result, seconds = _train(config, out / "train_seconds.txt")
+    if not result.finished and options.max_updates is None:
+        raise SystemExit(f"stopped after {result.updates} updates; run again to go on")
     model = result.model
     dataset = FashionMnist("test")
     if options.test_images is not None:
