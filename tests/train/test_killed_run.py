@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from vmoe_torch.train import load_model, train
 from vmoe_torch.train.logs import read_metrics
+from vmoe_torch.train.processes import Processes
+from vmoe_torch.train.spread import EvenShares
+from vmoe_torch.train.validation import validate
 
 PROGRAM = Path(__file__).with_name("killed_run.py")
 NEVER = 1000
@@ -31,7 +36,12 @@ def run_two(config, folder, dies_at, restarts):
 
 def test_killed_run_ends_with_the_bits_of_one_never_killed(tiny, tmp_path):
     config = tiny.override(
-        "optim.ema_decay=none", "schedule.epochs=2", "run.checkpoint_every=2", "parallel.ep=2", "parallel.dp=1"
+        "optim.ema_decay=none",
+        "schedule.epochs=2",
+        "run.checkpoint_every=2",
+        "parallel.ep=2",
+        "parallel.dp=1",
+        "parallel.materialize=true",
     )
     whole, _ = run_two(config, tmp_path / "whole", NEVER, 0)
     killed, log = run_two(config, tmp_path / "killed", 8, 1)
@@ -65,7 +75,28 @@ def test_spread_run_without_torchrun_is_refused(tiny):
         ("optim.name=muon", "must be one of adam, adamw"),
         ("run.precision=float16", "must be one of float32, bfloat16, got 'float16'"),
         ("parallel.wire=int8", "parallel.wire must be one of"),
+        ("model.pretrained=true", "parallel.materialize must be false with model.pretrained"),
         ("parallel.chunks=0", "parallel.chunks must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(config.override("parallel.ep=2", change))
+            train(config.override("parallel.ep=2", "parallel.materialize=true", change))
+
+
+def test_even_shares_fill_up_and_do_not_count():
+    data = TensorDataset(torch.randn(5, 3), torch.arange(5) % 3)
+    model = nn.Linear(3, 3)
+    logits, labels = model(data.tensors[0]), data.tensors[1]
+    sums = []
+    for rank in range(3):
+        group = Processes(rank, 3, torch.device("cpu"))
+        shares = EvenShares(data, group)
+        assert len(shares) == 6
+        mine = [shares[index] for index in range(rank * 2, rank * 2 + 2)]
+        loader = DataLoader(mine, batch_size=1)
+        alone = Processes(0, 1, group.device)
+        loss, accuracy = validate(model, loader, alone, count=shares.own)
+        sums.append((shares.own, loss * shares.own, accuracy * shares.own))
+    own, loss, correct = (sum(column) for column in zip(*sums))
+    assert own == 5
+    assert loss / 5 == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
+    assert correct == (logits.argmax(1) == labels).sum()

@@ -115,6 +115,9 @@ class ParallelConfig:
     chunks: int = 1
     # M > 1: exchange inside nodes of M processes first, then between nodes.
     ranks_per_node: int = 0
+    # Each process makes its own part of the weights, so that none holds the model; others than without, but the same
+    # for any number of processes.
+    materialize: bool = False
     # Recompute activations in the backward, all but the routing.
     recompute: bool = False
     # Seconds after which a process that waits for another gives up.
@@ -264,6 +267,8 @@ class Config:
         # Others take norms or products of whole matrices, of which a process has a part.
         _one_of("optim.name with parallel.ep or parallel.fsdp", self.optim.name.lower(), ELEMENTWISE)
         _one_of("run.precision with parallel.ep or parallel.fsdp", self.run.precision, ("float32", "bfloat16"))
+        if self.parallel.materialize and (self.model.pretrained or self.model.checkpoint is not None):
+            raise ValueError("parallel.materialize must be false with model.pretrained or model.checkpoint, got true")
         if self.optim.ema_decay is not None:
             raise ValueError(f"optim.ema_decay must be null with parallel.ep or fsdp, got {self.optim.ema_decay}")
 

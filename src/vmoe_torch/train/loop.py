@@ -2,16 +2,11 @@
 
 import contextlib
 import math
-import random
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -38,10 +33,12 @@ from vmoe_torch.train.checkpoint import (
     write_atomically,
 )
 from vmoe_torch.train.config import PRECISIONS, Config
+from vmoe_torch.train.determinism import deterministic, seed_everything
 from vmoe_torch.train.logs import Logs, check_writable
 from vmoe_torch.train.meter import Meter
 from vmoe_torch.train.optimizer import build_optimizer, build_schedule
 from vmoe_torch.train.processes import Processes, processes
+from vmoe_torch.train.sigterm import Sigterm
 from vmoe_torch.train.spread import EvenShares, spread_model
 from vmoe_torch.train.validation import validate
 
@@ -83,10 +80,10 @@ def train(config: Config, resume: bool = False) -> TrainResult:
     config.check()
     with (
         processes(config.run.device, config.parallel.timeout) as group,
-        _deterministic(group.device, config.run.deterministic),
+        deterministic(group.device, config.run.deterministic),
     ):
         run = _Run(config, group, resume)
-        with _Sigterm() as stop:
+        with Sigterm() as stop:
             return run.run(stop)
 
 
@@ -120,12 +117,14 @@ class _Run:
 
         data = build_data(config.data, image_mode(config.model))
         self.class_names = data.class_names
-        _seed(config.run.seed)
-        model = build_model(config.model, len(data.class_names))
+        seed_everything(config.run.seed)
+        in_parts = self.spread and config.parallel.materialize
+        with torch.device("meta") if in_parts else contextlib.nullcontext():
+            model = build_model(config.model, len(data.class_names))
         if config.model.checkpoint is not None:
             start = read_checkpoint(config.model.checkpoint)
             load_weights(model, start["model"] if start["ema"] is None else start["ema"])
-        model = model.to(device)
+        model = model if in_parts else model.to(device)
         self.model = model = spread_model(model, config, group) if self.spread else model
         optim = config.optim
         self.sampler = EpochSampler(
@@ -163,14 +162,14 @@ class _Run:
         self.update, self.best_accuracy = 0, 0.0
         self.meter = Meter(device)
         # Processes draw different noise.
-        _seed(config.run.seed, group.rank)
+        seed_everything(config.run.seed, group.rank)
         if state is not None:
             self._restore(state, last)
         self.forward_model = model if self.spread else group.replicate(model)
         if config.run.compile and not self.spread:
             self.forward_model = torch.compile(self.forward_model)
 
-    def run(self, stop: "_Sigterm") -> TrainResult:
+    def run(self, stop: Sigterm) -> TrainResult:
         """All epochs, or those up to run.max_updates."""
         config = self.config
         total = config.schedule.epochs * self.updates_per_epoch
@@ -200,7 +199,7 @@ class _Run:
             history,
         )
 
-    def _epoch(self, last: int, stop: "_Sigterm", logs: Logs) -> bool:
+    def _epoch(self, last: int, stop: Sigterm, logs: Logs) -> bool:
         """The updates from here to the end of the epoch, or to `last`; returns whether it was told to stop."""
         config, accumulation = self.config, self.config.optim.accumulation
         epoch, first = divmod(self.update, self.updates_per_epoch)
@@ -330,7 +329,7 @@ class _Run:
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def _told_to_stop(self, stop: "_Sigterm") -> bool:
+    def _told_to_stop(self, stop: Sigterm) -> bool:
         """Whether any process got SIGTERM; asked rarely where asking makes the processes wait for each other."""
         if self.group.world_size == 1:
             return stop.received
@@ -385,54 +384,7 @@ class _Run:
             self.meter = Meter(self.device, own["meter"])
         else:
             # Other numbers of processes cannot draw the same noise; the data stays the same.
-            _seed(self.config.run.seed, self.group.rank, self.update)
-
-
-class _Sigterm:
-    """Notes SIGTERM in a `with` block, where Python lets us (in the main thread)."""
-
-    received = False
-
-    def __enter__(self) -> "_Sigterm":
-        self.installed = threading.current_thread() is threading.main_thread()
-        if self.installed:
-            self.before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.installed:
-            signal.signal(signal.SIGTERM, self.before)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.received = True
-
-
-def _seed(*numbers: int) -> None:
-    """Seeds Python's, numpy's and torch's global generators with what these numbers make together."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def _deterministic(device: torch.device, enabled: bool) -> Iterator[None]:
-    """Deterministic CUDA kernels for the length of a `with` block; the CPU's are anyway."""
-    if device.type != "cuda" or not enabled:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-    # Only guards against reading what was never written, at the price of a write.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+            seed_everything(self.config.run.seed, self.group.rank, self.update)
 
 
 def _check_same_run(config: Config, saved: dict[str, Any]) -> None:

@@ -3,13 +3,13 @@
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from vmoe_torch.parallel import build_mesh, parallelize
+from vmoe_torch.parallel import build_mesh, materialize, parallelize
 from vmoe_torch.train.config import PRECISIONS, Config
 from vmoe_torch.train.processes import Processes
 
 
 def spread_model(model: nn.Module, config: Config, group: Processes) -> nn.Module:
-    """Parallelises a model that is the same in every process.
+    """Parallelises a model that is the same in every process, or on the meta device in each of them.
 
     Raises:
         ValueError: if the processes are not parallel.dp * parallel.ep, or the experts do not divide.
@@ -22,7 +22,7 @@ def spread_model(model: nn.Module, config: Config, group: Processes) -> nn.Modul
             "start them with torchrun"
         )
     try:
-        return parallelize(
+        spread = parallelize(
             model,
             build_mesh(dp, parallel.ep, group.device.type),
             wire_dtype=None if parallel.wire is None else PRECISIONS[parallel.wire],
@@ -33,6 +33,7 @@ def spread_model(model: nn.Module, config: Config, group: Processes) -> nn.Modul
         )
     except ValueError as error:
         raise ValueError(f"parallel: {error}") from error
+    return materialize(spread, config.run.seed, group.device) if parallel.materialize else spread
 
 
 class EvenShares(Subset):
