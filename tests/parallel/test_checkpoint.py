@@ -112,6 +112,8 @@ def _damage(folder, model, optimizer):
     checkpoints.wait()
     numbered = sorted(path.name for path in folder.iterdir())
     assert numbered == ["update_00000003", "update_00000004"]
+    # Nobody may look at the folder once it is damaged.
+    dist.barrier()
     if dist.get_rank() == 0:
         newest = folder / "update_00000004"
         name = max(json.loads((newest / "complete.json").read_text()).items(), key=lambda item: item[1][0])[0]
