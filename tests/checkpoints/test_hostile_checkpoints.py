@@ -102,7 +102,10 @@ def test_chunks_that_do_not_tile_are_refused(tmp_path, boxes, pattern):
     ("leaf", "pattern"),
     [
         (_info((2**40,)), "x.data-00000-of-00001: leaf 'w': a data shard must hold every chunk"),
-        (_info((2**62, 2**62)), "leaf 'w': a data shard must hold every chunk"),
+        (_info((2**60,)), "leaf 'w': a data shard must hold every chunk"),
+        (_info((2**62, 2**62)), "an array's bytes must fit 64 bits"),
+        (_info((2**61, 0)), "an array's bytes must fit 64 bits"),
+        (_info((0, 2**64 - 1)), "an array's bytes must fit 64 bits"),
         (_info((-1,), boxes=[((0, 0),)]), "dims must be at least 0"),
         (_info((1,) * 17), "at most 16 dims"),
         (_info((1,), dtype="object"), "dtype must be one of"),

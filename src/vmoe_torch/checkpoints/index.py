@@ -199,6 +199,9 @@ def _parse_leaf(cursor: Cursor, path: str) -> Leaf:
     dtype = array.text("dtype")
     if dtype not in DTYPES:
         raise array.fail(f"dtype must be one of {', '.join(DTYPES)}", dtype)
+    # Dims of 0 do not help: strides must fit 64 bits too.
+    if math.prod(max(dim, 1) for dim in shape) * DTYPES[dtype][0].itemsize >= 1 << 63:
+        raise array.fail("an array's bytes must fit 64 bits", shape)
     array.boolean("weak_type")
     array.count("map", "named shape", exactly=0)
     array.done("an array's shape and dtype")
