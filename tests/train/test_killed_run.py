@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from vmoe_torch.parallel import full_state_dict
 from vmoe_torch.train import load_model, train
 from vmoe_torch.train.logs import read_metrics
 from vmoe_torch.train.processes import Processes
@@ -68,7 +70,7 @@ def test_killed_run_ends_with_the_bits_of_one_never_killed(tiny, tmp_path):
 
 def test_spread_run_without_torchrun_is_refused(tiny):
     config = tiny.override("optim.ema_decay=none")
-    with pytest.raises(ValueError, match=r"parallel.dp \* parallel.ep must be the number of processes 1, got 0 \* 2"):
+    with pytest.raises(ValueError, match="need torchrun, got a process started without it"):
         train(config.override("parallel.ep=2"))
     for change, message in (
         ("optim.ema_decay=0.9", "optim.ema_decay must be null with parallel.ep or fsdp, got 0.9"),
@@ -80,6 +82,31 @@ def test_spread_run_without_torchrun_is_refused(tiny):
     ):
         with pytest.raises(ValueError, match=message):
             train(config.override("parallel.ep=2", "parallel.materialize=true", change))
+
+
+def test_one_process_runs_the_path_of_many(tiny, tmp_path):
+    config = tiny.override("optim.ema_decay=none", "schedule.epochs=1")
+    plain = train(config)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        spread = config.override("parallel.fsdp=true", f"run.output={tmp_path}/spread")
+        train(spread.override("run.max_updates=2"))
+        result = train(spread, resume=True)
+        with pytest.raises(
+            ValueError, match=r"parallel.dp \* parallel.ep must be the number of processes 1, got 0 \* 2"
+        ):
+            train(config.override("parallel.ep=2", f"run.output={tmp_path}/other"))
+        assert sorted(path.name for path in (tmp_path / "spread" / "checkpoints").glob("update_*")) == [
+            "update_00000002",
+            "update_00000005",
+        ]
+        assert result.history[0]["train_loss"] == pytest.approx(plain.history[0]["train_loss"], rel=1e-4)
+        # Adam turns the smallest difference of a tiny gradient into a step of the learning rate.
+        for name, tensor in full_state_dict(result.model, keep=True).items():
+            want = plain.model.state_dict()[name]
+            torch.testing.assert_close(tensor, want, rtol=1e-2, atol=2e-3, msg=name)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_even_shares_fill_up_and_do_not_count():

@@ -79,7 +79,7 @@ def train(config: Config, resume: bool = False) -> TrainResult:
     """
     config.check()
     with (
-        processes(config.run.device, config.parallel.timeout) as group,
+        processes(config.run.device, config.parallel.timeout, config.parallel.enabled) as group,
         deterministic(group.device, config.run.deterministic),
     ):
         run = _Run(config, group, resume)

@@ -55,15 +55,16 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str, timeout: float = 600.0) -> Iterator[Processes]:
+def processes(device: str, timeout: float = 600.0, spread: bool = False) -> Iterator[Processes]:
     """Joins the processes that torchrun's environment names, for the length of a `with` block.
 
     Args:
         device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is one.
         timeout: seconds after which a process that waits for another gives up.
+        spread: whether the model is spread over the processes, which takes a group even of one.
 
     Raises:
-        ValueError: if there is no such device.
+        ValueError: if there is no such device, or a spread model has no torchrun.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if device == "auto":
@@ -75,7 +76,9 @@ def processes(device: str, timeout: float = 600.0) -> Iterator[Processes]:
             raise ValueError(f"run.device must be one of {torch.cuda.device_count()} CUDA devices, got cuda:{number}")
         place = torch.device("cuda", number)
         torch.cuda.set_device(place)
-    joins = world_size > 1 and not dist.is_initialized()
+    joins = (world_size > 1 or spread) and not dist.is_initialized()
+    if joins and spread and "MASTER_ADDR" not in os.environ:
+        raise ValueError("parallel.ep above 1 and parallel.fsdp need torchrun, got a process started without it")
     if joins:
         backend = "nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))

@@ -18,8 +18,7 @@ def spread_model(model: nn.Module, config: Config, group: Processes) -> nn.Modul
     dp = group.world_size // parallel.ep if parallel.dp is None else parallel.dp
     if dp * parallel.ep != group.world_size:
         raise ValueError(
-            f"parallel.dp * parallel.ep must be the number of processes {group.world_size}, got {dp} * {parallel.ep}; "
-            "start them with torchrun"
+            f"parallel.dp * parallel.ep must be the number of processes {group.world_size}, got {dp} * {parallel.ep}"
         )
     try:
         spread = parallelize(
