@@ -46,7 +46,8 @@ def test_killed_run_ends_with_the_bits_of_one_never_killed(tiny, tmp_path):
         "parallel.materialize=true",
     )
     whole, _ = run_two(config, tmp_path / "whole", NEVER, 0)
-    killed, log = run_two(config, tmp_path / "killed", 8, 1)
+    # One restart is enough, as a rule: a busy machine may take longer to meet again than torchrun waits.
+    killed, log = run_two(config, tmp_path / "killed", 8, 3)
     assert "SIGKILL" in log or "exitcode: -9" in log or "exitcode  : -9" in log
     assert whole.keys() == killed.keys()
     for name, tensor in whole.items():

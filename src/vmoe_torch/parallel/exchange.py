@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
+from einops import rearrange
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
@@ -74,7 +75,7 @@ class ExpertExchange:
         parts = buffer.tensor_split(min(self.chunks, max(buffer.shape[1], 1)), dim=1)
         # Every part is on its way before the first is worked on; a part is waited for when it is used.
         arriving = [self._send(part) for part in parts]
-        returning = [self._send_back(experts(self._arrived(part)), buffer.shape[0]) for part in arriving]
+        returning = [self._send_back(experts(self._arrived(part))) for part in arriving]
         return torch.cat([part.to(buffer.dtype) for part in returning], dim=1)
 
     def _send(self, rows: Tensor) -> tuple[Tensor, torch.dtype]:
@@ -85,21 +86,21 @@ class ExpertExchange:
     def _arrived(self, sent: tuple[Tensor, torch.dtype]) -> Tensor:
         """(N, E / N, r, D) -> (E / N, N * r, D)."""
         rows, dtype = sent
-        return rows.transpose(0, 1).flatten(1, 2).to(dtype)
+        return rearrange(rows, "n e r d -> e (n r) d").to(dtype)
 
-    def _send_back(self, rows: Tensor, num_experts: int) -> Tensor:
+    def _send_back(self, rows: Tensor) -> Tensor:
         """(E / N, N * r, O) -> (E, r, O)."""
-        rows = rows.to(self.wire_dtype or rows.dtype).unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
-        return self._all_to_all(rows).reshape(num_experts, rows.shape[2], rows.shape[3])
+        rows = rearrange(rows.to(self.wire_dtype or rows.dtype), "e (n r) o -> n e r o", n=self.size)
+        return rearrange(self._all_to_all(rows.contiguous()), "n e r o -> (n e) r o")
 
     def _all_to_all(self, rows: Tensor) -> Tensor:
         """(N, ...) by destination -> (N, ...) by source."""
         if self.levels is None:
             return _all_to_all(rows, self.group)
         inside, between, per_node = self.levels
-        nodes = rows.unflatten(0, (-1, per_node))
-        nodes = _all_to_all(nodes.transpose(0, 1).contiguous(), inside)
-        return _all_to_all(nodes.transpose(0, 1).contiguous(), between).flatten(0, 1)
+        by_peer = rearrange(rows, "(node peer) ... -> peer node ...", peer=per_node).contiguous()
+        by_node = rearrange(_all_to_all(by_peer, inside), "peer node ... -> node peer ...").contiguous()
+        return rearrange(_all_to_all(by_node, between), "node peer ... -> (node peer) ...")
 
 
 class _ScaledGradient(torch.autograd.Function):
