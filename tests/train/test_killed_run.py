@@ -36,6 +36,9 @@ def run_two(config, folder, dies_at, restarts):
     return load_file(folder / "model.safetensors"), done.stderr
 
 
+# Left out of `make test`, run by `make test-restarts`: now and then gloo cannot connect again after a restart
+# ("connectFullMesh failed ... Connection refused"), and torchrun gives up.
+@pytest.mark.restarts
 def test_killed_run_ends_with_the_bits_of_one_never_killed(tiny, tmp_path):
     config = tiny.override(
         "optim.ema_decay=none",
