@@ -127,6 +127,14 @@ def test_exchange_sees_the_buffer_and_may_move_it():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dispatch_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("renormalize_gates", [False, True])
+def test_scripted_layer_computes_the_same(dispatch_dtype, renormalize_gates):
+    layer = _layer(capacity_factor=0.7, dispatch_dtype=dispatch_dtype, renormalize_gates=renormalize_gates).eval()
+    x = torch.randn(6, 7, 16)
+    assert torch.equal(torch.jit.script(layer)(x), layer(x))
+
+
 def test_output_width_may_differ():
     assert MoeMlp(16, 32, 24, num_experts=4)(torch.randn(2, 7, 16)).shape == (2, 7, 24)
 

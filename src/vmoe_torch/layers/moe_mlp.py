@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import vmoe_kernels as kernels
 from vmoe_kernels.activations import check_activation
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
+from vmoe_torch.layers.experts import ExpertLinear
 from vmoe_torch.layers.losses import cv_squared, gshard_from_means
 from vmoe_torch.layers.record import Record
 from vmoe_torch.layers.routers import Router, expert_choice
@@ -18,35 +19,6 @@ from vmoe_torch.layers.routers import Router, expert_choice
 ROUTERS = ("top_experts", "expert_choice")
 AUXILIARY_MODES = ("injected", "manual")
 GROUP_SIZES = {"batch": 0, "image": 1}
-
-
-class ExpertLinear(nn.Module):
-    """One linear layer per expert: weight (E, out, in), bias (E, out) or none."""
-
-    def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool, device=None, dtype=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
-        shape = (num_experts, out_features)
-        self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """As the original: Xavier uniform per expert, the same draw for every expert; biases normal(1e-6)."""
-        bound = math.sqrt(6.0 / (self.weight.shape[1] + self.weight.shape[2]))
-        self.init_shared(lambda weight: weight.uniform_(-bound, bound), lambda bias: bias.normal_(std=1e-6))
-
-    @torch.no_grad()
-    def init_shared(self, weight_init, bias_init) -> None:
-        """Initialises the first expert and copies it to the others, as the original does (split_rngs=False)."""
-        for parameter, init in ((self.weight, weight_init), (self.bias, bias_init)):
-            if parameter is not None and parameter.shape[0] > 0:
-                init(parameter[0])
-                parameter[1:] = parameter[0]
-
-    def extra_repr(self) -> str:
-        num_experts, out_features, in_features = self.weight.shape
-        return f"{num_experts}, {in_features}, {out_features}, bias={self.bias is not None}"
 
 
 class MoeMlp(nn.Module):
@@ -343,6 +315,21 @@ class MoeMlp(nn.Module):
         )
         rest = tokens.shape[0] % group
         rows = tokens.shape[0] // group * capacity + (last_capacity if rest > 0 else 0)
+        if self.dispatch_dtype is not None:
+            # As `_routed`: what goes into the experts and what comes out is rounded.
+            buffer = torch.ops.vmoe.dispatch(tokens.to(self.dispatch_dtype), slots, self.num_experts * rows)
+            out = torch.ops.vmoe.expert_mlp(
+                buffer.to(tokens.dtype).view(self.num_experts, rows, tokens.shape[1]),
+                self.fc1.weight,
+                self.fc1.bias,
+                self.fc2.weight,
+                self.fc2.bias,
+                self.activation,
+                0.0,
+                None,
+                False,
+            )[0]
+            return torch.ops.vmoe.combine(out.to(self.dispatch_dtype).to(tokens.dtype).flatten(0, 1), slots, weights)
         return torch.ops.vmoe.moe_mlp(
             tokens,
             slots,

@@ -1,6 +1,7 @@
 """V-MoE (arXiv 2106.05974): Vision Transformers with sparse MLPs, as timm models.
 
 `VMoE` is timm's VisionTransformer whose chosen blocks hold a `MoeMlp`; everything else, keys included, is timm's.
+Over 400 lines: timm wants a function for every registered model.
 """
 
 import math
