@@ -1,0 +1,37 @@
+"""`vmoe plan`: bytes and time of a run on many GPUs, on paper."""
+
+import argparse
+
+import torch
+
+from vmoe_torch.parallel import GPUS, Settings, changes_that_fit, describe, plan
+from vmoe_torch.train.build import build_model
+from vmoe_torch.train.config import ModelConfig
+
+
+def add(commands) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "plan",
+        help="plan a training run on many GPUs",
+        description="Bytes that each GPU holds and sends, the estimated time of a step, and what to change if it does "
+        "not fit. No GPU and no weights are needed.",
+        epilog="example: vmoe plan --model vmoe_15b --gpus 64 --ep 32 --gpu h200 --batch 1024",
+    )
+    parser.add_argument("--model", required=True, metavar="NAME", help="a model of ours, as vmoe_15b")
+    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="number of GPUs")
+    parser.add_argument("--ep", required=True, type=int, metavar="N", help="GPUs that share one set of experts")
+    parser.add_argument("--gpu", default="h200", choices=tuple(GPUS), help="kind of GPU (default: h200)")
+    parser.add_argument("--batch", required=True, type=int, metavar="N", help="images per step over all GPUs")
+    parser.add_argument("--recompute", action="store_true", help="recompute activations in the backward")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
+    with torch.device("meta"):
+        model = build_model(ModelConfig(options.model), num_classes=1000)
+    settings = Settings(options.gpus, options.ep, options.batch, options.gpu, options.recompute)
+    result = plan(model, settings)
+    print(describe(result, [] if result.fits else changes_that_fit(model, settings)))
+    return 0

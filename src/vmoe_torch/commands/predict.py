@@ -1,0 +1,57 @@
+"""`vmoe predict`: classes of image files."""
+
+import argparse
+
+import torch
+
+import vmoe_torch
+from vmoe_torch.data import read_image
+from vmoe_torch.train import build_transforms, load_model
+from vmoe_torch.train.build import image_mode
+
+
+def add(commands) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "predict", help="classify images", description="Classifies images with the model of a run."
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE", help="run folder or checkpoint file")
+    parser.add_argument("--topk", type=int, default=5, metavar="N", help="classes to show per image (default: 5)")
+    parser.add_argument("--capacity-factor", type=float, metavar="C", help="slots per expert; below 1 drops tokens")
+    parser.add_argument("--num-selected-experts", type=int, metavar="K", help="experts per token")
+    parser.add_argument(
+        "--batch-priority", action=argparse.BooleanOptionalAction, help="drop the least important tokens first"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.set_defaults(run=run)
+
+
+@torch.no_grad()
+def run(options: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
+    if options.topk < 1:
+        raise ValueError(f"--topk must be at least 1, got {options.topk}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device must be cpu on a machine without CUDA, got {options.device}")
+    model, config, class_names = load_model(options.checkpoint, options.device)
+    changes = {
+        "capacity_factor": options.capacity_factor,
+        "num_selected_experts": options.num_selected_experts,
+        "batch_priority": options.batch_priority,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if changes or vmoe_torch.moe_layers(model):
+        # An image's result does not depend on the images named beside it.
+        vmoe_torch.set_routing(model, **changes, group_size="image")
+    _, transform = build_transforms(config.data, model)
+    # All are read first: a broken one gives its error before any result.
+    images = [transform(read_image(path, image_mode(config.model))) for path in options.images]
+    count = min(options.topk, len(class_names))
+    width = max(map(len, class_names))
+    for path, image in zip(options.images, images):
+        probabilities, classes = model(image[None].to(options.device))[0].float().softmax(0).topk(count)
+        print(path)
+        for rank, (share, label) in enumerate(zip(probabilities.tolist(), classes.tolist()), start=1):
+            print(f"  {rank}  {class_names[label]:<{width}}  {share:6.1%}")
+    return 0
