@@ -5,18 +5,17 @@ import argparse
 import torch
 
 import vmoe_torch
+from vmoe_torch.commands.sources import MODEL_HELP, open_model
 from vmoe_torch.data import read_image
-from vmoe_torch.train import build_transforms, load_model
-from vmoe_torch.train.build import image_mode
 
 
 def add(commands) -> None:
     """Adds the command to the parser."""
     parser = commands.add_parser(
-        "predict", help="classify images", description="Classifies images with the model of a run."
+        "predict", help="classify images", description="Classifies images with a trained model."
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE", help="run folder or checkpoint file")
+    parser.add_argument("--checkpoint", required=True, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--topk", type=int, default=5, metavar="N", help="classes to show per image (default: 5)")
     parser.add_argument("--capacity-factor", type=float, metavar="C", help="slots per expert; below 1 drops tokens")
     parser.add_argument("--num-selected-experts", type=int, metavar="K", help="experts per token")
@@ -32,9 +31,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     if options.topk < 1:
         raise ValueError(f"--topk must be at least 1, got {options.topk}")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device must be cpu on a machine without CUDA, got {options.device}")
-    model, config, class_names = load_model(options.checkpoint, options.device)
+    source = open_model(options.checkpoint, options.device)
+    model = source.model
     changes = {
         "capacity_factor": options.capacity_factor,
         "num_selected_experts": options.num_selected_experts,
@@ -44,9 +42,9 @@ def run(options: argparse.Namespace) -> int:
     if changes or vmoe_torch.moe_layers(model):
         # An image's result does not depend on the images named beside it.
         vmoe_torch.set_routing(model, **changes, group_size="image")
-    _, transform = build_transforms(config.data, model)
+    class_names = source.class_names or tuple(map(str, range(model.num_classes)))
     # All are read first: a broken one gives its error before any result.
-    images = [transform(read_image(path, image_mode(config.model))) for path in options.images]
+    images = [source.transform(read_image(path, source.mode)) for path in options.images]
     count = min(options.topk, len(class_names))
     width = max(map(len, class_names))
     for path, image in zip(options.images, images):

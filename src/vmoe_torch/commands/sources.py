@@ -1,0 +1,196 @@
+"""What a user names on the command line, opened: a trained model, and images with labels to use it on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from vmoe_torch.checkpoints.architecture import is_original, open_original
+from vmoe_torch.data import FashionMnist, ImageFolder
+from vmoe_torch.train import Config, build_transforms, load_model
+from vmoe_torch.train.build import image_mode
+
+# Folders that hold a split for evaluation, the first one there counts.
+SPLITS = ("val", "validation", "test")
+DATASETS = ("torch/", "hfds/", "wds/", "tfds/", "hfids/")
+MODEL_HELP = (
+    "run folder or checkpoint file of vmoe train, .safetensors file of vmoe convert, PREFIX of a checkpoint of the "
+    "original, or name of a timm model with pretrained weights"
+)
+DATA_HELP = (
+    "folder of class folders (or one of such splits), folder of Fashion-MNIST's IDX files, fashion_mnist for the "
+    "images that come along, or a data set of timm's as torch/cifar10=FOLDER"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to use.
+
+    Attributes:
+        model: in eval mode, on the device.
+        transform: for evaluation, PIL image -> (C, H, W) float32.
+        mode: PIL mode of the images that it takes, "RGB" or "L".
+        class_names: by label, where they are known; those of ImageNet are WordNet's numbers ("n01440764").
+        config: of the run that trained it, for a model of `vmoe train`.
+    """
+
+    model: nn.Module
+    transform: Callable[[Image.Image], Tensor]
+    mode: str
+    class_names: tuple[str, ...] | None
+    config: Config | None
+
+
+def open_model(name: str | Path, device: str | torch.device = "cpu") -> Source:
+    """Opens a trained model.
+
+    Args:
+        name: a run folder (its best checkpoint) or checkpoint file of `vmoe train`; a .safetensors file of
+            `vmoe convert` or the prefix of a checkpoint of the original, with the routing that `VMoE` has by default;
+            or a timm model's name, with or without tag, that has pretrained weights.
+        device: where to put the model.
+
+    Raises:
+        ValueError: if it is none of these, cannot be read or fetched, or there is no such device.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be cpu on a machine without CUDA, got {device}")
+    text = str(name)
+    config = class_names = None
+    if is_original(text):
+        model = open_original(text)
+    elif Path(text).exists() or text.endswith(".pt"):
+        model, config, class_names = load_model(text, device)
+    else:
+        model = _pretrained(text)
+        subset = infer_imagenet_subset(model)
+        if subset is not None:
+            info = ImageNetInfo(subset)
+            class_names = tuple(info.index_to_label_name(label) for label in range(info.num_classes()))
+    if hasattr(model, "ensemble_output"):
+        # Their exponentials are the members' mean, so softmax and cross-entropy do what they do for logits.
+        model.ensemble_output = "log_probabilities"
+    if config is not None:
+        transform, mode = build_transforms(config.data, model)[1], image_mode(config.model)
+    else:
+        cfg = resolve_data_config({}, model=model)
+        if hasattr(model, "patch_embed"):
+            # timm tells what the weights were made for, not what the model was built for.
+            size = model.patch_embed.img_size or cfg["input_size"][1:]
+            cfg["input_size"] = (model.patch_embed.proj.in_channels, *size)
+        channels = cfg["input_size"][0]
+        if channels == 1:
+            cfg |= {key: (sum(cfg[key]) / len(cfg[key]),) for key in ("mean", "std")}
+        transform, mode = create_transform(**cfg), "L" if channels == 1 else "RGB"
+    return Source(model.to(device).eval(), transform, mode, class_names, config)
+
+
+def _pretrained(name: str) -> nn.Module:
+    """A timm model with its pretrained weights."""
+    if not timm.is_model(name):
+        raise ValueError(f"model must be a run folder, a checkpoint file or a timm model's name, got {name!r}")
+    if not timm.is_model_pretrained(name):
+        raise ValueError(f"model must have pretrained weights to be used by its name, got {name!r}")
+    try:
+        return timm.create_model(name, pretrained=True)
+    # What downloads raise depends on the library that timm uses.
+    except Exception as error:
+        raise ValueError(f"weights of {name} cannot be had: {error}") from error
+
+
+class Images(Dataset):
+    """Labelled images of a data set; an item is (PIL image, label).
+
+    Attributes:
+        class_names: by label, where they are known.
+    """
+
+    def __init__(self, dataset: Dataset, mode: str, class_names: tuple[str, ...] | None, labels: list[int] | None):
+        self.dataset = dataset
+        self.mode = mode
+        self.class_names = class_names
+        # The label of each of the data set's classes; None leaves them.
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.dataset[index]
+        return image.convert(self.mode), int(label if self.labels is None else self.labels[label])
+
+
+def open_images(source: Source, data: str | Path, split: str | None = None, *, own_labels: bool = False) -> Images:
+    """Opens images for a model, labelled as the model labels.
+
+    Where both sides have names of classes, labels follow the model's; the images need not show all of its classes.
+
+    Args:
+        source: the model.
+        data: "fashion_mnist" for the images that ship with the package; a folder with Fashion-MNIST's IDX files; a
+            folder with one folder of images per class; or a map-style data set of timm's `create_dataset`, and where
+            its files are, as "torch/cifar10=FOLDER".
+        split: None is "test" of Fashion-MNIST, the first folder there is of val, validation and test inside a folder
+            (else the folder itself), and "validation" of timm's. "." is all that is in the folder.
+        own_labels: whether to number the classes as the data set does, whatever those of the model.
+
+    Raises:
+        ValueError: if there is no such data, or its classes are not the model's.
+    """
+    text = str(data)
+    if text.startswith(DATASETS):
+        dataset = _timm_dataset(text, split or "validation", source.mode)
+    elif text == "fashion_mnist" or any(Path(text).glob("*-images-idx3-ubyte*")):
+        dataset = FashionMnist(split or "test", None if text == "fashion_mnist" else text, source.mode)
+    else:
+        folder = Path(text)
+        if split is not None and not (folder / split).is_dir():
+            raise ValueError(f"split must be a folder in {folder}, got {split!r}")
+        inside = SPLITS if split is None else (split,)
+        found = next((folder / name for name in inside if (folder / name).is_dir()), folder)
+        dataset = ImageFolder(found, mode=source.mode)
+    names = class_names_of(dataset)
+    if own_labels:
+        return Images(dataset, source.mode, names, None)
+    count = getattr(source.model, "num_classes", None)
+    own = source.class_names
+    if names is not None and own is not None:
+        unknown = sorted(set(names) - set(own))
+        if not unknown:
+            return Images(dataset, source.mode, own, [own.index(name) for name in names])
+        # Data sets of timm's number their classes in an order that is known, whatever they call them.
+        if not text.startswith(DATASETS):
+            shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
+            raise ValueError(f"classes of {text} must be among the {len(own)} of the model, got {shown} too")
+    if names is not None and count is not None and len(names) != count:
+        raise ValueError(f"{text} must have as many classes as the model, {count}, got {len(names)}")
+    return Images(dataset, source.mode, own or names, None)
+
+
+def class_names_of(dataset: Any) -> tuple[str, ...] | None:
+    """The names of a data set's classes by label, where it tells them."""
+    names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
+    if names is None and hasattr(dataset, "reader"):
+        by_name = getattr(dataset.reader, "class_to_idx", None) or {}
+        names = sorted(by_name, key=by_name.get)
+    return tuple(map(str, names)) if names else None
+
+
+def _timm_dataset(text: str, split: str, mode: str) -> Dataset:
+    name, _, root = text.partition("=")
+    try:
+        dataset = create_dataset(name, root=root, split=split, input_img_mode=mode)
+    # Every library behind timm has errors of its own.
+    except Exception as error:
+        raise ValueError(f"data set {text} cannot be opened: {error or type(error).__name__}") from error
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"data set must be one whose images have numbers, got the stream {name}")
+    return dataset
