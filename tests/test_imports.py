@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "parallel": {"vmoe_kernels", "layers"},
     "evaluate": {"layers", "models", "control", "data"},
     "analyze": {"layers", "models", "control", "data", "evaluate"},
-    "train": {"layers", "models", "control", "data", "parallel", "evaluate"},
+    "train": {"layers", "models", "checkpoints", "control", "data", "parallel", "evaluate"},
     "recipes": {"train"},
 }
 # The one way up: a model that is asked to load pretrained weights fetches the reader, inside that function.

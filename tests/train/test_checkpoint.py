@@ -32,7 +32,7 @@ def test_checkpoint_of_another_shape_is_refused_by_train(tiny):
     wider = tiny.override(
         "model.kwargs.embed_dim=64", f"model.checkpoint={tiny.run.output}", f"run.output={tiny.run.output}-wide"
     )
-    with pytest.raises(ValueError, match=r"of another shape \d+: .*\(32,\) instead of \(64,\)"):
+    with pytest.raises(ValueError, match=r"run must fit the model: .* must be \(64,\), got \(32,\)"):
         train(wider)
 
 

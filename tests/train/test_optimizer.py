@@ -1,5 +1,7 @@
 """Which parameters decay, which Muon leaves to its fallback, and the learning rate by update."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,6 +23,27 @@ def test_only_weights_decay(tiny):
     for name, group in groups.items():
         decays = name.endswith("weight") and "norm" not in name
         assert (group["weight_decay"] > 0) == decays, name
+
+
+def test_kernels_decay_is_the_originals_by_name(tiny):
+    kwargs = {"class_token": False, "global_pool": "map", "representation_size": True, "depth": 2}
+    model = build_model(replace(tiny.model, kwargs={**tiny.model.kwargs, **kwargs}), 10)
+    groups = groups_by_name(model, build_optimizer(model, OptimConfig(weight_decay=0.1, decay="kernels")))
+    assert {name for name, group in groups.items() if group["weight_decay"] > 0} == {
+        "patch_embed.proj.weight",
+        *(f"blocks.{block}.attn.{part}.weight" for block in (0, 1) for part in ("qkv", "proj")),
+        *(f"blocks.{block}.mlp.{part}.weight" for block in (0, 1) for part in ("fc1", "fc2")),
+        "blocks.1.mlp.router.weight",
+        *(f"attn_pool.{part}.weight" for part in ("q", "kv", "proj", "mlp.fc1", "mlp.fc2")),
+        "pre_logits.0.weight",
+        "head.weight",
+    }
+    rest = {name for name, group in groups.items() if group["weight_decay"] == 0}
+    assert {"pos_embed", "attn_pool.latent", "blocks.1.mlp.fc1.bias", "norm.weight", "head.bias"} <= rest
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    for other in ({"layer_decay": 0.5}, {"name": "muon"}):
+        with pytest.raises(ValueError, match=r"optim.decay must be default with optim.layer_decay and with Muon"):
+            build_optimizer(model, OptimConfig(decay="kernels", **other))
 
 
 def test_muon_leaves_experts_and_routers_to_its_fallback(tiny):
@@ -61,3 +84,9 @@ def test_schedule_none_leaves_the_rate():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     assert build_schedule(optimizer, ScheduleConfig(name="none"), 10) is None
     assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_schedule_refuses_a_warmup_as_long_as_the_run():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    with pytest.raises(ValueError, match="must be shorter than its 10 updates, got 10"):
+        build_schedule(optimizer, ScheduleConfig("linear", updates=10, warmup_epochs=2), 5)

@@ -99,6 +99,7 @@ class VMoE(vit.VisionTransformer):
         dispatch_dtype: "bfloat16" rounds what goes into and comes out of the experts; None or "float32" does not.
         representation_size: width of a tanh layer before the head; None or 0 for none, True for the model's width.
         pos_embed: timm's "learn", "none", or "sincos2d" (fixed, patches only).
+        head_bias_init: what the head's bias begins with; for the sigmoid loss, -log(num_classes).
         renormalize_gates: whether the K gates of a token are scaled to sum to 1.
         impl: "auto", "triton" or "reference".
     """
@@ -129,6 +130,7 @@ class VMoE(vit.VisionTransformer):
         router: str = "top_experts",
         dispatch_dtype: str | None = None,
         representation_size: int | bool | None = None,
+        head_bias_init: float = 0.0,
         renormalize_gates: bool = False,
         impl: str = "auto",
         depth: int = 12,
@@ -186,6 +188,7 @@ class VMoE(vit.VisionTransformer):
             head = nn.Linear(width, self.num_classes, **dd) if self.num_classes > 0 else head
         self.head_drop, self.head = head_drop, head
 
+        self.head_bias_init = head_bias_init
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
@@ -208,6 +211,8 @@ class VMoE(vit.VisionTransformer):
                         nn.init.zeros_(module.bias)
         else:
             self._init_as_original(needs_reset)
+        if self.head_bias_init and self.num_classes > 0:
+            nn.init.constant_(self.head.bias, self.head_bias_init)
         if self.fixed_pos_embed:
             height, width = self.patch_embed.grid_size
             with torch.no_grad():
@@ -250,11 +255,14 @@ class VMoE(vit.VisionTransformer):
             load_original(checkpoint_path, self)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head on top of the pre-logits layer, where there is one."""
+        """A new head on top of the pre-logits layer, where there is one; initialised as the first one was."""
         super().reset_classifier(num_classes, global_pool)
         if num_classes > 0 and self.head_hidden_size != self.embed_dim:
             self.head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
             self.head.train(self.training)
+        if num_classes > 0 and not self.weight_init_mode:
+            nn.init.zeros_(self.head.weight)
+            nn.init.constant_(self.head.bias, self.head_bias_init)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

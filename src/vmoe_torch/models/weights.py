@@ -277,13 +277,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         filtered.update({name: value for name, value in source.items() if name.startswith("pre_logits.")})
     if position is not None and "pos_embed" in own:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        filtered["pos_embed"] = zoom_position(position, own["pos_embed"], model.patch_embed.grid_size, prefix)
+        if position.shape[-1] == own["pos_embed"].shape[-1]:
+            position = zoom_position(position, own["pos_embed"], model.patch_embed.grid_size, prefix)
+        filtered["pos_embed"] = position
     if model.ensemble_size > 1 and not any(".mlp.members." in name for name in filtered):
         filtered = split_members(filtered, model.ensemble_size)
     return filtered
 
 
-def load_adapted(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def load_adapted(model: nn.Module, state: Mapping[str, Tensor], source: str, *, drop_head: bool = False) -> None:
     """Loads a state dict, adapting resolution, patches, channels and head; all else must fit exactly.
 
     Another number of classes keeps the model's own head, and leaves out a pre-logits layer that the model lacks, as the
@@ -293,6 +295,7 @@ def load_adapted(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         model: a VMoE; nothing in it changes on an error.
         state: names as ours.
         source: where the state comes from, for errors.
+        drop_head: whether to keep the model's own head even where the number of classes is the same.
 
     Raises:
         ValueError: if a parameter is missing, unknown, or of another shape.
@@ -308,7 +311,7 @@ def load_adapted(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         )
     if model.fixed_pos_embed:
         state["pos_embed"] = own["pos_embed"]
-    same_head = head is not None and head.shape[0] == model.num_classes
+    same_head = not drop_head and head is not None and head.shape[0] == model.num_classes
     wrong = []
     if not same_head:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}

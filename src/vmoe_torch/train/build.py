@@ -10,9 +10,11 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from torch.utils.data import Dataset
 
+from vmoe_torch.checkpoints import upcycle
 from vmoe_torch.data import FashionMnist, ImageFolder
 from vmoe_torch.data import fashion_mnist as fm
 from vmoe_torch.train.config import Config, DataConfig, ModelConfig
+from vmoe_torch.train.mixup import DirichletMixup
 
 
 @dataclass
@@ -43,10 +45,19 @@ def build_data(config: DataConfig, mode: str = "RGB") -> Data:
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The timm model, initialised.
+    """The timm model, upcycled where the configuration says so, with weights of its own.
 
     Raises:
-        ValueError: if the name is unknown or a keyword argument does not fit.
+        ValueError: if the name is unknown or an argument does not fit.
+    """
+    return upcycled(create_model(config, num_classes), config)
+
+
+def create_model(config: ModelConfig, num_classes: int, pretrained: bool = False) -> nn.Module:
+    """The timm model as timm makes it.
+
+    Raises:
+        ValueError: if the name is unknown or an argument does not fit.
     """
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
@@ -54,9 +65,23 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         raise ValueError(f"model.name must be a timm model, got {config.name!r}{hint}")
     kwargs = {"num_classes": num_classes, **config.kwargs}
     try:
-        return timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
+        return timm.create_model(config.name, pretrained=pretrained, **kwargs)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"model.kwargs of {config.name}: {error}") from error
+
+
+def upcycled(model: nn.Module, config: ModelConfig) -> nn.Module:
+    """The model made sparse as `config.upcycle` says, or itself.
+
+    Raises:
+        ValueError: if the model has no MLPs that can become experts, or an argument does not fit.
+    """
+    if not config.upcycle:
+        return model
+    try:
+        return upcycle(model, **config.upcycle)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model.upcycle of {config.name}: {error}") from error
 
 
 def image_mode(config: ModelConfig) -> str:
@@ -87,6 +112,7 @@ def build_transforms(config: DataConfig, model: nn.Module):
         "std": _per_channel(config.std or normal["std"], channels),
     }
     crop_pct = size["crop_pct"] if config.crop_pct is None else config.crop_pct
+    crop_mode = size["crop_mode"] if config.crop_mode is None else config.crop_mode
     try:
         train = create_transform(
             **common,
@@ -99,7 +125,7 @@ def build_transforms(config: DataConfig, model: nn.Module):
             auto_augment=config.auto_augment,
             re_prob=config.random_erasing,
         )
-        return train, create_transform(**common, crop_pct=crop_pct)
+        return train, create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode)
     except (KeyError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"data must describe timm's transforms, got {type(error).__name__}: {error}") from error
 
@@ -111,20 +137,14 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return (sum(values) / len(values),) * channels
 
 
-def build_mixup(config: Config, num_classes: int) -> Mixup | None:
-    """timm's Mixup and CutMix, or None if both are off.
-
-    Raises:
-        ValueError: if it is on and a process would get an odd number of images.
-    """
-    if config.data.mixup == 0 and config.data.cutmix == 0:
+def build_mixup(config: Config, num_classes: int) -> Mixup | DirichletMixup | None:
+    """timm's Mixup and CutMix, the original's mixup, or None if they are off."""
+    data, smoothing = config.data, config.loss.label_smoothing
+    if data.mixup == 0 and data.cutmix == 0:
         return None
-    return Mixup(
-        mixup_alpha=config.data.mixup,
-        cutmix_alpha=config.data.cutmix,
-        label_smoothing=config.loss.label_smoothing,
-        num_classes=num_classes,
-    )
+    if data.mixup_mode == "dirichlet":
+        return DirichletMixup(data.mixup, num_classes, smoothing)
+    return Mixup(data.mixup, data.cutmix, mode=data.mixup_mode, label_smoothing=smoothing, num_classes=num_classes)
 
 
 def build_loss(config: Config) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCHEDULES = ("cosine", "linear", "tanh", "poly", "step", "wsd", "rsqrt", "constant", "none")
 ELEMENTWISE = ("adam", "adamw", "nadamw", "lion", "sgd", "momentum")
 
 
@@ -23,9 +24,14 @@ class ModelConfig:
 
     name: str = "vmoe_s32"
     pretrained: bool = False
-    # A run folder or checkpoint file whose weights to begin with.
+    # Weights to begin with: a run folder or checkpoint file, a .safetensors file, or a PREFIX of the original's files.
+    # Other resolutions and numbers of classes are adapted.
     checkpoint: str | None = None
+    # Begin with a new head even where the checkpoint's has as many classes.
+    drop_head: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
+    # Arguments of `upcycle`, as upcycle.num_experts=8: the named model, with its weights, is dense and becomes sparse.
+    upcycle: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class DataConfig:
     std: tuple[float, ...] | None = None
     interpolation: str = "bicubic"
     crop_pct: float | None = None
+    # For evaluation, as timm has it: "center", "squash" or "border"; None is the model's.
+    crop_mode: str | None = None
     augment: bool = True
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -56,6 +64,8 @@ class DataConfig:
     random_erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    # timm's "batch", "pair" or "elem", or "dirichlet", the original's (without cutmix).
+    mixup_mode: str = "batch"
 
 
 @dataclass(frozen=True)
@@ -68,11 +78,14 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """timm's optimisers; biases, norms and what the model names in no_weight_decay() do not decay."""
+    """timm's optimisers."""
 
     name: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
+    # What decays: "default" is all but biases, norms and what the model names in no_weight_decay(); "kernels" is the
+    # original's, weights of linear layers and convolutions alone.
+    decay: str = "default"
     betas: tuple[float, float] | None = None
     momentum: float = 0.9
     eps: float | None = None
@@ -87,16 +100,30 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """timm's schedules, stepped at every update; lengths are in epochs, fractions allowed for the warm-up."""
+    """timm's schedules, stepped at every update, and "linear"; a length in updates counts instead of one in epochs."""
 
     name: str = "cosine"
     epochs: int = 10
+    updates: int | None = None
+    # Linear; fractions are allowed.
     warmup_epochs: float = 0.0
+    warmup_updates: int | None = None
+    # Whether the decay begins where the warm-up ends, at the peak, as the original's does (and "linear" always);
+    # timm's goes on under the warm-up.
+    warmup_prefix: bool = False
     warmup_lr: float = 0.0
     min_lr: float = 0.0
     # For "step".
     decay_epochs: float = 30.0
     decay_rate: float = 0.1
+
+    def total(self, updates_per_epoch: int) -> int:
+        """Length of the run in updates."""
+        return self.epochs * updates_per_epoch if self.updates is None else self.updates
+
+    def warmup(self, updates_per_epoch: int) -> float:
+        """Length of the warm-up in updates."""
+        return self.warmup_epochs * updates_per_epoch if self.warmup_updates is None else self.warmup_updates
 
 
 @dataclass(frozen=True)
@@ -224,7 +251,11 @@ class Config:
         _one_of("run.device", run.device.partition(":")[0], ("auto", "cpu", "cuda"))
         _one_of("run.precision", run.precision, tuple(PRECISIONS))
         # "plateau" follows the validation, not the updates, and could not resume exactly.
-        _one_of("schedule.name", schedule.name, ("cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant", "none"))
+        _one_of("schedule.name", schedule.name, SCHEDULES)
+        _one_of("optim.decay", optim.decay, ("default", "kernels"))
+        _one_of("data.mixup_mode", data.mixup_mode, ("batch", "pair", "elem", "dirichlet"))
+        if data.mixup_mode == "dirichlet" and data.cutmix > 0:
+            raise ValueError(f"data.cutmix must be 0 with data.mixup_mode=dirichlet, got {data.cutmix}")
         if data.name == "folder" and data.root is None:
             raise ValueError("data.root must name the folder of images for data.name=folder, got none")
         for name, value, least in (
@@ -237,6 +268,8 @@ class Config:
             ("optim.weight_decay", optim.weight_decay, 0),
             ("optim.accumulation", optim.accumulation, 1),
             ("schedule.epochs", schedule.epochs, 1),
+            ("schedule.updates", schedule.updates, 1),
+            ("schedule.warmup_updates", schedule.warmup_updates, 0),
             ("schedule.warmup_epochs", schedule.warmup_epochs, 0),
             ("parallel.ep", self.parallel.ep, 1),
             ("parallel.dp", self.parallel.dp, 1),
@@ -267,8 +300,11 @@ class Config:
         # Others take norms or products of whole matrices, of which a process has a part.
         _one_of("optim.name with parallel.ep or parallel.fsdp", self.optim.name.lower(), ELEMENTWISE)
         _one_of("run.precision with parallel.ep or parallel.fsdp", self.run.precision, ("float32", "bfloat16"))
-        if self.parallel.materialize and (self.model.pretrained or self.model.checkpoint is not None):
-            raise ValueError("parallel.materialize must be false with model.pretrained or model.checkpoint, got true")
+        model = self.model
+        if self.parallel.materialize and (model.pretrained or model.checkpoint is not None or model.upcycle):
+            raise ValueError(
+                "parallel.materialize must be false with model.pretrained, model.checkpoint or model.upcycle, got true"
+            )
         if self.optim.ema_decay is not None:
             raise ValueError(f"optim.ema_decay must be null with parallel.ep or fsdp, got {self.optim.ema_decay}")
 

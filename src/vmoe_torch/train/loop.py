@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -40,6 +41,7 @@ from vmoe_torch.train.optimizer import build_optimizer, build_schedule
 from vmoe_torch.train.processes import Processes, processes
 from vmoe_torch.train.sigterm import Sigterm
 from vmoe_torch.train.spread import EvenShares, spread_model
+from vmoe_torch.train.start import build_starting_model
 from vmoe_torch.train.validation import validate
 
 
@@ -120,10 +122,8 @@ class _Run:
         seed_everything(config.run.seed)
         in_parts = self.spread and config.parallel.materialize
         with torch.device("meta") if in_parts else contextlib.nullcontext():
-            model = build_model(config.model, len(data.class_names))
-        if config.model.checkpoint is not None:
-            start = read_checkpoint(config.model.checkpoint)
-            load_weights(model, start["model"] if start["ema"] is None else start["ema"])
+            build = build_starting_model if state is None else build_model
+            model = build(config.model, len(data.class_names))
         model = model if in_parts else model.to(device)
         self.model = model = spread_model(model, config, group) if self.spread else model
         optim = config.optim
@@ -136,6 +136,7 @@ class _Run:
             world_size=group.world_size,
         )
         self.updates_per_epoch = self.sampler.updates_per_epoch
+        self.total = config.schedule.total(self.updates_per_epoch)
         train_transform, val_transform = build_transforms(config.data, model)
         pin, workers = device.type == "cuda", config.data.workers
         self.train_batches = training_loader(data.train, train_transform, self.sampler, workers, pin)
@@ -149,7 +150,7 @@ class _Run:
 
         self.mixup = build_mixup(config, len(data.class_names))
         images = config.data.batch_size // (optim.accumulation * group.world_size)
-        if self.mixup is not None and images % 2:
+        if isinstance(self.mixup, Mixup) and images % 2:
             raise ValueError(f"data.mixup and data.cutmix need an even number of images per forward, got {images}")
         self.loss = build_loss(config).to(device)
         self.optimizer = build_optimizer(model, optim)
@@ -172,7 +173,7 @@ class _Run:
     def run(self, stop: Sigterm) -> TrainResult:
         """All epochs, or those up to run.max_updates."""
         config = self.config
-        total = config.schedule.epochs * self.updates_per_epoch
+        total = self.total
         last = total if config.run.max_updates is None else min(total, config.run.max_updates)
         logs = Logs(config, self.group.is_first, self.update, total)
         history = []
@@ -180,7 +181,7 @@ class _Run:
             stopped = False
             while self.update < last and not stopped:
                 stopped = self._epoch(last, stop, logs)
-                if self.update % self.updates_per_epoch == 0:
+                if self.update % self.updates_per_epoch == 0 or self.update == total:
                     history.append(self._end_epoch(logs))
                 else:
                     self._save()
@@ -213,7 +214,7 @@ class _Run:
             images += config.data.batch_size
             self.update += 1
             logs.advance()
-            ends_epoch = position + 1 == self.updates_per_epoch
+            ends_epoch = position + 1 == self.updates_per_epoch or self.update == self.total
             if self.update % config.run.log_every == 0 or ends_epoch:
                 self.images_per_second = images / (time.monotonic() - began)
                 self._log(norm, logs)
@@ -281,10 +282,10 @@ class _Run:
         if norm is not None:
             values["train/gradient_norm"] = norm.item()
         logs.scalars({**values, **routing}, self.update)
-        epoch = -(-self.update // self.updates_per_epoch)
+        epoch, epochs = (-(-update // self.updates_per_epoch) for update in (self.update, self.total))
         logs.show(
             {
-                "epoch": f"{epoch}/{self.config.schedule.epochs}",
+                "epoch": f"{epoch}/{epochs}",
                 "loss": f"{means['loss']:.3f}",
                 "accuracy": f"{means['accuracy']:.1%}",
                 "images/s": f"{self.images_per_second:.0f}",
@@ -300,7 +301,7 @@ class _Run:
         best = accuracy > self.best_accuracy
         self.best_accuracy = max(accuracy, self.best_accuracy)
         row = {
-            "epoch": self.update // self.updates_per_epoch,
+            "epoch": -(-self.update // self.updates_per_epoch),
             "update": self.update,
             "lr": self._lr(),
             "train_loss": means["loss"],
@@ -390,7 +391,8 @@ class _Run:
 def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     """The checkpoint's configuration computes the same."""
     now = config.to_dict()
-    free = {"run": set(now["run"]) - {"seed", "precision"}, "data": {"root", "workers"}, "model": {"checkpoint"}}
+    free = {"run": set(now["run"]) - {"seed", "precision"}, "data": {"root", "workers"}}
+    free["model"] = {"checkpoint", "pretrained"}
     # Other numbers of processes compute the same.
     free["parallel"] = set(now["parallel"])
     for section, values in now.items():

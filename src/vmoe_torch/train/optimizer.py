@@ -1,5 +1,8 @@
 """timm's optimisers and schedules, with what a V-MoE needs of them."""
 
+from functools import partial
+from typing import Any
+
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -10,7 +13,7 @@ from vmoe_torch.train.config import OptimConfig, ScheduleConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimiser over the model's parameters; biases, norms and `model.no_weight_decay()` do not decay.
+    """The optimiser over the model's parameters, decaying those that `config.decay` says.
 
     Raises:
         ValueError: if timm has no such optimiser, or it does not take a value.
@@ -25,6 +28,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         options["eps"] = config.eps
     if "muon" in name:
         options["fallback_list"] = _muon_fallback(model)
+    if config.decay == "kernels":
+        if config.layer_decay is not None or "muon" in name:
+            raise ValueError(f"optim.decay must be default with optim.layer_decay and with Muon, got {config.decay!r}")
+        options["param_group_fn"] = partial(_kernels_decay, weight_decay=config.weight_decay)
     try:
         return create_optimizer_v2(
             model,
@@ -39,6 +46,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         raise ValueError(f"optim of {config.name}: {error}") from error
 
 
+def _kernels_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of what the original calls kernels, which decay, and of the rest, which do not.
+
+    Kernels are weights of two dims or more: positions, tokens and the probe of attention pooling have other names.
+    """
+    kernels, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (kernels if name.endswith(".weight") and parameter.ndim > 1 else rest).append(parameter)
+    return [{"params": rest, "weight_decay": 0.0}, {"params": kernels, "weight_decay": weight_decay}]
+
+
 def _muon_fallback(model: nn.Module) -> tuple[str, ...]:
     """Experts and routers of the MoE layers, by exact name; the dense MLPs stay with Muon."""
     return tuple(
@@ -49,17 +68,30 @@ def _muon_fallback(model: nn.Module) -> tuple[str, ...]:
 
 
 def build_schedule(optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Scheduler | None:
-    """The learning rate as a function of the update alone: call `step_update(update)` before each."""
+    """The learning rate as a function of the update alone: call `step_update(update)` before each.
+
+    Raises:
+        ValueError: if the warm-up is not shorter than the run.
+    """
+    total, warmup = config.total(updates_per_epoch), config.warmup(updates_per_epoch)
+    if warmup >= total:
+        raise ValueError(f"the schedule's warm-up must be shorter than its {total} updates, got {warmup:g}")
+    linear = config.name == "linear"
+    prefix = config.warmup_prefix or linear
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=config.name,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
+        # The power of timm's polynomial is its decay rate.
+        sched="poly" if linear else config.name,
+        decay_rate=1.0 if linear else config.decay_rate,
+        # timm adds such a warm-up to the length.
+        num_epochs=total - warmup if prefix else total,
+        warmup_epochs=warmup,
+        warmup_prefix=prefix,
         warmup_lr=config.warmup_lr,
         min_lr=config.min_lr,
-        decay_epochs=config.decay_epochs if config.name == "step" else None,
-        decay_rate=config.decay_rate,
+        decay_epochs=config.decay_epochs * updates_per_epoch if config.name == "step" else None,
+        # Its epochs are our updates.
         step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
+        updates_per_epoch=1,
     )
     return scheduler

@@ -1,0 +1,68 @@
+"""Weights that a run begins with, adapted to its model as fine-tuning wants it."""
+
+from pathlib import Path
+
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from torch import Tensor, nn
+
+from vmoe_torch.checkpoints.convert import read_converted, read_state
+from vmoe_torch.models.vmoe import VMoE
+from vmoe_torch.models.weights import load_adapted
+from vmoe_torch.train.build import create_model, upcycled
+from vmoe_torch.train.checkpoint import load_weights, read_checkpoint
+from vmoe_torch.train.config import ModelConfig
+
+
+def build_starting_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The model that a run begins with: as `build_model`, with the weights that the configuration names.
+
+    Raises:
+        ValueError: as `build_model`, and if weights cannot be had or do not fit.
+    """
+    model = create_model(config, num_classes, config.pretrained)
+    if config.pretrained and config.drop_head:
+        model.reset_classifier(num_classes)
+    if config.checkpoint is not None:
+        load_start(model, config.checkpoint, config.drop_head)
+    return upcycled(model, config)
+
+
+def load_start(model: nn.Module, source: str, drop_head: bool = False) -> None:
+    """Loads weights into a model, adapting a Vision Transformer's resolution and any model's number of classes.
+
+    A head of another number of classes stays as it was, and a tanh layer before it that the model lacks is left out.
+
+    Args:
+        model: that of the run; nothing in it changes on an error.
+        source: a run folder (its best checkpoint, its moving average where there is one) or checkpoint file, a
+            .safetensors file, or what the names of the original's files begin with.
+        drop_head: whether to keep the model's own head in any case.
+
+    Raises:
+        ValueError: if there are no such weights, or all but the head and the resolution is not the model's.
+    """
+    state = _read(source)
+    if isinstance(model, VMoE):
+        load_adapted(model, state, source, drop_head=drop_head)
+        return
+    own = model.state_dict()
+    if isinstance(model, VisionTransformer):
+        state = vit_filter_fn(state, model)
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    for name in (classifier,) if isinstance(classifier, str) else classifier:
+        head = {key: value for key, value in own.items() if key.startswith(f"{name}.")}
+        if drop_head or any(key in state and state[key].shape != value.shape for key, value in head.items()):
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")} | head
+    load_weights(model, state)
+
+
+def _read(source: str) -> dict[str, Tensor]:
+    if source.endswith(".safetensors"):
+        state = read_converted(source)[0]
+    elif Path(f"{source}.index").is_file():
+        state = read_state(source)[0]
+    else:
+        checkpoint = read_checkpoint(source)
+        state = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
+    return {name: value for name, value in state.items() if not name.startswith("original/")}
