@@ -29,7 +29,12 @@ def schedule_config(golden: dict, total: int) -> ScheduleConfig:
     """Our configuration of a schedule of the original."""
     name = {"warmup_linear_decay": "linear", "warmup_cosine_decay": "cosine"}[golden["schedule"]]
     return ScheduleConfig(
-        name, updates=total, warmup_updates=golden["warmup_steps"], warmup_prefix=True, min_lr=golden["end_value"]
+        name,
+        updates=total,
+        warmup_updates=golden["warmup_steps"],
+        # "linear" always begins its decay at the peak.
+        warmup_prefix=name == "cosine",
+        min_lr=golden["end_value"],
     )
 
 

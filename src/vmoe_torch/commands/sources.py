@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from PIL import Image
@@ -109,23 +110,55 @@ def _pretrained(name: str) -> nn.Module:
 class Images(Dataset):
     """Labelled images of a data set; an item is (PIL image, label).
 
+    Args:
+        dataset: items (PIL image, label).
+        name: what the user called it, for errors.
+        mode: PIL mode of the items.
+
     Attributes:
         class_names: by label, where they are known.
     """
 
-    def __init__(self, dataset: Dataset, mode: str, class_names: tuple[str, ...] | None, labels: list[int] | None):
+    def __init__(self, dataset: Dataset, name: str, mode: str):
         self.dataset = dataset
+        self.name = name
         self.mode = mode
-        self.class_names = class_names
+        self.class_names = class_names_of(dataset)
         # The label of each of the data set's classes; None leaves them.
-        self.labels = labels
+        self._labels: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image, label = self.dataset[index]
-        return image.convert(self.mode), int(label if self.labels is None else self.labels[label])
+        return image.convert(self.mode), self._label(label)
+
+    def _label(self, label: int) -> int:
+        return int(label if self._labels is None else self._labels[label])
+
+    def labels(self) -> np.ndarray:
+        """(N,) int64, without reading the images where the data set has a list of its labels."""
+        found = getattr(self.dataset, "labels", getattr(self.dataset, "targets", None))
+        if found is None and hasattr(self.dataset, "samples"):
+            found = [label for _, label in self.dataset.samples]
+        if found is None:
+            found = [label for _, label in self.dataset]
+        return np.array([self._label(label) for label in found], dtype=np.int64)
+
+    def follow(self, class_names: tuple[str, ...]) -> None:
+        """Labels become those of these names, which may be more than the data set's.
+
+        Raises:
+            ValueError: if a class of the data set is not among them.
+        """
+        own = self.class_names
+        unknown = sorted(set(own) - set(class_names))
+        if unknown:
+            shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
+            raise ValueError(f"classes of {self.name} must be among the {len(class_names)} expected, got {shown} too")
+        self._labels = [class_names.index(name) for name in own]
+        self.class_names = class_names
 
 
 def open_images(source: Source, data: str | Path, split: str | None = None, *, own_labels: bool = False) -> Images:
@@ -146,7 +179,8 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
         ValueError: if there is no such data, or its classes are not the model's.
     """
     text = str(data)
-    if text.startswith(DATASETS):
+    named_by_timm = text.startswith(DATASETS)
+    if named_by_timm:
         dataset = _timm_dataset(text, split or "validation", source.mode)
     elif text == "fashion_mnist" or any(Path(text).glob("*-images-idx3-ubyte*")):
         dataset = FashionMnist(split or "test", None if text == "fashion_mnist" else text, source.mode)
@@ -157,22 +191,19 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
         inside = SPLITS if split is None else (split,)
         found = next((folder / name for name in inside if (folder / name).is_dir()), folder)
         dataset = ImageFolder(found, mode=source.mode)
-    names = class_names_of(dataset)
+    images = Images(dataset, text, source.mode)
     if own_labels:
-        return Images(dataset, source.mode, names, None)
+        return images
+    names, own = images.class_names, source.class_names
+    # Data sets of timm's number their classes in an order that is known, whatever they call them.
+    if names is not None and own is not None and (set(names) <= set(own) or not named_by_timm):
+        images.follow(own)
+        return images
     count = getattr(source.model, "num_classes", None)
-    own = source.class_names
-    if names is not None and own is not None:
-        unknown = sorted(set(names) - set(own))
-        if not unknown:
-            return Images(dataset, source.mode, own, [own.index(name) for name in names])
-        # Data sets of timm's number their classes in an order that is known, whatever they call them.
-        if not text.startswith(DATASETS):
-            shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
-            raise ValueError(f"classes of {text} must be among the {len(own)} of the model, got {shown} too")
     if names is not None and count is not None and len(names) != count:
         raise ValueError(f"{text} must have as many classes as the model, {count}, got {len(names)}")
-    return Images(dataset, source.mode, own or names, None)
+    images.class_names = own or names
+    return images
 
 
 def class_names_of(dataset: Any) -> tuple[str, ...] | None:

@@ -1,19 +1,25 @@
-"""Evaluation of one set of weights at many routing settings, with the FLOPs of each."""
+"""Evaluation of one set of weights: at many routing settings, with the FLOPs of each, and by few-shot transfer."""
 
 from vmoe_torch.evaluate.classification import Evaluation, evaluate
+from vmoe_torch.evaluate.fewshot import FewShot, Task, fewshot, format_fewshot, write_fewshot
 from vmoe_torch.evaluate.flops import Flops, count_flops
 from vmoe_torch.evaluate.settings import RoutingSetting, setting_grid
 from vmoe_torch.evaluate.table import as_rows, format_table, write_csv, write_json
 
 __all__ = [
     "Evaluation",
+    "FewShot",
     "Flops",
     "RoutingSetting",
+    "Task",
     "as_rows",
     "count_flops",
     "evaluate",
+    "fewshot",
+    "format_fewshot",
     "format_table",
     "setting_grid",
     "write_csv",
+    "write_fewshot",
     "write_json",
 ]

@@ -1,6 +1,8 @@
 """Accuracy of one set of weights at many routing settings, in one pass over the data."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from vmoe_torch.control import moe_layers, routing
 from vmoe_torch.evaluate.flops import Flops, count_flops
+from vmoe_torch.evaluate.prefix import shared_forward
 from vmoe_torch.evaluate.settings import RoutingSetting, eval_mode
 
 
@@ -22,7 +25,8 @@ class Evaluation:
         top1: share of images whose label scored highest.
         top5: share of images whose label was among the five highest (all, with fewer classes).
         loss: mean cross-entropy, in nats.
-        capacity_factor: slots there were, over choices made: the asked one after the rounding of the capacity.
+        capacity_factor: slots there were, over choices made: the asked one after the rounding of the capacity; NaN for
+            a dense model.
         dropped: share of choices that found their expert full.
         unprocessed: share of tokens that no expert processed.
         flops: FLOPs per image of the first batch.
@@ -72,11 +76,17 @@ class _Sums:
             self.top1 / self.images,
             self.top5 / self.images,
             self.loss / self.images,
-            self.slots / self.choices,
-            self.dropped / self.choices,
-            self.unprocessed / self.tokens,
+            self.slots / self.choices if self.choices else math.nan,
+            self.dropped / max(self.choices, 1),
+            self.unprocessed / max(self.tokens, 1),
             flops,
         )
+
+
+def _routed(model: nn.Module, setting: RoutingSetting) -> AbstractContextManager:
+    changes = setting.changes()
+    # A dense model has no routing to change.
+    return routing(model, **changes) if changes else nullcontext()
 
 
 @torch.no_grad()
@@ -89,11 +99,13 @@ def evaluate(
 ) -> list[Evaluation]:
     """Evaluates a classifier at every routing setting, reading the data once.
 
+    What no setting changes, the blocks before the first MoE layer, runs once per batch too.
+
     A dropped token depends on its group, so results depend on the order of the data and on the batch size where it is
     no multiple of the group size.
 
     Args:
-        model: a classifier with top-experts MoE layers; it keeps its routing and its modes.
+        model: a classifier, its MoE layers, if any, routed by top experts; it keeps its routing and its modes.
         loader: batches of images (B, C, H, W) and labels (B,) int64.
         settings: what to evaluate.
         progress: wraps the loader, e.g. `tqdm`.
@@ -107,7 +119,7 @@ def evaluate(
     if not settings:
         raise ValueError("settings must hold at least one RoutingSetting, got none")
     for setting in settings:
-        with routing(model, **setting.changes()):
+        with _routed(model, setting):
             pass
     device = next(model.parameters()).device
     sums = [_Sums() for _ in settings]
@@ -119,11 +131,12 @@ def evaluate(
                 continue
             if not flops:
                 for setting in settings:
-                    with routing(model, **setting.changes()):
+                    with _routed(model, setting):
                         flops.append(count_flops(model, images))
+            forward = shared_forward(model, images)
             for setting, running in zip(settings, sums):
-                with routing(model, **setting.changes()):
-                    running.add(model, model(images), labels)
+                with _routed(model, setting):
+                    running.add(model, forward(), labels)
     if not flops:
         raise ValueError("loader must give at least one image, got none")
     return [running.result(setting, count) for setting, running, count in zip(settings, sums, flops)]

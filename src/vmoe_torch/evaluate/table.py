@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def as_rows(evaluations: Sequence[Evaluation]) -> list[dict]:
         {
             "num_selected_experts": e.setting.num_selected_experts,
             "capacity_factor": e.setting.capacity_factor,
-            "actual_capacity_factor": e.capacity_factor,
+            "actual_capacity_factor": None if math.isnan(e.capacity_factor) else e.capacity_factor,
             "batch_priority": e.setting.batch_priority,
             "images": e.images,
             "top1": e.top1,
@@ -39,7 +40,7 @@ def format_table(evaluations: Sequence[Evaluation]) -> str:
             (
                 _text(e.setting.num_selected_experts),
                 _text(e.setting.capacity_factor),
-                f"{e.capacity_factor:.3f}",
+                "-" if math.isnan(e.capacity_factor) else f"{e.capacity_factor:.3f}",
                 order,
                 f"{100 * e.top1:.2f}",
                 f"{100 * e.top5:.2f}",

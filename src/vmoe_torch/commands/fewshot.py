@@ -1,0 +1,63 @@
+"""`vmoe fewshot`: accuracy of linear classifiers on a model's features, learned from a few images per class."""
+
+import argparse
+
+from vmoe_torch.commands.options import integers, progress, writable
+from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, Source, open_images, open_model
+from vmoe_torch.evaluate.fewshot import SHOTS, Task, fewshot, format_fewshot, write_fewshot
+
+
+def add(commands) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "fewshot",
+        help="few-shot transfer of a model",
+        description="Learns linear classifiers on a model's features from a few images per class, as the original: "
+        "ridge regression, one strength per number of shots, the best one over all data sets.",
+        epilog="example: vmoe fewshot runs/mine --data pets --data birds --shots 1,5,10 --seeds 3 --out fewshot.csv",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--data", required=True, action="append", metavar="DATA", help=f"{DATA_HELP}; may be repeated")
+    parser.add_argument("--train-split", default="train", metavar="NAME", help="shots come from it (default: train)")
+    parser.add_argument("--test-split", metavar="NAME", help="is classified (default: val, validation or test)")
+    parser.add_argument("--shots", type=integers, default=SHOTS, metavar="N,N", help="images per class (1,5,10,25)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="choices of images to try (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per forward (default: 128)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--out", metavar="FILE", help="write every result as CSV, or JSON if it ends in .json")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
+    if options.seeds < 1 or options.batch_size < 1:
+        raise ValueError(f"--seeds and --batch-size must be at least 1, got {options.seeds} and {options.batch_size}")
+    writable(options.out)
+    source = open_model(options.model, options.device)
+    tasks = [_task(source, data, options.train_split, options.test_split) for data in options.data]
+    results = fewshot(
+        source.model,
+        source.transform,
+        tasks,
+        shots=options.shots,
+        seeds=range(options.seeds),
+        batch_size=options.batch_size,
+        workers=options.workers,
+        progress=progress("features"),
+    )
+    print(format_fewshot(results))
+    if options.out is not None:
+        write_fewshot(results, options.out)
+    return 0
+
+
+def _task(source: Source, data: str, train_split: str, test_split: str | None) -> Task:
+    train = open_images(source, data, train_split, own_labels=True)
+    test = open_images(source, data, test_split, own_labels=True)
+    labels = train.labels()
+    if train.class_names is None:
+        return Task(data, train, labels, test, int(labels.max()) + 1)
+    if test.class_names is not None:
+        test.follow(train.class_names)
+    return Task(data, train, labels, test, len(train.class_names))

@@ -1,0 +1,187 @@
+"""Few-shot transfer: how well a linear classifier does on a frozen model's features, learned from a few images."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from vmoe_torch.data import evaluation_loader
+from vmoe_torch.evaluate.ridge import best_strength, shot_accuracies, shuffled_classes
+from vmoe_torch.evaluate.settings import eval_mode
+
+SHOTS = (1, 5, 10, 25)
+STRENGTHS = tuple(2.0**power for power in range(-10, 20))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set to transfer to.
+
+    Attributes:
+        name: of the data set.
+        train: items (PIL image, label), of which shots are taken.
+        labels: (N,) int64, those of `train`.
+        test: items (PIL image, label), all of which are classified.
+        num_classes: C; labels are in 0..C-1.
+    """
+
+    name: str
+    train: Dataset
+    labels: np.ndarray
+    test: Dataset
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """The accuracy of one data set, number of shots and choice of images.
+
+    Attributes:
+        data: name of the data set.
+        shots: training images per class.
+        seed: of the choice of images.
+        l2: strength of the regularisation, one for all data sets and seeds.
+        accuracy: share of the test images.
+        test_images: their number.
+    """
+
+    data: str
+    shots: int
+    seed: int
+    l2: float
+    accuracy: float
+    test_images: int
+
+
+def fewshot(
+    model: nn.Module,
+    transform: Callable,
+    tasks: Sequence[Task],
+    *,
+    shots: Sequence[int] = SHOTS,
+    seeds: Sequence[int] = (0,),
+    strengths: Sequence[float] = STRENGTHS,
+    batch_size: int = 128,
+    workers: int = 0,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> list[FewShot]:
+    """The original's few-shot evaluation.
+
+    Images whose shots are taken are the only ones of the training images that the model sees. Features are those
+    before the head, behind the tanh layer where there is one.
+
+    Args:
+        model: a timm model.
+        transform: PIL image -> (C, H, W), for evaluation.
+        tasks: the data sets; the strength of the regularisation is the one of the best mean rank over them and seeds.
+        shots: training images per class.
+        seeds: of the choice of training images.
+        strengths: to choose from.
+        batch_size: images per forward; routing groups are formed within it.
+        workers: processes that read images.
+        progress: wraps the loaders, e.g. `tqdm`.
+
+    Returns:
+        A FewShot per task, number of shots and seed, in this order.
+
+    Raises:
+        ValueError: if there is no task, or a number of shots is below 1.
+    """
+    if not tasks or not seeds or not strengths:
+        raise ValueError("tasks, seeds and strengths must hold one at least, got none")
+    if not shots or min(shots) < 1:
+        raise ValueError(f"shots must be at least 1, got {tuple(shots)}")
+    pin = next(model.parameters()).device.type == "cuda"
+
+    def features(dataset: Dataset) -> tuple[Tensor, Tensor]:
+        loader = evaluation_loader(dataset, transform, batch_size, workers, pin)
+        return collect_features(model, progress(loader))
+
+    accuracies, counts = [], []
+    for task in tasks:
+        orders = [shuffled_classes(task.labels, task.num_classes, seed) for seed in seeds]
+        needed = np.unique(np.concatenate([rows[: max(shots)] for order in orders for rows in order]))
+        train, labels = features(Subset(task.train, needed.tolist()))
+        test, test_labels = features(task.test)
+        counts.append(len(test_labels))
+        for order in orders:
+            chosen = [np.searchsorted(needed, rows[: max(shots)]) for rows in order]
+            found = shot_accuracies(train, labels, chosen, test, test_labels, shots, strengths)
+            accuracies.append(torch.stack(list(found)))
+    best = best_strength(torch.stack(accuracies)).tolist()
+    return [
+        FewShot(
+            task.name,
+            shot,
+            seed,
+            strengths[best[row]],
+            float(accuracies[number * len(seeds) + column][row, best[row]]),
+            counts[number],
+        )
+        for number, task in enumerate(tasks)
+        for row, shot in enumerate(shots)
+        for column, seed in enumerate(seeds)
+    ]
+
+
+@torch.no_grad()
+def collect_features(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The features before the head, on the CPU.
+
+    Args:
+        model: a timm model; it keeps its modes.
+        loader: batches of images (B, C, H, W) and labels (B,).
+
+    Returns:
+        (N, D) float32 and (N,) int64.
+
+    Raises:
+        ValueError: if there is no image, or the model has other than one vector per image.
+    """
+    device = next(model.parameters()).device
+    features, labels = [], []
+    with eval_mode(model):
+        for images, numbers in loader:
+            found = model.forward_head(model.forward_features(images.to(device)), pre_logits=True)
+            if found.dim() != 2 or len(found) != len(numbers):
+                raise ValueError(
+                    f"features must be one vector for each of {len(numbers)} images, got shape {tuple(found.shape)}"
+                )
+            features.append(found.float().cpu())
+            labels.append(torch.as_tensor(numbers))
+    if not features:
+        raise ValueError("loader must give at least one image, got none")
+    return torch.cat(features), torch.cat(labels)
+
+
+def format_fewshot(results: Sequence[FewShot]) -> str:
+    """A plain-text table: a line per data set and number of shots, the mean over seeds and its spread."""
+    lines = [("data", "shots", "accuracy %", "l2", "seeds", "test images")]
+    for data, shots in dict.fromkeys((result.data, result.shots) for result in results):
+        own = [result for result in results if (result.data, result.shots) == (data, shots)]
+        shares = 100 * np.array([result.accuracy for result in own])
+        spread = f" +- {shares.std(ddof=1):.2f}" if len(own) > 1 else ""
+        number = str(own[0].test_images)
+        lines.append((data, str(shots), f"{shares.mean():.2f}{spread}", f"{own[0].l2:g}", str(len(own)), number))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(text)
+
+
+def write_fewshot(results: Sequence[FewShot], path: Path | str) -> None:
+    """Writes one row per result, as JSON if the name ends in .json, else as CSV."""
+    rows = [asdict(result) for result in results]
+    if str(path).endswith(".json"):
+        Path(path).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        return
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
