@@ -24,8 +24,8 @@ class ModelConfig:
 
     name: str = "vmoe_s32"
     pretrained: bool = False
-    # Weights to begin with: a run folder or checkpoint file, a .safetensors file, or a PREFIX of the original's files.
-    # Other resolutions and numbers of classes are adapted.
+    # Weights to begin with: a run folder or checkpoint file, a .safetensors file, a PREFIX of the original's files, or
+    # the tag of a released model. Other resolutions and numbers of classes are adapted.
     checkpoint: str | None = None
     # Begin with a new head even where the checkpoint's has as many classes.
     drop_head: bool = False

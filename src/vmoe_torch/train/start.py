@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import timm
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
+from vmoe_torch.checkpoints import cached_checkpoint
 from vmoe_torch.checkpoints.convert import read_converted, read_state
 from vmoe_torch.models.vmoe import VMoE
 from vmoe_torch.models.weights import load_adapted
@@ -36,7 +38,8 @@ def load_start(model: nn.Module, source: str, drop_head: bool = False) -> None:
     Args:
         model: that of the run; nothing in it changes on an error.
         source: a run folder (its best checkpoint, its moving average where there is one) or checkpoint file, a
-            .safetensors file, or what the names of the original's files begin with.
+            .safetensors file, what the names of the original's files begin with, or a released model with its tag, as
+            "vmoe_s32_last2_e8.randaug_light1_in1k".
         drop_head: whether to keep the model's own head in any case.
 
     Raises:
@@ -58,6 +61,9 @@ def load_start(model: nn.Module, source: str, drop_head: bool = False) -> None:
 
 
 def _read(source: str) -> dict[str, Tensor]:
+    released = timm.get_pretrained_cfg(source) if timm.is_model(source) else None
+    if released is not None and released.custom_load:
+        source = str(cached_checkpoint(released.url, progress=True))
     if source.endswith(".safetensors"):
         state = read_converted(source)[0]
     elif Path(f"{source}.index").is_file():
