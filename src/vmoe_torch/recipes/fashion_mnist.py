@@ -1,29 +1,55 @@
-"""A small V-MoE on the Fashion-MNIST images that ship with the package.
+"""A small V-MoE whose every MLP is a layer of experts, on Fashion-MNIST.
 
-Command: vmoe train --recipe fashion_mnist
+Command: vmoe train --recipe fashion_mnist data.root=FOLDER run.seed=0
+    FOLDER holds the four IDX files; without data.root it trains on the 9,000 images that ship with the package.
+Hardware: one CPU core.
+Cost: not yet run
+Result: not yet run
 """
 
-from vmoe_torch.train.config import Config
+from vmoe_torch.train import Config
 
 
 def config() -> Config:
-    """6 blocks of width 128 on 7 x 7 patches of 4 x 4 pixels, 8 experts in every other block."""
+    """3 blocks of width 48 on 7 x 7 patches of 4 x 4 pixels, 8 experts in every block.
+
+    It trains in position order (vanilla), as the released models did: at capacity 1.05 that order drops as little as
+    BPR, and the weights lose less at small capacities, with either order, than those trained with BPR.
+    """
     model = {
         "img_size": 28,
         "patch_size": 4,
         "in_chans": 1,
-        "embed_dim": 128,
-        "depth": 6,
-        "num_heads": 4,
-        "mlp_ratio": 4.0,
+        "embed_dim": 48,
+        "depth": 3,
+        "num_heads": 3,
+        "class_token": False,
+        "global_pool": "avg",
+        "pos_embed": "sincos2d",
+        "moe_layers": "every1",
         "num_experts": 8,
+        "num_selected_experts": 2,
+        "capacity_factor": 1.05,
+        # A group has 392 tokens; going up to a multiple of 4 would make a capacity of 0.1 a 0.12, and 0.16 with K=1.
+        "capacity_multiple_of": 1,
+        "batch_priority": False,
+        "group_size": 8,
     }
     return Config.from_dict(
         {
             "model": {"name": "vmoe_s32", "kwargs": model},
-            "data": {"name": "fashion_mnist", "batch_size": 128, "crop_pct": 1.0, "scale": [0.6, 1.0]},
-            "optim": {"lr": 1e-3, "weight_decay": 0.05, "clip_norm": 1.0},
-            "schedule": {"epochs": 5, "warmup_epochs": 0.5, "min_lr": 1e-5},
+            "data": {
+                "name": "fashion_mnist",
+                "batch_size": 64,
+                # Whole groups, so that no smaller last group rounds its capacity on its own.
+                "eval_batch_size": 200,
+                "scale": (0.85, 1.0),
+                "ratio": (1.0, 1.0),
+                "interpolation": "bilinear",
+                "crop_pct": 1.0,
+            },
+            "optim": {"lr": 3e-3, "weight_decay": 0.05},
+            "schedule": {"epochs": 3, "warmup_epochs": 0.3},
             "run": {"output": "runs/fashion_mnist"},
         }
     )
