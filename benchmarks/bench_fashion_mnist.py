@@ -83,11 +83,17 @@ def forward_flops(config: Config) -> float:
 
 
 def execute(run: Run) -> dict:
-    """Trains, or goes on, and evaluates the last weights; returns what was found, which run.output keeps."""
+    """Trains, or goes on, and evaluates the last weights; returns what was found, which run.output keeps.
+
+    Raises:
+        RuntimeError: if the training was told to stop before its end.
+    """
     file = Path(run.config.run.output) / "result.json"
     start = time.monotonic()
     # Of a finished run, this checks that it is the same one, and reads its weights.
     trained = train(run.config, resume=True)
+    if not trained.finished:
+        raise RuntimeError(f"{file.parent} was stopped after {trained.updates} updates; start again to go on")
     if file.exists():
         return json.loads(file.read_text())
     seconds = time.monotonic() - start

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from benchmarks import bench_fashion_mnist
-from benchmarks.bench_fashion_mnist import forward_flops, main, plan
+from benchmarks.bench_fashion_mnist import execute, forward_flops, main, plan
 from benchmarks.fashion_mnist_report import differences, figure, grid, markdown, sentences
 from vmoe_torch.data import FashionMnist
 from vmoe_torch.data.idx import write_idx
@@ -97,6 +97,13 @@ def test_study_trains_evaluates_and_writes_once(root, tmp_path, monkeypatch):
     main(arguments)
     assert path.read_text() == before
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.pt")} == times
+
+
+def test_run_that_was_stopped_has_no_result(root, tmp_path):
+    run = plan([0], root, tmp_path, [*TINY, "run.max_updates=1"])[0]
+    with pytest.raises(RuntimeError, match=r"vmoe_0 was stopped after 1 updates; start again to go on"):
+        execute(run)
+    assert not list(tmp_path.rglob("result.json"))
 
 
 def test_plan_gives_the_dense_model_as_many_flops_in_whole_epochs(tmp_path):
