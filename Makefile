@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-restarts test-timm lint clean
+.PHONY: demo test test-restarts test-timm browser lint clean
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,11 @@ test-restarts: $(STAMP)
 
 test-timm: $(STAMP)
 	$(BIN)/python tests/timm_suite/run.py
+
+# As root, on Debian and its kin. Some tests open the reports in it; other systems: any Chromium on the PATH.
+browser:
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends chromium > /dev/null
 
 lint: $(STAMP)
 	$(BIN)/ruff check src kernels tests benchmarks setup.py

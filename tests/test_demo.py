@@ -4,9 +4,13 @@ import csv
 
 import pytest
 
+from tests.browser import browser_test, check_page
 from vmoe_torch import demo
+from vmoe_torch.analyze import analysis
 
 ARGUMENTS = ["--epochs", "1", "--max-updates", "2", "--test-images", "16"]
+# Two curves, an animation, loads, gates, random routers, numbers of experts; and three for each of two layers.
+PICTURES = 7 + 3 * 2
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +23,8 @@ def folder(tmp_path_factory):
 
 def test_demo_writes_the_report_and_its_numbers(folder):
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img ") == page.count("data:image/png;base64,") == len(list(folder.glob("*.png"))) == 7
+    assert page.count("data:image/png;base64,") == len(list(folder.glob("*.png"))) == PICTURES - 1
+    assert page.count("data:image/gif;base64,") == len(list(folder.glob("*.gif"))) == 1
     with open(folder / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["num_selected_experts"], row["capacity_factor"], row["batch_priority"]) for row in rows} == {
@@ -32,13 +37,18 @@ def test_demo_writes_the_report_and_its_numbers(folder):
         assert row["images"] == "16"
         # The demo asks for capacities that its groups hold, to a slot of the expert.
         assert float(row["actual_capacity_factor"]) == pytest.approx(float(row["capacity_factor"]), abs=0.021)
-        assert f"{float(row['flops']) / 1e6:.2f}" in page
+        assert f"{float(row['flops']) / 1e6:#.4g}" in page
     assert (folder / "train" / "checkpoints").is_dir()
+
+
+@browser_test
+def test_demo_report_opens_in_a_browser(folder, tmp_path):
+    check_page(folder / "report.html", tmp_path, PICTURES)
 
 
 def test_demo_run_again_goes_on_where_it_stopped(folder, capsys, monkeypatch):
     # Drawing is most of the time.
-    monkeypatch.setattr(demo, "write_report", lambda report, out: out / "report.html")
+    monkeypatch.setattr(analysis, "write_report", lambda report, out: out / "report.html")
     before = sorted((folder / "train" / "checkpoints").iterdir())
     results = (folder / "results.csv").read_text()
     demo.main(["--out", str(folder), *ARGUMENTS])

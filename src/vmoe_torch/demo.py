@@ -13,27 +13,13 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import nn
+from torch.utils.data import Subset
 from tqdm import tqdm
 
-from vmoe_torch.analyze import (
-    Figure,
-    LayerRouting,
-    Report,
-    Section,
-    Table,
-    capacity_curve,
-    collect_routing,
-    expert_by_class,
-    gate_histograms,
-    kept_choices_per_patch,
-    kept_patches_grid,
-    write_report,
-)
-from vmoe_torch.control import routing
-from vmoe_torch.data import FashionMnist, evaluation_loader
-from vmoe_torch.evaluate import Evaluation, evaluate, format_table, setting_grid, write_csv, write_json
+from vmoe_torch.analyze import Section, analyze, describe_model
+from vmoe_torch.data import FashionMnist
+from vmoe_torch.evaluate import format_table
 from vmoe_torch.train import Config, build_transforms, train
 
 CAPACITY_FACTORS = (1.05, 0.5, 0.25, 0.1)
@@ -104,24 +90,23 @@ def main(arguments: list[str] | None = None) -> Path:
     dataset = FashionMnist("test")
     if options.test_images is not None:
         dataset = Subset(dataset, range(min(options.test_images, len(dataset))))
-    loader = evaluation_loader(dataset, build_transforms(config.data, model)[1], BATCH_IMAGES, 0, False)
 
-    settings = setting_grid(CAPACITY_FACTORS, NUM_SELECTED_EXPERTS)
-    evaluations = evaluate(model, loader, settings, progress=_progress(f"evaluating {len(settings)} settings"))
-    routings = collect_routing(model, loader, len(result.class_names), progress=_progress("looking at the routers"))
-    write_csv(evaluations, out / "results.csv")
-    write_json(evaluations, out / "results.json")
-    sections = [
-        _training_section(config, model, result.updates, seconds, len(dataset)),
-        _result_section(evaluations),
-        _expert_section(routings, result.class_names),
-        _patch_section(model, dataset, loader, result.class_names),
-        _file_section(),
-    ]
-    report = write_report(Report("One V-MoE, less and less compute", _summary(evaluations), sections), out)
+    analysis = analyze(
+        model,
+        dataset,
+        build_transforms(config.data, model)[1],
+        result.class_names,
+        capacity_factors=CAPACITY_FACTORS,
+        num_selected_experts=NUM_SELECTED_EXPERTS,
+        batch_size=BATCH_IMAGES,
+        progress=_progress,
+    )
+    about = _training_section(config, model, analysis.routing, result.updates, seconds, len(dataset))
+    files = {"train/: configuration, log, TensorBoard events and checkpoints of the training": "train/"}
+    report = analysis.write(out, "One V-MoE, less and less compute", [about], files)
 
     print("\nThe same weights at every setting (K: experts per token; slots: capacity factor after rounding):\n")
-    print(format_table(evaluations))
+    print(format_table(analysis.evaluations))
     print(f"\nReport: {report.resolve()}")
     return report
 
@@ -151,42 +136,14 @@ def _progress(text: str):
     return lambda batches: tqdm(batches, desc=text, disable=not sys.stderr.isatty())
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def _by_setting(evaluations: list[Evaluation]) -> dict[tuple[int, float, bool], Evaluation]:
-    """By experts per token, asked capacity, and BPR."""
-    return {
-        (e.setting.num_selected_experts, e.setting.capacity_factor, e.setting.batch_priority): e for e in evaluations
-    }
-
-
-def _summary(evaluations: list[Evaluation]) -> list[str]:
-    found = _by_setting(evaluations)
-    full = found[2, 1.05, True]
-    low, position = found[2, 0.25, True], found[2, 0.25, False]
-    return [
-        f"A small vision mixture of experts, trained once with 2 of 8 experts per token, reaches {_percent(full.top1)} "
-        f"on {full.images:,} test images of Fashion-MNIST. Its compute is then turned down without any retraining: "
-        "every expert gets fewer slots, and tokens that find no slot skip the layer and keep only their residual.",
-        f"At a quarter of the balanced load ({low.flops.total / 1e6:.1f} instead of {full.flops.total / 1e6:.1f} "
-        f"MFLOPs per image) it reaches {_percent(low.top1)} when the most important tokens claim their slots first "
-        f"(Batch Priority Routing, BPR), and {_percent(position.top1)} when they claim them by position (vanilla).",
-    ]
-
-
-def _training_section(config: Config, model: nn.Module, updates: int, seconds: float, test_images: int) -> Section:
-    kwargs = config.model.kwargs
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+def _training_section(
+    config: Config, model: nn.Module, routing: str, updates: int, seconds: float, test_images: int
+) -> Section:
     return Section(
         "What was trained",
         facts={
-            "Model": f"V-MoE with {kwargs['depth']} blocks of width {kwargs['embed_dim']}, every second one with "
-            f"{kwargs['num_experts']} experts, of which a token uses {kwargs['num_selected_experts']}; "
-            f"{kwargs['patch_size']} x {kwargs['patch_size']} patches; {parameters:,} parameters",
-            "Routing": f"groups of {kwargs['group_size']} images ({kwargs['group_size'] * 49} tokens), capacity factor "
-            f"{kwargs['capacity_factor']} with BPR; the capacity is rounded up to whole slots only",
+            "Model": describe_model(model),
+            "Routing": f"{routing}, in groups of {GROUP_IMAGES} images; the capacity is rounded up to whole slots only",
             "Data": f"the Fashion-MNIST subset that ships with the package: {len(FashionMnist('train')):,} training "
             f"images, {test_images:,} test images here",
             "Training": f"{updates:,} updates of {config.data.batch_size} images with {config.optim.name}, "
@@ -205,148 +162,6 @@ def _machine() -> str:
         name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {os.cpu_count()} cores{device}; Python {platform.python_version()}, PyTorch {torch.__version__}"
-
-
-def _result_section(evaluations: list[Evaluation]) -> Section:
-    found = _by_setting(evaluations)
-    rows, best, breaks = [], set(), set()
-    for selected in NUM_SELECTED_EXPERTS:
-        breaks.add(len(rows))
-        for capacity in CAPACITY_FACTORS:
-            vanilla, priority = (found[selected, capacity, order] for order in (False, True))
-            best.add((len(rows), 5 if priority.top1 >= vanilla.top1 else 4))
-            rows.append(
-                (
-                    str(selected),
-                    f"{capacity:g}",
-                    f"{priority.flops.total / 1e6:.2f}",
-                    f"{priority.flops.relative:.2f}",
-                    f"{100 * vanilla.top1:.1f}",
-                    f"{100 * priority.top1:.1f}",
-                    f"{100 * vanilla.unprocessed:.0f}",
-                )
-            )
-    header = ("experts per token", "capacity factor", "MFLOPs per image", "times dense", "vanilla top-1 %")
-    header += ("BPR top-1 %", "skipped tokens %")
-    low = found[1, 0.1, True]
-    return Section(
-        "Accuracy and compute of the same weights",
-        paragraphs=[
-            "The capacity factor sets how many slots the experts have for every choice that a token makes; 1 is just "
-            "enough if the load is balanced. FLOPs count the matrix products of one forward pass with every slot, used "
-            "or not; “times dense” compares them with the same network with one plain MLP in place of each "
-            "layer of experts (which was not trained here). “Skipped” tokens found no slot at any expert (vanilla). "
-            f"Slots are whole: an asked capacity of 0.1 with one expert per token is {low.capacity_factor:.3f}."
-        ],
-        table=Table(header, rows, frozenset(best), frozenset(breaks - {0})),
-        figures=[
-            Figure(
-                "capacity_curve",
-                capacity_curve(evaluations),
-                "Fewer slots per expert, from right to left. " + _gap(found, 0.1) + " " + _gap(found, 0.5),
-                "Test accuracy against capacity factor for vanilla routing and BPR with two experts per token and one",
-            ),
-            Figure(
-                "compute_curve",
-                capacity_curve(evaluations, "flops"),
-                "The same points against compute. Along each line the capacity falls from right to left; lines of one "
-                "expert per token start at about half of the experts' compute.",
-                "Test accuracy against MFLOPs per image for vanilla routing and BPR with two experts per token and one",
-            ),
-        ],
-    )
-
-
-def _gap(found: dict, capacity: float) -> str:
-    vanilla, priority = (found[2, capacity, order].top1 for order in (False, True))
-    return f"At {capacity:g} with two experts, BPR reaches {_percent(priority)} and vanilla {_percent(vanilla)}."
-
-
-def _expert_section(routings: dict[str, LayerRouting], class_names: tuple[str, ...]) -> Section:
-    figures = []
-    for name, routed in routings.items():
-        share = routed.expert_share
-        label, expert = divmod(int(share.argmax()), share.shape[1])
-        figures.append(
-            Figure(
-                f"experts_{name.replace('.', '_')}",
-                expert_by_class(routed, class_names, name),
-                f"Layer {name}. Each column adds up to 100%. The most specialised pair: expert {expert} processes "
-                f"{_percent(float(share.max()))} of what is kept of class {class_names[label]}; spread evenly, every "
-                f"cell would be {_percent(1 / share.shape[1])}. Experts and classes are ordered so that neighbours "
-                "look alike.",
-                f"Heat map of experts by classes in layer {name}",
-            )
-        )
-    gates = Figure(
-        "gates",
-        gate_histograms(routings),
-        "Left: the share of the work that each expert does, and the choices that found their expert full. Right: how "
-        "sure the router is of its first and second choice; the closer to 1, the more one expert counts.",
-        "Bar charts of expert load and histograms of the gates for each layer of experts",
-    )
-    return Section(
-        "Who processes what",
-        paragraphs=["Measured on the test images at the capacity and with the number of experts of the training."],
-        figures=[*figures, gates],
-    )
-
-
-def _patch_section(model: nn.Module, dataset: Dataset, loader: DataLoader, class_names: tuple[str, ...]) -> Section:
-    chosen = _one_per_class(dataset)
-    tensors = torch.stack([loader.dataset[index][0] for index in chosen])
-    pictures = torch.stack([_picture(dataset[index][0]) for index in chosen])
-    rows: dict[str, list[tuple[str, Tensor]]] = {}
-    for capacity in CAPACITY_FACTORS:
-        for priority, order in ((False, "vanilla"), (True, "BPR")):
-            with routing(model, capacity_factor=capacity, batch_priority=priority):
-                for name, kept in kept_choices_per_patch(model, tensors).items():
-                    rows.setdefault(name, []).append((f"C = {capacity:g}\n{order}", kept))
-    names = [class_names[dataset[index][1]] for index in chosen]
-    return Section(
-        "Which patches each capacity keeps",
-        paragraphs=[
-            f"The {len(chosen)} images form one group and share the slots; below each picture stands how many of its "
-            "patches at least one expert processed. Pale blue patches skip the layer."
-        ],
-        figures=[
-            Figure(
-                f"patches_{name.replace('.', '_')}",
-                kept_patches_grid(pictures, layer_rows, names, f"Patches processed by the experts of {name}"),
-                f"Layer {name}, two experts per token. Vanilla serves images from left to right, whatever they show: "
-                "at a low capacity little is left for the last ones. BPR serves the patches with the largest gates "
-                "of all images first.",
-                f"Grid of images with the dropped patches hidden, by capacity and order, in layer {name}",
-            )
-            for name, layer_rows in rows.items()
-        ],
-        wide=True,
-    )
-
-
-def _one_per_class(dataset: Dataset) -> list[int]:
-    """Numbers of the first images that each show another class, one group at most."""
-    first: dict[int, int] = {}
-    for index in range(len(dataset)):
-        first.setdefault(dataset[index][1], index)
-        if len(first) == GROUP_IMAGES:
-            break
-    return list(first.values())
-
-
-def _picture(image) -> Tensor:
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width) / 255
-
-
-def _file_section() -> Section:
-    return Section(
-        "Files",
-        links={
-            "results.csv: every number of the table and more": "results.csv",
-            "results.json: the same as JSON": "results.json",
-            "train/: configuration, log, TensorBoard events and checkpoints of the training": "train/",
-        },
-    )
 
 
 if __name__ == "__main__":

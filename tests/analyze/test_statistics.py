@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import vmoe_torch
-from vmoe_torch.analyze import collect_routing, kept_choices_per_patch
+from vmoe_torch.analyze import LayerRouting, collect_routing, kept_choices_per_patch
+from vmoe_torch.analyze.statistics import dependence
+from vmoe_torch.models.ensemble import VMoEEnsemble
 
 
 @pytest.fixture
@@ -43,21 +45,32 @@ def test_collected_counts_are_those_of_the_slots(model, batches):
     model.eval()
     for name, routing in found.items():
         wanted, kept = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.int64)
-        unprocessed = 0
+        places = torch.zeros(2, 3, 4, dtype=torch.int64)
+        unprocessed = slots = 0
         for images, labels in batches:
             with torch.no_grad():
                 model(images)
-            record = vmoe_torch.moe_layers(model)[name].record
-            for token, (experts, slots) in enumerate(zip(record.experts.tolist(), record.slots.tolist())):
-                label = labels[token // 7]
-                for expert, slot in zip(experts, slots):
+            layer = vmoe_torch.moe_layers(model)[name]
+            record = layer.record
+            # Groups of two images, and of one for what remains.
+            slots += 4 * (len(images) // 2 * layer.capacity(14) + len(images) % 2 * layer.capacity(7))
+            for token, (experts, found_slots) in enumerate(zip(record.experts.tolist(), record.slots.tolist())):
+                label, place = labels[token // 7], token % 7 - 1
+                for expert, slot in zip(experts, found_slots):
                     wanted[label, expert] += 1
                     kept[label, expert] += slot >= 0
-                unprocessed += max(slots) < 0
+                    # Token 0 is the class token.
+                    if place >= 0:
+                        places[place // 3, place % 3, expert] += slot >= 0
+                unprocessed += max(found_slots) < 0
         assert torch.equal(routing.wanted, wanted)
         assert torch.equal(routing.kept, kept)
         assert routing.unprocessed == unprocessed > 0
         assert routing.tokens == 7 * 7
+        assert torch.equal(routing.positions, places)
+        assert routing.slots == slots
+        assert routing.capacity_factor == pytest.approx(slots / 98)
+        assert routing.demand.tolist() == pytest.approx((4 * wanted.sum(0) / 98).tolist())
         assert routing.gates.shape == (2, 10)
         assert routing.gates.sum(1).tolist() == [49, 49]
         assert routing.dropped == pytest.approx(1 - kept.sum().item() / 98)
@@ -101,3 +114,39 @@ def test_statistics_refuse_models_they_cannot_count(batches):
     )
     with pytest.raises(ValueError, match=r"blocks.1.mlp must route by top_experts, got expert_choice"):
         collect_routing(choosing, batches, 3)
+    with pytest.raises(ValueError, match=r"labels must be in 0..1, got 0..2"):
+        collect_routing(model_of_two_classes(), [(batches[0][0], torch.tensor([0, 2, 1, 1]))], 2)
+
+
+def model_of_two_classes():
+    return vmoe_torch.VMoE(
+        img_size=(8, 12), patch_size=4, in_chans=1, num_classes=2, embed_dim=16, depth=2, num_heads=2, num_experts=2
+    )
+
+
+def test_ensembles_and_models_without_a_class_token_are_counted():
+    images, labels = torch.randn(4, 1, 8, 12), torch.tensor([0, 1, 1, 2])
+    common = {"img_size": (8, 12), "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    ensemble = VMoEEnsemble(**common, ensemble_size=2, num_experts=4, num_classes=3, moe_layers="every2")
+    found = collect_routing(ensemble, [(images, labels)], 3)
+    assert list(found) == ["blocks.1.mlp.members.0", "blocks.1.mlp.members.1"]
+    for routing in found.values():
+        assert routing.wanted.sum(1).tolist() == [14, 28, 14]
+        assert routing.positions.shape == (2, 3, 2)
+    pooled = vmoe_torch.VMoE(**common, class_token=False, global_pool="avg", num_experts=4, capacity_factor=4.0)
+    (routing,) = collect_routing(pooled, [(images, labels)], 3).values()
+    assert routing.positions.sum(2).tolist() == [[8] * 3] * 2
+
+
+def test_dependence_is_what_would_have_to_move():
+    assert dependence(torch.tensor([[2, 2], [4, 4], [0, 0]])).tolist() == [0.0, 0.0, 0.0]
+    assert dependence(torch.tensor([[4, 0], [0, 4]])).tolist() == [0.5, 0.5]
+    assert dependence(torch.tensor([[1, 3], [3, 1]])).tolist() == pytest.approx([0.25, 0.25])
+
+
+def test_gate_quantiles_are_those_of_the_gates_to_a_bin():
+    gates = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 2
+    routing = LayerRouting(torch.ones(1, 2), torch.ones(1, 2), torch.stack([gates.histc(50, 0, 1), torch.zeros(50)]))
+    first, second = routing.gate_quantiles(0.1, 0.5, 0.9)
+    assert (first - gates.quantile(torch.tensor([0.1, 0.5, 0.9]))).abs().max() <= 0.02
+    assert second.isnan().all()

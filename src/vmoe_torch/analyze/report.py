@@ -23,9 +23,10 @@ dd { margin: 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid #e3e3e3; }
 th { color: #555; font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tbody tr.first td { border-top: 2px solid #8a8a8a; }
 td.best { font-weight: 700; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem;
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem;
   margin-top: 1.2rem; }
 .figures.wide { grid-template-columns: minmax(0, 1fr); }
 figure { margin: 0; min-width: 0; }
@@ -36,7 +37,7 @@ a { color: #00558a; }
 @media (max-width: 40rem) {
   body { padding: 1rem .75rem 2rem; }
   h1 { font-size: 1.4rem; }
-  th, td { padding: .3rem .2rem; font-size: .8rem; }
+  th, td { padding: .3rem .15rem; font-size: .72rem; }
   dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
   dd { margin-bottom: .5rem; }
 }
@@ -49,13 +50,13 @@ class Figure:
 
     Attributes:
         name: file name without ending.
-        canvas: what to draw.
+        canvas: what to draw, or the bytes of a GIF.
         caption: what one sees.
         alt: a short description for those who do not see it.
     """
 
     name: str
-    canvas: Canvas
+    canvas: Canvas | bytes
     caption: str
     alt: str
 
@@ -102,7 +103,7 @@ class Report:
 
 
 def write_report(report: Report, folder: Path | str, name: str = "report.html", dpi: int = 130) -> Path:
-    """Writes the page, and beside it every figure as <name>.png.
+    """Writes the page, and beside it every figure as <name>.png, or <name>.gif.
 
     Args:
         report: what to write.
@@ -181,11 +182,14 @@ def _table(table: Table) -> list[str]:
 
 
 def _figure(figure: Figure, folder: Path, dpi: int) -> str:
-    data = io.BytesIO()
-    figure.canvas.savefig(data, format="png", dpi=dpi, facecolor="white")
-    (folder / f"{figure.name}.png").write_bytes(data.getvalue())
-    text = base64.b64encode(data.getvalue()).decode("ascii")
+    kind, data = "gif", figure.canvas
+    if isinstance(figure.canvas, Canvas):
+        file = io.BytesIO()
+        figure.canvas.savefig(file, format="png", dpi=dpi, facecolor="white")
+        kind, data = "png", file.getvalue()
+    (folder / f"{figure.name}.{kind}").write_bytes(data)
+    text = base64.b64encode(data).decode("ascii")
     return (
-        f'<figure><img alt="{escape(figure.alt)}" src="data:image/png;base64,{text}">'
+        f'<figure><img alt="{escape(figure.alt)}" src="data:image/{kind};base64,{text}">'
         f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
     )

@@ -1,5 +1,7 @@
 """Routing statistics over a data set, and which patches of an image the experts processed.
 
+Counts only, so memory does not grow with the images.
+
 Dims: B images, L tokens per image (class and register tokens first), K choices per token, E experts, N classes.
 """
 
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vmoe_torch.control import moe_layers
+from vmoe_torch.evaluate.classification import slots_of
 from vmoe_torch.evaluate.settings import eval_mode
+from vmoe_torch.layers import MoeMlp
 
 
 @dataclass
@@ -23,6 +27,9 @@ class LayerRouting:
         gates: (K, bins) int64, histogram over 0..1 of the gates of each choice rank.
         tokens: number of tokens.
         unprocessed: number of tokens whose choices were all dropped.
+        slots: number of slots there were, used or not.
+        positions: (rows, columns, E) int64, choices of patches that found a slot, by the patch's place in the image;
+            None for a model without a grid of patches.
     """
 
     wanted: Tensor
@@ -30,6 +37,19 @@ class LayerRouting:
     gates: Tensor
     tokens: int = 0
     unprocessed: int = 0
+    slots: int = 0
+    positions: Tensor | None = None
+
+    @property
+    def demand(self) -> Tensor:
+        """(E,) choices that wanted each expert, kept or not, over the balanced number."""
+        wanted = self.wanted.sum(0)
+        return wanted * len(wanted) / wanted.sum().clamp(min=1)
+
+    @property
+    def capacity_factor(self) -> float:
+        """Slots over choices: the capacity factor after its rounding."""
+        return self.slots / max(int(self.wanted.sum()), 1)
 
     @property
     def load(self) -> Tensor:
@@ -45,6 +65,67 @@ class LayerRouting:
     def expert_share(self) -> Tensor:
         """(N, E) share of a class's kept choices that went to each expert; 0 for a class without any."""
         return self.kept / self.kept.sum(1, keepdim=True).clamp(min=1)
+
+    @property
+    def class_dependence(self) -> Tensor:
+        """(N,) share of a class's kept choices that would have to move for it to use the experts as all classes do."""
+        return dependence(self.kept)
+
+    @property
+    def position_dependence(self) -> float:
+        """The same for places in the image, averaged over them; NaN without a grid of patches."""
+        if self.positions is None:
+            return float("nan")
+        counts = self.positions.flatten(0, 1)
+        return float((dependence(counts) * counts.sum(1)).sum() / counts.sum().clamp(min=1))
+
+    def gate_quantiles(self, *quantiles: float) -> Tensor:
+        """(K, len(quantiles)) of the gates of each choice rank, to a bin's width; NaN where nothing was counted."""
+        bins = self.gates.shape[1]
+        total = self.gates.sum(1, keepdim=True).double()
+        shares = torch.cat([torch.zeros_like(total), self.gates.double().cumsum(1) / total.clamp(min=1)], 1)
+        found = torch.full((len(self.gates), len(quantiles)), torch.nan)
+        for rank in total.squeeze(1).nonzero().flatten().tolist():
+            for column, quantile in enumerate(quantiles):
+                upper = int(torch.searchsorted(shares[rank], quantile).clamp(1, bins))
+                low, high = shares[rank, upper - 1 : upper + 1].tolist()
+                found[rank, column] = (upper - 1 + (quantile - low) / max(high - low, 1e-12)) / bins
+        return found
+
+
+def dependence(counts: Tensor) -> Tensor:
+    """How far each row's spread over the columns is from that of all rows together.
+
+    Args:
+        counts: (N, E), at least 0.
+
+    Returns:
+        (N,) total variation distance in 0..1: the share of the row's counts that would have to move. 0 for empty rows.
+    """
+    totals = counts.sum(1, keepdim=True)
+    everywhere = counts.sum(0) / counts.sum().clamp(min=1)
+    return torch.where(totals > 0, (counts / totals.clamp(min=1) - everywhere).abs(), 0.0).sum(1) / 2
+
+
+def routed_layers(model: nn.Module) -> dict[str, MoeMlp]:
+    """The MoE layers whose choices can be counted: all there are.
+
+    Raises:
+        ValueError: if there is none, or one has no choices per token.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
+    for name, layer in layers.items():
+        if layer.router_type != "top_experts":
+            raise ValueError(f"{name} must route by top_experts, got {layer.router_type}")
+    return layers
+
+
+def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int] | None:
+    """Rows and columns of patches of images (B, C, H, W); None for a model that makes none."""
+    embed = getattr(model, "patch_embed", None)
+    return None if embed is None else tuple(embed.dynamic_feat_size(tuple(images.shape[-2:])))
 
 
 @torch.no_grad()
@@ -69,14 +150,10 @@ def collect_routing(
         {layer name: LayerRouting, on the CPU}, in the order of the layers.
 
     Raises:
-        ValueError: if the model has no MoE layer or one that has no choices per token to count.
+        ValueError: if the model has no MoE layer or one that has no choices per token to count, or a label is not
+            below `num_classes`.
     """
-    layers = moe_layers(model)
-    if not layers:
-        raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
-    for name, layer in layers.items():
-        if layer.router_type != "top_experts":
-            raise ValueError(f"{name} must route by top_experts, got {layer.router_type}")
+    layers = routed_layers(model)
     device = next(model.parameters()).device
     found = {
         name: LayerRouting(
@@ -90,13 +167,19 @@ def collect_routing(
         for images, labels in progress(loader):
             if len(images) == 0:
                 continue
+            if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+                raise ValueError(
+                    f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}"
+                )
             model(images.to(device))
+            grid = patch_grid(model, images)
             for name, layer in layers.items():
-                _add(found[name], layer.record, labels)
+                _add(found[name], layer, labels, grid)
     return found
 
 
-def _add(routing: LayerRouting, record, labels: Tensor) -> None:
+def _add(routing: LayerRouting, layer: MoeMlp, labels: Tensor, grid: tuple[int, int] | None) -> None:
+    record = layer.record
     experts, slots, gates = record.experts.cpu().long(), record.slots.cpu(), record.gates.float().cpu()
     kept = slots >= 0
     num_experts = routing.kept.shape[1]
@@ -109,6 +192,21 @@ def _add(routing: LayerRouting, record, labels: Tensor) -> None:
         histogram += gates[:, rank].histc(bins, 0.0, 1.0).long()
     routing.tokens += len(slots)
     routing.unprocessed += int((~kept).all(1).sum())
+    routing.slots += slots_of(layer)
+    if grid is not None:
+        _add_positions(routing, experts, kept, len(labels), grid)
+
+
+def _add_positions(routing: LayerRouting, experts: Tensor, kept: Tensor, images: int, grid: tuple[int, int]) -> None:
+    rows, columns = grid
+    num_experts = routing.kept.shape[1]
+    if routing.positions is None:
+        routing.positions = torch.zeros(rows, columns, num_experts, dtype=torch.int64)
+    # Class and register tokens come first and have no place.
+    experts, kept = (choices.view(images, -1, choices.shape[1])[:, -rows * columns :] for choices in (experts, kept))
+    cell = torch.arange(rows * columns).view(1, -1, 1) * num_experts + experts
+    count = torch.bincount(cell[kept], minlength=routing.positions.numel())
+    routing.positions += count.view_as(routing.positions)
 
 
 @torch.no_grad()
@@ -124,14 +222,12 @@ def kept_choices_per_patch(model: nn.Module, images: Tensor) -> dict[str, Tensor
         register tokens, which take part in the routing, are left out.
 
     Raises:
-        ValueError: if the model has no MoE layer.
+        ValueError: if the model has no MoE layer, or one that has no choices per token.
     """
-    layers = moe_layers(model)
-    if not layers:
-        raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
+    layers = routed_layers(model)
     with eval_mode(model):
         model(images.to(next(model.parameters()).device))
-    height, width = model.patch_embed.grid_size
+    height, width = patch_grid(model, images)
     maps = {}
     for name, layer in layers.items():
         kept = (layer.record.slots >= 0).sum(1).view(len(images), -1)

@@ -13,6 +13,7 @@ from vmoe_torch.control import moe_layers, routing
 from vmoe_torch.evaluate.flops import Flops, count_flops
 from vmoe_torch.evaluate.prefix import shared_forward
 from vmoe_torch.evaluate.settings import RoutingSetting, eval_mode
+from vmoe_torch.layers import MoeMlp
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,7 @@ class _Sums:
         self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         for layer in moe_layers(model).values():
             slots = layer.record.slots
-            group = layer.record.group_tokens or len(slots)
-            rest = len(slots) % group
-            rows = len(slots) // group * layer.capacity(group) + (layer.capacity(rest) if rest else 0)
-            self.slots += rows * layer.num_experts
+            self.slots += slots_of(layer)
             self.choices += slots.numel()
             self.dropped += int((slots < 0).sum())
             self.tokens += len(slots)
@@ -81,6 +79,15 @@ class _Sums:
             self.unprocessed / max(self.tokens, 1),
             flops,
         )
+
+
+def slots_of(layer: MoeMlp) -> int:
+    """Slots that a layer's experts had in its last forward, used or not; the layer is in the mode it ran in."""
+    tokens = len(layer.record.slots)
+    group = layer.record.group_tokens or tokens
+    rest = tokens % group
+    rows = tokens // group * layer.capacity(group) + (layer.capacity(rest) if rest else 0)
+    return rows * layer.num_experts
 
 
 def _routed(model: nn.Module, setting: RoutingSetting) -> AbstractContextManager:

@@ -138,6 +138,8 @@ class MoeMlp(nn.Module):
         self.drop = nn.Dropout(drop)
         # Installed from outside by vmoe_torch.parallel: moves rows between the ranks that hold the experts.
         self.exchange = None
+        # Installed from outside by vmoe_torch.analyze: takes the router's experts (T, K) and gives others.
+        self.choices = None
         self.record = Record()
 
     def set_routing(
@@ -230,6 +232,20 @@ class MoeMlp(nn.Module):
                 seed=None if seeds is None else seeds[0],
                 impl=self.impl,
             )
+            if self.choices is not None:
+                experts = self.choices(routing.experts)
+                slots = kernels.assign_slots(
+                    experts,
+                    routing.gates.detach(),
+                    num_experts=self.num_experts,
+                    capacity=capacity,
+                    group_size=group,
+                    last_capacity=last_capacity,
+                    batch_priority=self.batch_priority,
+                    priority=self.priority,
+                    impl=self.impl,
+                )
+                routing = routing._replace(experts=experts, slots=slots)
             slots = routing.slots
             gates = self._remember(routing, images, group, noise_std)
             if self.renormalize_gates:

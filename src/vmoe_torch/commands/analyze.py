@@ -1,0 +1,114 @@
+"""`vmoe analyze`: a report on what a model's experts do, and on what its routers and its capacity are worth."""
+
+import argparse
+import os
+from pathlib import Path
+
+from timm.data import ImageNetInfo
+
+from vmoe_torch.commands.options import integers, numbers, progress
+from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model
+from vmoe_torch.data import evaluation_loader
+from vmoe_torch.evaluate import evaluate
+
+IMAGES = 2000
+
+
+def add(commands) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "analyze",
+        help="report on what a model's experts do",
+        description="Writes an HTML report with the analyses of the V-MoE paper: which expert processes which classes "
+        "and which places of the image, loads and gates, which patches are kept as the capacity falls, accuracy "
+        "against compute, and what random routers and other numbers of experts cost. report.json holds the numbers.",
+        epilog="example: vmoe analyze runs/mine --data IMAGES --dense runs/dense --out report",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
+    parser.add_argument("--split", metavar="NAME", help="part of the data (default: val, validation or test)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report; made if it is missing")
+    parser.add_argument("--dense", metavar="MODEL", help="another model to compare with, on the same images")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=IMAGES,
+        metavar="N",
+        help=f"images drawn from the data at most (default: {IMAGES})",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the images and of random routers")
+    parser.add_argument("--capacity", type=numbers, metavar="C,C", help="capacity factors (default: 1,0.5,0.25,0.1)")
+    parser.add_argument("--k", type=integers, metavar="K,K", help="experts per token (default: the model's, and 1)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per forward (default: 128)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
+    # Drawing takes long to import, and other commands do without.
+    from vmoe_torch.analyze import CAPACITY_FACTORS, Section, analyze, describe_model, sample
+
+    if options.images < 1 or options.batch_size < 1:
+        raise ValueError(f"--images and --batch-size must be at least 1, got {options.images} and {options.batch_size}")
+    out = Path(options.out)
+    _check_folder(out)
+    source = open_model(options.model, options.device)
+    images = open_images(source, options.data, options.split)
+    names = images.class_names
+    dense = None
+    if options.dense is not None:
+        other = open_model(options.dense, options.device)
+        dense = (other, open_images(other, options.data, options.split))
+    analysis = analyze(
+        source.model,
+        sample(images, options.images, options.seed),
+        source.transform,
+        None if names is None else _readable(names),
+        capacity_factors=options.capacity or CAPACITY_FACTORS,
+        num_selected_experts=options.k,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        progress=progress,
+    )
+    if dense is not None:
+        other, other_images = dense
+        chosen = sample(other_images, options.images, options.seed)
+        pin = options.device.startswith("cuda")
+        loader = evaluation_loader(chosen, other.transform, options.batch_size, options.workers, pin)
+        (reached,) = evaluate(other.model, loader, progress=progress("the model to compare with"))
+        analysis = analysis.with_dense(reached, _short(options.dense))
+    facts = {
+        "Model": f"{options.model}: {describe_model(source.model)}",
+        "Routing": analysis.routing,
+        "Data": f"{options.data}: {analysis.own.images:,} of {len(images):,} images, drawn with seed {options.seed}",
+    }
+    if options.dense is not None:
+        facts["Compared with"] = options.dense
+    about = Section("What was analysed", facts=facts)
+    path = analysis.write(out, f"What the experts of {_short(options.model)} do", [about])
+    print(f"report: {path.resolve()}")
+    return 0
+
+
+def _check_folder(out: Path) -> None:
+    """Raises ValueError if no report could be written there: before the work, not after."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out must be a folder that can be written to, got {out}")
+
+
+def _short(name: str) -> str:
+    """A model's name without the folders it lies in."""
+    return Path(name).name or name
+
+
+def _readable(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Words for WordNet's numbers, where all classes are those of ImageNet; other names stay."""
+    info = ImageNetInfo()
+    known = set(info.label_names())
+    if not set(names) <= known:
+        return names
+    return tuple(info.label_name_to_description(name, detailed=False) for name in names)
