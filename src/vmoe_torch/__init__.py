@@ -6,7 +6,17 @@ from vmoe_torch.models.vmoe import VMoE
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["VMoE", "auxiliary_loss", "models", "moe_layers", "routing", "routing_stats", "set_routing", "upcycle"]
+__all__ = [
+    "VMoE",
+    "auxiliary_loss",
+    "models",
+    "moe_layers",
+    "routing",
+    "routing_stats",
+    "set_budget",
+    "set_routing",
+    "upcycle",
+]
 
 
 def __getattr__(name: str):
@@ -15,4 +25,8 @@ def __getattr__(name: str):
         from vmoe_torch.checkpoints import upcycle
 
         return upcycle
+    if name == "set_budget":
+        from vmoe_torch.budget import set_budget
+
+        return set_budget
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """Routing control from outside: set or try another capacity, K or priority, and read what the routers did."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -27,6 +27,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoeMlp]:
 def set_routing(
     model: nn.Module,
     *,
+    layers: Iterable[str] | None = None,
     num_selected_experts: int = _UNSET,
     capacity_factor: float = _UNSET,
     eval_capacity_factor: float = _UNSET,
@@ -34,10 +35,11 @@ def set_routing(
     priority: str = _UNSET,
     group_size: int | str = _UNSET,
 ) -> None:
-    """Changes the routing of every MoE layer for good; what is not given stays.
+    """Changes the routing of every MoE layer, or of some, for good; what is not given stays.
 
     Args:
         model: any module with MoE layers.
+        layers: names of the layers to change, as `moe_layers` has them; None is all.
         num_selected_experts: K, in 1..E of every layer.
         capacity_factor: in training and, unless eval_capacity_factor is given too, in eval mode.
         eval_capacity_factor: in eval mode only.
@@ -46,7 +48,7 @@ def set_routing(
         group_size: images per group, "batch" or "image".
 
     Raises:
-        ValueError: if the model has no MoE layer or a value is off; then nothing has changed.
+        ValueError: if the model has no MoE layer, or a name or a value is off; then nothing has changed.
     """
     given = {
         name: value
@@ -62,10 +64,14 @@ def set_routing(
     }
     if "capacity_factor" in given:
         given.setdefault("eval_capacity_factor", None)
-    layers = moe_layers(model)
-    if not layers:
+    found = moe_layers(model)
+    if not found:
         raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
-    before = [(layer, _routing_of(layer)) for layer in layers.values()]
+    names = list(found) if layers is None else list(layers)
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise ValueError(f"layers must be among {', '.join(found)}, got {', '.join(unknown)}")
+    before = [(found[name], _routing_of(found[name])) for name in names]
     try:
         for layer, current in before:
             layer.set_routing(**{**current, **given})
@@ -77,7 +83,10 @@ def set_routing(
 
 @contextmanager
 def routing(model: nn.Module, **changes) -> Iterator[nn.Module]:
-    """`set_routing` for the length of a `with` block; what was set before comes back, also after an error."""
+    """`set_routing` for the length of a `with` block; what was set before comes back, also after an error.
+
+    Whatever sets the routing inside the block is undone too, so without changes it guards `set_budget` and the like.
+    """
     before = [(layer, _routing_of(layer)) for layer in moe_layers(model).values()]
     set_routing(model, **changes)
     try:

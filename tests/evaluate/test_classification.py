@@ -119,5 +119,7 @@ def test_flops_count_every_matrix_product(model, batches):
     assert flops.dense == 2 * (outside + 2 * (attention + mlp))
     router = tokens * width * 4
     # 68 tokens per group, two choices, four experts: 34 slots each.
-    assert flops.total == 2 * (outside + 2 * attention + mlp + router + 4 * 34 * 2 * width * hidden / 4)
+    experts = 4 * 34 * 2 * width * hidden / 4
+    assert flops.total == 2 * (outside + 2 * attention + mlp + router + experts)
+    assert list(flops.layers.values()) == [2 * (router + experts)]
     assert flops.relative == flops.total / flops.dense

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import vmoe_torch
-from vmoe_torch.evaluate.prefix import shared_forward
+from vmoe_torch.evaluate.prefix import layer_forward, shared_forward
 from vmoe_torch.evaluate.settings import setting_grid
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 5, "num_heads": 2}
@@ -42,6 +42,33 @@ def test_blocks_before_the_first_experts_run_once():
     for _ in range(3):
         forward()
     assert [calls.count(number) for number in range(5)] == [1, 1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_layer_changed_is_a_whole_forward(name):
+    model = MODELS[name]().eval()
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        logits, forward = layer_forward(model, images)
+        assert torch.equal(logits, model(images))
+        for layer_name, layer in vmoe_torch.moe_layers(model).items():
+            with vmoe_torch.routing(model):
+                vmoe_torch.set_routing(model, layers=[layer_name], num_selected_experts=1, capacity_factor=0.3)
+                changed = forward(layer)
+                assert torch.equal(changed, model(images))
+            assert not torch.equal(changed, logits)
+
+
+def test_blocks_before_the_changed_layer_do_not_run():
+    model = MODELS["first"]().eval()
+    calls = []
+    for number, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, number=number: calls.append(number))
+    _, forward = layer_forward(model, torch.randn(2, 3, 32, 32))
+    calls.clear()
+    forward(model.blocks[3].mlp)
+    assert calls == [3, 4]
 
 
 def test_a_dense_model_runs_whole():

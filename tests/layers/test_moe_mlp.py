@@ -188,6 +188,18 @@ def test_routing_changes_and_comes_back():
     assert layer.num_selected_experts == 2
 
 
+def test_routing_of_one_layer_changes():
+    model = nn.Sequential(_layer(), _layer())
+    with vmoe_torch.routing(model):
+        vmoe_torch.set_routing(model, layers=["1"], num_selected_experts=1, capacity_factor=0.5)
+        assert [layer.num_selected_experts for layer in model] == [2, 1]
+        assert [layer.eval_capacity_factor for layer in model] == [1.05, 0.5]
+        with pytest.raises(ValueError, match="layers must be among 0, 1, got 2"):
+            vmoe_torch.set_routing(model, layers=["0", "2"], num_selected_experts=1)
+        assert model[0].num_selected_experts == 2
+    assert model[1].num_selected_experts == 2
+
+
 def test_failed_change_leaves_every_layer_alone():
     model = nn.Sequential(_layer(num_experts=8), _layer(num_experts=2))
     with pytest.raises(ValueError, match=r"num_selected_experts must be in 1\.\.num_experts=2, got 4"):

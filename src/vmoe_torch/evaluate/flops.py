@@ -1,6 +1,6 @@
 """FLOPs of a model per image, next to those of its dense counterpart."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ class Flops:
     total: float
     # The same model with one MLP of an expert's size in place of each MoE layer.
     dense: float
+    # Of each MoE layer, its router included.
+    layers: dict[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def relative(self) -> float:
@@ -50,8 +52,12 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
         model(images)
     per_module = counter.get_flop_counts()
     total = dense = counter.get_total_flops()
+    layers = {}
     for name, layer in moe_layers(model).items():
-        dense -= sum(per_module[f"{type(model).__name__}.{name}"].values())
+        layers[name] = sum(per_module[f"{type(model).__name__}.{name}"].values())
+        dense -= layers[name]
         hidden, width = layer.fc1.weight.shape[1:]
         dense += 2 * layer.record.slots.shape[0] * hidden * (width + layer.fc2.weight.shape[1])
-    return Flops(total / len(images), dense / len(images))
+    return Flops(
+        total / len(images), dense / len(images), {name: count / len(images) for name, count in layers.items()}
+    )

@@ -1,0 +1,124 @@
+"""What was tried for a budget, what was chosen, and its tables."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from vmoe_torch.budget.settings import Assignment, assign
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of all layers.
+
+    Attributes:
+        name: "present", "all layers K=2 C=0.5 BPR", "per layer, round 1".
+        settings: of each layer.
+        predicted_cost: per image, in the unit of the budget.
+        cost: the same, counted or timed on the whole model.
+        predicted_loss: from what each layer's setting alone added to the loss.
+        loss: on the calibration images.
+        top1: on the calibration images.
+    """
+
+    name: str
+    settings: Assignment
+    predicted_cost: float
+    cost: float
+    predicted_loss: float
+    loss: float
+    top1: float
+
+    @property
+    def alike(self) -> bool:
+        """Whether all layers have the same setting."""
+        return len(set(self.settings.values())) == 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What `set_budget` chose, and from what.
+
+    Attributes:
+        unit: "FLOPs" or "seconds", per image.
+        limit: the budget in this unit.
+        share: the budget as it was asked for, as a share of the present cost.
+        images: calibration images.
+        labelled: whether they had labels. If not, `top1` is the agreement with the model as it was, and `loss` the
+            divergence from its predictions.
+        present: the model as it was.
+        chosen: what is set now.
+        candidates: everything that was verified on the whole model, the present settings first.
+    """
+
+    unit: str
+    limit: float
+    share: float
+    images: int
+    labelled: bool
+    present: Candidate
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+
+    def best_global(self) -> Candidate | None:
+        """Of the candidates within the budget that set all layers alike, that of the least loss."""
+        alike = [each for each in self.candidates if each.alike and each.cost <= self.limit]
+        return min(alike, key=lambda each: each.loss, default=None)
+
+    def apply(self, model: nn.Module) -> None:
+        """Sets the layers of a model, this one or another of the same names, as chosen."""
+        assign(model, self.chosen.settings)
+
+    def revert(self, model: nn.Module) -> None:
+        """Sets the layers as they were before."""
+        assign(model, self.present.settings)
+
+    def as_dict(self) -> dict:
+        """All of it in plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        scale, unit = (1e-6, "MFLOPs") if self.unit == "FLOPs" else (1e3, "ms")
+        loss, top1 = ("loss", "top-1 %") if self.labelled else ("divergence", "agreement %")
+        layers = [("layer", "K", "capacity", "order")]
+        for name, setting in self.chosen.settings.items():
+            order = "BPR" if setting.batch_priority else "vanilla"
+            layers.append((name, str(setting.num_selected_experts), f"{setting.eval_capacity_factor:g}", order))
+        rows = [("", unit, "predicted", "% of present", loss, "predicted", top1)]
+        shown = {"present": self.present, "best alike": self.best_global(), "chosen": self.chosen}
+        for role, each in shown.items():
+            if each is not None:
+                rows.append(
+                    (
+                        f"{role} ({each.name})" if each.name != role else role,
+                        f"{scale * each.cost:.3f}",
+                        f"{scale * each.predicted_cost:.3f}",
+                        f"{100 * each.cost / self.present.cost:.1f}",
+                        f"{each.loss:.4f}",
+                        f"{each.predicted_loss:.4f}",
+                        f"{100 * each.top1:.2f}",
+                    )
+                )
+        return "\n".join(
+            [
+                f"budget: {scale * self.limit:.3f} {unit} per image, {self.share:g} of the present cost; "
+                f"{self.images} calibration images, {len(self.candidates)} candidates verified",
+                "",
+                *_aligned(layers),
+                "",
+                *_aligned(rows),
+            ]
+        )
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table whose first column begins at the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths)) for row in rows)
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines

@@ -1,0 +1,58 @@
+"""What may be set in one MoE layer, and in all of them at once."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from vmoe_torch.control import moe_layers, routing, set_routing
+
+CAPACITY_FACTORS = (3.0, 2.0, 1.5, 1.05, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSetting:
+    """K, the capacity factor in eval mode, and the order of one MoE layer."""
+
+    num_selected_experts: int
+    eval_capacity_factor: float
+    batch_priority: bool = True
+
+    def __str__(self) -> str:
+        order = "BPR" if self.batch_priority else "vanilla"
+        return f"K={self.num_selected_experts} C={self.eval_capacity_factor:g} {order}"
+
+
+# The setting of each MoE layer, by the names of `vmoe_torch.moe_layers`.
+Assignment = dict[str, LayerSetting]
+
+
+def current_settings(model: nn.Module) -> Assignment:
+    """How the MoE layers are set now."""
+    return {
+        name: LayerSetting(layer.num_selected_experts, layer.eval_capacity_factor, layer.batch_priority)
+        for name, layer in moe_layers(model).items()
+    }
+
+
+def assign(model: nn.Module, settings: Mapping[str, LayerSetting]) -> None:
+    """Sets these layers for good."""
+    for name, setting in settings.items():
+        set_routing(model, layers=[name], **dataclasses.asdict(setting))
+
+
+@contextmanager
+def assigned(model: nn.Module, settings: Mapping[str, LayerSetting]) -> Iterator[nn.Module]:
+    """`assign` for the length of a `with` block."""
+    with routing(model):
+        assign(model, settings)
+        yield model
+
+
+def default_settings(present: Assignment) -> list[LayerSetting]:
+    """Every K up to the largest that is set, at every capacity factor up to the largest that is set; all with BPR."""
+    selected = max(setting.num_selected_experts for setting in present.values())
+    largest = max(setting.eval_capacity_factor for setting in present.values())
+    factors = [largest, *(factor for factor in CAPACITY_FACTORS if factor < largest)]
+    return [LayerSetting(k, factor) for k in range(selected, 0, -1) for factor in factors]
