@@ -10,6 +10,7 @@ import torch
 from vmoe_torch.recipes import load_recipe
 from vmoe_torch.train import build_model, loop, read_checkpoint, train
 from vmoe_torch.train.logs import read_metrics
+from vmoe_torch.train.step import Update
 
 
 def assert_same_weights(got, want):
@@ -83,14 +84,14 @@ def test_resume_with_accumulation_and_workers_gives_equal_bits(tiny):
 
 def test_sigterm_saves_and_resumes_to_equal_bits(tiny, monkeypatch):
     whole = train(in_folder(tiny, "whole"))
-    original = loop._Run._update_once
+    original = Update.__call__
 
-    def update_once(self, batches):
-        if self.update == 2:
+    def update(self, batches):
+        if self.state.update == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batches)
 
-    monkeypatch.setattr(loop._Run, "_update_once", update_once)
+    monkeypatch.setattr(Update, "__call__", update)
     stopped = train(tiny)
     assert (stopped.updates, stopped.finished) == (3, False)
     monkeypatch.undo()
@@ -164,7 +165,7 @@ def test_loss_scaling_keeps_the_auxiliary_gradient(tiny, monkeypatch):
     )
     for case in ("float32", "float16"):
         # The model stays in float32; only the loss is scaled.
-        monkeypatch.setattr(loop._Run, "_autocast", lambda self: torch.autocast("cpu", enabled=False))
+        monkeypatch.setattr(Update, "autocast", lambda self: torch.autocast("cpu", enabled=False))
         train(in_folder(tiny, case).override("run.max_updates=1", f"run.precision={case}"))
     for plain, scaled in zip(*gradients):
         torch.testing.assert_close(plain, scaled, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,149 @@
+"""What a run is at a moment: all that a checkpoint holds, how it is saved, and how a run goes back to it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from vmoe_torch.parallel import ShardedCheckpoints, full_state_dict, load_checkpoint
+from vmoe_torch.train.checkpoint import (
+    BEST,
+    FORMAT,
+    CheckpointFolder,
+    load_weights,
+    random_states,
+    read_checkpoint,
+    set_random_states,
+    write_atomically,
+)
+from vmoe_torch.train.config import Config
+from vmoe_torch.train.determinism import seed_everything
+from vmoe_torch.train.meter import Meter
+from vmoe_torch.train.processes import Processes
+
+
+@dataclass
+class RunState:
+    """All that changes while a run trains, beside the random generators."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    # The moving average of the weights, where optim.ema_decay asks for one.
+    ema: ModelEmaV3 | None
+    scaler: torch.amp.GradScaler
+    meter: Meter
+    class_names: tuple[str, ...]
+    # Finished updates.
+    update: int = 0
+    best_accuracy: float = 0.0
+
+
+class RunCheckpoints:
+    """The checkpoints of a run, one file each, or one folder each where the model is spread over processes.
+
+    Args:
+        config: of the run.
+        group: its processes, which all take part.
+        resume: whether there may be checkpoints already.
+
+    Attributes:
+        found: what the last checkpoint holds, or None.
+
+    Raises:
+        ValueError: if there are checkpoints and `resume` is false, the last cannot be read, or it is of a run that
+            computes something else.
+    """
+
+    def __init__(self, config: Config, group: Processes, resume: bool):
+        self.config = config
+        self.group = group
+        output = Path(config.run.output)
+        folder = output / "checkpoints"
+        self.files = CheckpointFolder(folder, config.run.keep_checkpoints)
+        self.sharded = ShardedCheckpoints(folder, config.run.keep_checkpoints)
+        last, any_sharded = self.files.last(), self.sharded.any()
+        # Those of a spread run can be resumed without spreading, too.
+        if not config.parallel.enabled and not any_sharded:
+            self.sharded = None
+        if (last is not None or any_sharded) and not resume:
+            raise ValueError(f"run.output must be a new folder, or be resumed; {output} holds checkpoints already")
+        if self.sharded is not None:
+            last = next(iter(self.sharded.usable()), None)
+        self.path = last
+        self.found = None
+        if last is not None:
+            self.found = read_checkpoint(last) if self.sharded is None else self.sharded.state(last)
+            _check_same_run(config, self.found["config"])
+
+    def restore(self, run: RunState) -> None:
+        """Puts the run, and the random generators, back to the moment of the checkpoint that was found."""
+        found = self.found
+        if self.sharded is not None:
+            load_checkpoint(self.path, run.model, run.optimizer, self.sharded.group)
+        else:
+            load_weights(run.model, found["model"])
+            if run.ema is not None:
+                load_weights(run.ema.module, found["ema"])
+            run.optimizer.load_state_dict(found["optimizer"])
+        run.scaler.load_state_dict(found["scaler"])
+        run.update, run.best_accuracy = found["update"], found["best_accuracy"]
+        everyone = found["processes"]
+        if len(everyone) == self.group.world_size:
+            own = everyone[self.group.rank]
+            set_random_states(own["random"])
+            run.meter = Meter(self.group.device, own["meter"])
+        else:
+            # Other numbers of processes cannot draw the same noise; the data stays the same.
+            seed_everything(self.config.run.seed, self.group.rank, run.update)
+
+    def save(self, run: RunState, best: bool = False) -> None:
+        """A checkpoint of this moment, also as the best if it is; all processes take part."""
+        own = {"random": random_states(), "meter": run.meter.sums.cpu()}
+        state = {
+            "format": FORMAT,
+            "config": self.config.to_dict(),
+            "class_names": list(run.class_names),
+            "update": run.update,
+            "best_accuracy": run.best_accuracy,
+            "scaler": run.scaler.state_dict(),
+            "processes": self.group.gather(own),
+        }
+        if self.sharded is not None:
+            self.sharded.save(run.update, run.model, run.optimizer, state)
+            if best:
+                weights = full_state_dict(run.model, keep=self.group.is_first)
+                if self.group.is_first:
+                    whole = {**state, "model": weights, "ema": None, "optimizer": None}
+                    write_atomically(self.files.folder / BEST, whole)
+            return
+        if self.group.is_first:
+            whole = {
+                "model": run.model.state_dict(),
+                "ema": None if run.ema is None else run.ema.module.state_dict(),
+                "optimizer": run.optimizer.state_dict(),
+            }
+            self.files.save({**state, **whole}, best)
+        self.group.wait()
+
+    def wait(self) -> None:
+        """Until what is being written is on the disk."""
+        if self.sharded is not None:
+            self.sharded.wait()
+
+
+def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
+    """The checkpoint's configuration computes the same."""
+    now = config.to_dict()
+    free = {"run": set(now["run"]) - {"seed", "precision"}, "data": {"root", "workers"}}
+    free["model"] = {"checkpoint", "pretrained"}
+    # Other numbers of processes compute the same.
+    free["parallel"] = set(now["parallel"])
+    for section, values in now.items():
+        for name, value in values.items():
+            if name not in free.get(section, ()) and saved[section].get(name) != value:
+                raise ValueError(
+                    f"{section}.{name} must be that of the run to resume, {saved[section].get(name)!r}, got {value!r}"
+                )
