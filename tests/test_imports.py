@@ -18,8 +18,8 @@ MAY_IMPORT = {
     "parallel": {"vmoe_kernels", "layers"},
     "evaluate": {"layers", "models", "control", "data"},
     "budget": {"control", "evaluate"},
-    "analyze": {"layers", "models", "control", "data", "evaluate"},
-    "train": {"layers", "models", "checkpoints", "control", "data", "parallel", "evaluate"},
+    "analyze": {"layers", "models", "control", "data", "evaluate", "report", "style"},
+    "train": {"layers", "models", "checkpoints", "control", "data", "parallel", "evaluate", "report", "style"},
     "recipes": {"train"},
 }
 # The one way up: a model that is asked to load pretrained weights fetches the reader, inside that function.

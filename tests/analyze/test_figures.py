@@ -21,8 +21,8 @@ from vmoe_torch.analyze import (
     selected_experts_curve,
 )
 from vmoe_torch.analyze.heatmaps import NAMED_CLASSES
-from vmoe_torch.analyze.style import flops_unit, layer_label, shorten
 from vmoe_torch.evaluate import Evaluation, Flops, RoutingSetting
+from vmoe_torch.style import flops_unit, layer_label, shorten
 
 
 def test_capacity_curve_draws_every_evaluation(evaluations):

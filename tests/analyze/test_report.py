@@ -86,3 +86,10 @@ def test_report_refuses_two_figures_of_one_name(evaluations, tmp_path):
     twice = [Figure("curve", capacity_curve(evaluations), "caption", "alt") for _ in range(2)]
     with pytest.raises(ValueError, match="figures of a report must have different names"):
         write_report(Report("title", [], [Section("heading", figures=twice)]), tmp_path)
+
+
+def test_report_without_pictures_is_one_file(evaluations, tmp_path):
+    figure = Figure("curve", capacity_curve(evaluations), "caption", "alt")
+    path = write_report(Report("Title", [], [Section("One", figures=[figure])]), tmp_path, pictures=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    assert len(Page(path.read_text()).pictures()) == 1

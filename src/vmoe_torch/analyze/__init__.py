@@ -6,8 +6,8 @@ from vmoe_torch.analyze.curves import capacity_curve, router_ablation, selected_
 from vmoe_torch.analyze.heatmaps import expert_by_class, expert_by_position
 from vmoe_torch.analyze.loads import expert_loads, gates_by_depth
 from vmoe_torch.analyze.patches import KeptPatches, collect_kept_patches, kept_patches_animation, kept_patches_grid
-from vmoe_torch.analyze.report import Figure, Report, Section, Table, write_report
 from vmoe_torch.analyze.statistics import LayerRouting, collect_routing, kept_choices_per_patch
+from vmoe_torch.report import Figure, Report, Section, Table, write_report
 
 __all__ = [
     "CAPACITY_FACTORS",

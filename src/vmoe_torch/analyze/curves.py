@@ -7,8 +7,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from vmoe_torch.analyze.ablation import Ablation
-from vmoe_torch.analyze.style import BLUE, GREEN, GREY, ORANGE, flops_unit, layer_label, shorten
 from vmoe_torch.evaluate import Evaluation
+from vmoe_torch.style import BLUE, GREEN, GREY, ORANGE, flops_unit, layer_label, shorten
 
 _STYLE = {True: (BLUE, "BPR", "o"), False: (ORANGE, "vanilla", "s"), None: (GREEN, "as trained", "D")}
 _DASHES = ("-", "--", ":", "-.")

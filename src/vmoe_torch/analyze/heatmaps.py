@@ -10,7 +10,7 @@ from matplotlib.figure import Figure as Canvas
 from torch import Tensor
 
 from vmoe_torch.analyze.statistics import LayerRouting
-from vmoe_torch.analyze.style import HIDDEN, layer_label, shorten
+from vmoe_torch.style import HIDDEN, layer_label, shorten
 
 # Classes with a column and a name of their own; of more, the most specialised get a second map.
 NAMED_CLASSES = 24

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vmoe_torch.analyze.statistics import kept_choices_per_patch
-from vmoe_torch.analyze.style import HIDDEN, shorten
 from vmoe_torch.control import moe_layers, routing
+from vmoe_torch.style import HIDDEN, shorten
 
 # Vanilla first; what `batch_priority` is, and what it is called.
 ORDERS = ((False, "vanilla"), (True, "BPR"))

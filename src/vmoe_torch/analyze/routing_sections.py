@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from vmoe_torch.analyze.heatmaps import NAMED_CLASSES, expert_by_class, expert_by_position
 from vmoe_torch.analyze.loads import expert_loads, gates_by_depth
 from vmoe_torch.analyze.patches import ORDERS, KeptPatches, kept_patches_animation, kept_patches_grid
-from vmoe_torch.analyze.report import Figure, Section, Table
 from vmoe_torch.analyze.statistics import LayerRouting
-from vmoe_torch.analyze.style import layer_label, percent
+from vmoe_torch.report import Figure, Section, Table
+from vmoe_torch.style import layer_label, percent
 
 # Layers whose kept patches are drawn; of more, evenly spread ones.
 MOST_GRIDS = 4

@@ -102,14 +102,17 @@ class Report:
     sections: Sequence[Section]
 
 
-def write_report(report: Report, folder: Path | str, name: str = "report.html", dpi: int = 130) -> Path:
-    """Writes the page, and beside it every figure as <name>.png, or <name>.gif.
+def write_report(
+    report: Report, folder: Path | str, name: str = "report.html", dpi: int = 130, pictures: bool = True
+) -> Path:
+    """Writes the page whole or not at all, and beside it every figure as <name>.png, or <name>.gif.
 
     Args:
         report: what to write.
         folder: where to; made if it is missing.
         name: of the page.
         dpi: dots per inch of the pictures.
+        pictures: whether to write the figures as files, too.
 
     Returns:
         The path of the page.
@@ -124,7 +127,7 @@ def write_report(report: Report, folder: Path | str, name: str = "report.html", 
         raise ValueError(f"figures of a report must have different names, got {sorted(names)}")
     body = [f"<h1>{escape(report.title)}</h1>", *_paragraphs(report.summary)]
     for section in report.sections:
-        body += _section(section, folder, dpi)
+        body += _section(section, folder if pictures else None, dpi)
     page = "\n".join(
         [
             "<!DOCTYPE html>",
@@ -142,12 +145,13 @@ def write_report(report: Report, folder: Path | str, name: str = "report.html", 
             "",
         ]
     )
-    path = folder / name
-    path.write_text(page, encoding="utf-8")
+    path, partial = folder / name, folder / f".{name}"
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
     return path
 
 
-def _section(section: Section, folder: Path, dpi: int) -> list[str]:
+def _section(section: Section, folder: Path | None, dpi: int) -> list[str]:
     parts = [f"<h2>{escape(section.heading)}</h2>", *_paragraphs(section.paragraphs)]
     if section.facts:
         facts = [f"<dt>{escape(term)}</dt><dd>{escape(value)}</dd>" for term, value in section.facts.items()]
@@ -181,13 +185,14 @@ def _table(table: Table) -> list[str]:
     return [*lines, "</tbody>", "</table>"]
 
 
-def _figure(figure: Figure, folder: Path, dpi: int) -> str:
+def _figure(figure: Figure, folder: Path | None, dpi: int) -> str:
     kind, data = "gif", figure.canvas
     if isinstance(figure.canvas, Canvas):
         file = io.BytesIO()
         figure.canvas.savefig(file, format="png", dpi=dpi, facecolor="white")
         kind, data = "png", file.getvalue()
-    (folder / f"{figure.name}.{kind}").write_bytes(data)
+    if folder is not None:
+        (folder / f"{figure.name}.{kind}").write_bytes(data)
     text = base64.b64encode(data).decode("ascii")
     return (
         f'<figure><img alt="{escape(figure.alt)}" src="data:image/{kind};base64,{text}">'
