@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 import vmoe_torch
-from vmoe_torch.commands import analyze, convert, eval, fewshot, plan, predict, train
+from vmoe_torch.commands import analyze, budget, convert, eval, fewshot, plan, predict, train
 
-COMMANDS = (train, eval, fewshot, predict, analyze, plan, convert)
+COMMANDS = (train, eval, fewshot, predict, analyze, budget, plan, convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

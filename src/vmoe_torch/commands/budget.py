@@ -1,0 +1,62 @@
+"""`vmoe budget`: K and capacity of each MoE layer for a share of the compute, from some calibration images."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch.utils.data import Subset
+
+from vmoe_torch.budget import set_budget
+from vmoe_torch.commands.options import progress, writable
+from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model
+from vmoe_torch.data import evaluation_loader
+
+
+def add(commands) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "budget",
+        help="make a model cheaper without training",
+        description="Chooses K and capacity of each MoE layer for a budget, on images that the model may have seen.",
+        epilog="example: vmoe budget runs/mine --data IMAGES --flops 0.8 --out budget.json",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
+    parser.add_argument("--split", metavar="NAME", default="train", help="part of the data (default: train)")
+    parser.add_argument("--flops", type=float, metavar="SHARE", help="of the FLOPs as the model is set, e.g. 0.8")
+    parser.add_argument("--latency", type=float, metavar="SHARE", help="of the time of a batch on this device, instead")
+    parser.add_argument("--images", type=int, default=1000, metavar="N", help="of the data, at random (default: 1000)")
+    parser.add_argument("--no-labels", action="store_true", help="keep close to the model as it is, labels unseen")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the images taken (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per forward (default: 128)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--out", metavar="FILE", help="write what was chosen and tried as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
+    for name in ("images", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    writable(options.out)
+    source = open_model(options.model, options.device)
+    images = open_images(source, options.data, options.split, own_labels=options.no_labels)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))
+    taken = Subset(images, order[: options.images].tolist())
+    pin = options.device.startswith("cuda")
+    loader = evaluation_loader(taken, source.transform, options.batch_size, options.workers, pin)
+    data = ([batch] if options.no_labels else [batch, labels] for batch, labels in loader)
+    budget = set_budget(
+        source.model,
+        flops=options.flops,
+        latency=options.latency,
+        data=data,
+        progress=progress("layers"),
+    )
+    print(budget)
+    if options.out is not None:
+        Path(options.out).write_text(json.dumps(budget.as_dict(), indent=2) + "\n", encoding="utf-8")
+    return 0
