@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import vmoe_torch
 from vmoe_torch.commands import analyze, budget, convert, eval, fewshot, plan, predict, train
+from vmoe_torch.parallel import RankError
 
 COMMANDS = (train, eval, fewshot, predict, analyze, budget, plan, convert)
 
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, RankError) as error:
         text = " ".join(str(error).split())
         print(f"vmoe {options.command}: {text}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ from vmoe_torch.parallel.checkpoint import ShardedCheckpoints, export_safetensor
 from vmoe_torch.parallel.clip import clip_grad_norm
 from vmoe_torch.parallel.exchange import ExpertExchange
 from vmoe_torch.parallel.materialize import materialize
+from vmoe_torch.parallel.meeting import RankError, join, shared_errors
 from vmoe_torch.parallel.mesh import build_mesh
 from vmoe_torch.parallel.parallelize import parallelize, parameter_groups
 from vmoe_torch.parallel.plan import GPUS, Plan, Settings, changes_that_fit, describe, plan
@@ -12,6 +13,7 @@ __all__ = [
     "GPUS",
     "ExpertExchange",
     "Plan",
+    "RankError",
     "Settings",
     "ShardedCheckpoints",
     "build_mesh",
@@ -20,9 +22,11 @@ __all__ = [
     "describe",
     "export_safetensors",
     "full_state_dict",
+    "join",
     "load_checkpoint",
     "materialize",
     "parallelize",
     "parameter_groups",
     "plan",
+    "shared_errors",
 ]

@@ -1,6 +1,5 @@
 """The processes of a run: one, or those that torchrun started."""
 
-import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from vmoe_torch.parallel import join, shared_errors
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def processes(device: str, timeout: float = 600.0, spread: bool = False) -> Iter
 
     Raises:
         ValueError: if there is no such device, or a spread model has no torchrun.
+        RankError: if another process has failed or does not answer.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if device == "auto":
@@ -81,9 +83,10 @@ def processes(device: str, timeout: float = 600.0, spread: bool = False) -> Iter
         raise ValueError("parallel.ep above 1 and parallel.fsdp need torchrun, got a process started without it")
     if joins:
         backend = "nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        join(backend, timeout)
     try:
-        yield Processes(rank, world_size, place)
+        with shared_errors():
+            yield Processes(rank, world_size, place)
     finally:
         if joins:
             dist.destroy_process_group()
