@@ -1,6 +1,9 @@
-"""Every rank runs every collective whatever its tokens do, and a rank that fails takes the others with it."""
+"""Every rank runs every collective whatever its tokens do, and a rank that fails tells the others why."""
 
+import contextlib
 import os
+import re
+import signal
 import time
 
 import pytest
@@ -14,7 +17,7 @@ import vmoe_torch
 from tests.parallel.processes import enter, run
 from tests.parallel.test_plan import Wire
 from vmoe_kernels import route
-from vmoe_torch.parallel import build_mesh, parallelize
+from vmoe_torch.parallel import build_mesh, parallelize, shared_errors
 
 TIMEOUT = 20.0  # seconds; it also bounds how far apart two processes may start on a busy machine
 PATIENCE = 120.0
@@ -82,36 +85,57 @@ def test_ranks_that_drop_all_tokens_run_every_collective(tmp_path):
     run(2, tmp_path, _drops)
 
 
-def _fail(folder, way):
-    """The second rank raises, or stops answering, before its second step."""
+def _fail(folder, who, way):
+    """One rank raises, dies, or stops answering before its second step; what each of them ends with is left."""
     model = _model()
     x = torch.randn(2, 3, 16, 16)
-    _step(model, x)
-    rank, began = dist.get_rank(), time.monotonic()
+    rank = dist.get_rank()
     try:
-        if rank == 1 and way == "raises":
-            raise RuntimeError("rank 1 has failed")
-        if rank == 1:
-            time.sleep(PATIENCE)
-            os._exit(7)
-        _step(model, x)
-    finally:
-        (folder / f"waited-{rank}").write_text(str(time.monotonic() - began))
+        with shared_errors():
+            _step(model, x)
+            began = time.monotonic()
+            if rank == who and way == "raises":
+                raise KeyError("no such image")
+            if rank == who and way == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if rank == who:
+                time.sleep(PATIENCE)
+            _step(model, x)
+    except Exception as error:
+        cause = error.__cause__
+        (folder / f"rank-{rank}").write_text(f"{time.monotonic() - began}|{type(error).__name__}: {error}|{cause}")
+        raise
 
 
-@pytest.mark.parametrize("way", ["raises", "hangs"])
-def test_rank_that_fails_ends_the_others(tmp_path, way):
-    meeting = tmp_path / "meeting"
+@pytest.mark.parametrize(
+    ("who", "way", "reason"),
+    [
+        (1, "raises", "RankError: rank 1 failed: KeyError: 'no such image'"),
+        (0, "raises", "RankError: rank 0 failed: KeyError: 'no such image'"),
+        (1, "dies", "RankError: rank 1 gives no sign of life: hanging, or killed"),
+        (0, "hangs", "RankError: rank 0 gives no sign of life: hanging, or killed"),
+    ],
+)
+def test_rank_that_fails_ends_the_others_with_its_error(tmp_path, who, way, reason):
     context = mp.start_processes(
-        enter, (2, str(meeting), _fail, (tmp_path, way), TIMEOUT), nprocs=2, join=False, start_method="spawn"
+        enter,
+        (2, str(tmp_path / "meeting"), _fail, (tmp_path, who, way), TIMEOUT),
+        nprocs=2,
+        join=False,
+        start_method="spawn",
     )
-    first = context.processes[0]
-    first.join(PATIENCE)
-    # It ended by itself, with an error, soon after the other failed.
-    assert first.exitcode == 1
-    assert float((tmp_path / "waited-0").read_text()) < 2 * TIMEOUT
-    error = "Connection (closed|reset) by peer" if way == "raises" else "Timed out"
-    with pytest.raises(mp.ProcessRaisedException, match=error):
+    failing, other = context.processes[who], context.processes[1 - who]
+    other.join(PATIENCE)
+    # It ended by itself, with the other's error, soon after that one failed.
+    assert other.exitcode == 1
+    waited, error, cause = (tmp_path / f"rank-{1 - who}").read_text().split("|")
+    assert float(waited) < 2 * TIMEOUT
+    assert error == reason
+    assert re.search("Timed out" if way == "hangs" else "(closed|reset) by peer|Broken pipe", cause), cause
+    if way == "raises":
+        failing.join(PATIENCE)
+        assert (tmp_path / f"rank-{who}").read_text().split("|")[1] == "KeyError: 'no such image'"
+    with pytest.raises((mp.ProcessRaisedException, mp.ProcessExitedException)):
         _join(context)
     assert not any(process.is_alive() for process in context.processes)
 
@@ -119,3 +143,19 @@ def test_rank_that_fails_ends_the_others(tmp_path, way):
 def _join(context):
     while not context.join():
         continue
+
+
+def _twice():
+    """An error of an earlier block is no news in a later one; other errors of one rank pass as they are."""
+    with contextlib.suppress(ValueError), shared_errors():
+        raise ValueError("everybody's")
+    with shared_errors():
+        value = torch.ones(1)
+        dist.all_reduce(value)
+        assert value == dist.get_world_size()
+
+
+def test_errors_of_an_earlier_block_are_forgotten(tmp_path):
+    run(2, tmp_path, _twice)
+    with pytest.raises(KeyError), shared_errors():
+        raise KeyError("without a group")

@@ -7,14 +7,14 @@ import sys
 import torch
 import torch.distributed as dist
 
-from vmoe_torch.parallel import export_safetensors
+from vmoe_torch.parallel import export_safetensors, join
 from vmoe_torch.train import Config, train
 from vmoe_torch.train.logs import Logs
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     config, dies_at = Config.from_file(sys.argv[1]), int(sys.argv[2])
-    dist.init_process_group("gloo")
+    join("gloo")
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and dist.get_rank() == 1:
         updates = []
 

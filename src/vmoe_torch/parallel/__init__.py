@@ -3,8 +3,9 @@
 from vmoe_torch.parallel.checkpoint import ShardedCheckpoints, export_safetensors, full_state_dict, load_checkpoint
 from vmoe_torch.parallel.clip import clip_grad_norm
 from vmoe_torch.parallel.exchange import ExpertExchange
+from vmoe_torch.parallel.failures import RankError, shared_errors
 from vmoe_torch.parallel.materialize import materialize
-from vmoe_torch.parallel.meeting import RankError, join, shared_errors
+from vmoe_torch.parallel.meeting import join
 from vmoe_torch.parallel.mesh import build_mesh
 from vmoe_torch.parallel.parallelize import parallelize, parameter_groups
 from vmoe_torch.parallel.plan import GPUS, Plan, Settings, changes_that_fit, describe, plan

@@ -1,25 +1,21 @@
-"""How ranks meet, also after a restart, and how each of them learns why another one failed.
+"""How ranks meet, also after a restart.
 
-torchrun keeps one store for all restarts of a run, and torch 2.14 writes the addresses of the ranks under the same names
-every time. A rank that is early after a restart so finds the address of a process that is dead, and its connection is
-refused. Here the ranks agree on a fresh name first, and meet under that.
+torchrun keeps one store for all restarts of a run, and torch (2.14) leaves the addresses of the ranks there under the
+same names every time. So a rank that is early after a restart finds the address of a dead process, and gloo gives up
+after four refused connections ("connectFullMesh failed"). Here the ranks agree on a fresh name, and meet under that.
+torchrun's count of restarts is no such name: it differs between nodes that joined at different times.
 """
 
 import datetime
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch.distributed as dist
 
-# Seconds between looks at the store, and for which a rank waits to learn why a collective failed.
+from vmoe_torch.parallel.failures import RankError, list_ranks
+
+# Seconds between looks at the store.
 _PAUSE = 0.01
-_PATIENCE = 2.0
-
-
-class RankError(RuntimeError):
-    """Another rank has failed, or does not answer; the message says which one, and why where that is known."""
 
 
 def join(backend: str, timeout: float = 600.0) -> None:
@@ -48,7 +44,7 @@ def _hello(store: dist.Store, rank: int, timeout: float) -> str:
     try:
         store.wait([f"welcome/{word}"], datetime.timedelta(seconds=timeout))
     except dist.DistStoreError as error:
-        raise RankError(f"rank 0 must arrive within {timeout:g} s, got no answer") from error
+        raise RankError(f"all ranks must arrive within {timeout:g} s, rank 0 has not") from error
     name = store.get(f"welcome/{word}").decode()
     store.set(f"{name}/here/{rank}", "")
     return name
@@ -69,76 +65,7 @@ def _welcome(store: dist.Store, world_size: int, timeout: float) -> str:
                     store.set(f"welcome/{word}", name)
         missing = [rank for rank in missing if not store.check([f"{name}/here/{rank}"])]
         if missing and time.monotonic() > deadline:
-            raise RankError(f"all {world_size} ranks must arrive within {timeout:g} s, got none of rank {_some(missing)}")
+            have = "has" if len(missing) == 1 else "have"
+            raise RankError(f"all ranks must arrive within {timeout:g} s, {list_ranks(missing)} {have} not")
         time.sleep(_PAUSE)
     return name
-
-
-@contextmanager
-def shared_errors(patience: float = _PATIENCE) -> Iterator[None]:
-    """Makes every rank's error known to the others, for the length of a `with` block that all ranks enter together.
-
-    A rank that fails by itself leaves its error in the store. A rank in which a collective fails looks there, and raises
-    a RankError that says which rank failed and why, or which ranks no longer answer.
-
-    Args:
-        patience: seconds for which a rank waits to learn that; all ranks end within the group's timeout and this.
-
-    Raises:
-        RankError: in place of the error of a collective that another rank's failure has broken.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        yield
-        return
-    names = [uuid.uuid4().hex]
-    dist.broadcast_object_list(names, src=0)
-    store = dist.PrefixStore(f"errors/{names[0]}", dist.distributed_c10d._get_default_store())
-    try:
-        yield
-    except Exception as error:
-        if not _of_a_collective(error):
-            text = f"rank {dist.get_rank()} failed: {type(error).__name__}: {' '.join(str(error).split())}"
-            _first(store, text)
-            raise
-        reason = _reason(store, patience)
-        if reason is None:
-            raise
-        _first(store, reason)
-        raise RankError(reason) from error
-
-
-def _of_a_collective(error: Exception) -> bool:
-    """Whether the error says no more than that ranks lost each other."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
-
-
-def _first(store: dist.Store, text: str) -> None:
-    """Leaves the error of this rank, unless another one's came first."""
-    try:
-        store.compare_set("error", "", text)
-    except RuntimeError:
-        # The process that keeps the store is gone: the others will see that.
-        return
-
-
-def _reason(store: dist.Store, patience: float) -> str | None:
-    """The first error that a rank has left, else the ranks that are silent; None if the store has gone, too."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    deadline = time.monotonic() + patience
-    try:
-        store.set(f"alive/{rank}", "")
-        while time.monotonic() < deadline:
-            if store.check(["error"]):
-                return store.get("error").decode()
-            time.sleep(_PAUSE)
-        silent = [other for other in range(world_size) if not store.check([f"alive/{other}"])]
-    except RuntimeError:
-        return None
-    return f"rank {_some(silent)} does not answer" if silent else "ranks lost each other, and none of them says why"
-
-
-def _some(ranks: list[int], most: int = 8) -> str:
-    rest = f" and {len(ranks) - most} more" if len(ranks) > most else ""
-    return ", ".join(map(str, ranks[:most])) + rest
-
-
