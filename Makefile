@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-restarts test-timm browser lint clean
+.PHONY: demo test test-timm browser lint clean
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,12 +18,9 @@ demo: $(STAMP)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(WORKERS),2)
 
 test: $(STAMP) lint
-	$(PYTEST) tests --ignore=tests/interpreter -m 'not restarts'
+	$(PYTEST) tests --ignore=tests/interpreter
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 	$(BIN)/python -m benchmarks.compile_report --check --processes 2 > /dev/null
-
-test-restarts: $(STAMP)
-	$(BIN)/python -m pytest tests -m restarts --ignore=tests/interpreter
 
 test-timm: $(STAMP)
 	$(BIN)/python tests/timm_suite/run.py

@@ -69,23 +69,27 @@ def _snapshot(model, optimizer):
 
 
 def _save_spread(folder):
-    """Two steps at ep=2, a checkpoint that later steps must not reach, and two more steps."""
-    spread = parallelize(_model(), build_mesh(1, 2, "cpu"))
+    """Two steps at ep = ranks, a checkpoint that later steps must not reach, and two more steps."""
+    ep = dist.get_world_size()
+    spread = parallelize(_model(), build_mesh(1, ep, "cpu"))
     optimizer = _optimizer(spread)
-    _steps(spread, optimizer, 0, 2, ep=2)
+    _steps(spread, optimizer, 0, 2, ep=ep)
     checkpoints = ShardedCheckpoints(folder / "checkpoints", keep=2)
     checkpoints.save(2, spread, optimizer, {"update": 2, "names": ["a", "b"]})
     saved = _snapshot(spread, optimizer)
-    _steps(spread, optimizer, 2, 2, ep=2)
+    _steps(spread, optimizer, 2, 2, ep=ep)
     checkpoints.wait()
     export_safetensors(spread, folder / "model.safetensors")
     ended = _snapshot(spread, optimizer)
     if dist.get_rank() == 0:
         torch.save((saved, ended), folder / "expected.pt")
     dist.barrier()
-    for dp, ep in ((1, 2), (2, 1)):
+    return spread, optimizer
+
+
+def _resume_all(folder, meshes):
+    for dp, ep in meshes:
         _resume(folder, dp, ep)
-    _damage(folder / "damaged", spread, optimizer)
 
 
 def _resume(folder, dp, ep):
@@ -145,8 +149,15 @@ def _made_in_parts(folder):
 
 
 def _two_ranks(folder):
-    _save_spread(folder)
+    spread, optimizer = _save_spread(folder)
+    _resume_all(folder, [(1, 2), (2, 1)])
+    _damage(folder / "damaged", spread, optimizer)
     _made_in_parts(folder)
+
+
+def _four_ranks(folder):
+    _save_spread(folder)
+    _resume_all(folder, [(2, 2), (4, 1)])
 
 
 def test_checkpoints_load_on_any_number_of_ranks(tmp_path):
@@ -168,6 +179,12 @@ def test_checkpoints_load_on_any_number_of_ranks(tmp_path):
     _, ended = torch.load(tmp_path / "expected.pt")
     for name in (name for name in ended if name in exported):
         torch.testing.assert_close(exported[name], ended[name].float(), msg=name)
+
+
+def test_checkpoint_of_four_ranks_loads_on_fewer(tmp_path):
+    run(4, tmp_path, _four_ranks, tmp_path)
+    run(2, tmp_path, _resume_all, tmp_path, [(1, 2), (2, 1)])
+    _resume(tmp_path, 1, 1)
 
 
 def test_checkpoints_of_one_process(tmp_path):
