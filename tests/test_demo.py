@@ -9,8 +9,8 @@ from vmoe_torch import demo
 from vmoe_torch.analyze import analysis
 
 ARGUMENTS = ["--epochs", "1", "--max-updates", "2", "--test-images", "16"]
-# Two curves, an animation, loads, gates, random routers, numbers of experts; and three for each of two layers.
-PICTURES = 7 + 3 * 2
+# Two curves, an animation, loads, gates, random routers, numbers of experts; and three for each of three layers.
+PICTURES = 7 + 3 * 3
 
 
 @pytest.fixture(scope="module")

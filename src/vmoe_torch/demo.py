@@ -20,52 +20,17 @@ from tqdm import tqdm
 from vmoe_torch.analyze import Section, analyze, describe_model
 from vmoe_torch.data import FashionMnist
 from vmoe_torch.evaluate import format_table
+from vmoe_torch.recipes import load_recipe
 from vmoe_torch.train import Config, build_transforms, train
 
 CAPACITY_FACTORS = (1.05, 0.5, 0.25, 0.1)
 NUM_SELECTED_EXPERTS = (2, 1)
-GROUP_IMAGES = 8
-# Whole groups, so that no smaller last group rounds its capacity on its own.
-BATCH_IMAGES = 25 * GROUP_IMAGES
 
-CONFIG = Config.from_dict(
-    {
-        "model": {
-            "name": "test_vmoe",
-            "kwargs": {
-                "img_size": 28,
-                "patch_size": 4,
-                "in_chans": 1,
-                "embed_dim": 96,
-                "depth": 4,
-                "num_heads": 3,
-                "mlp_ratio": 2.0,
-                "moe_layers": "every2",
-                "num_experts": 8,
-                "num_selected_experts": 2,
-                "capacity_factor": 1.05,
-                # A group has 392 tokens; going up to a multiple of 4 would make 0.1 a 0.12, and 0.16 with one expert.
-                "capacity_multiple_of": 0,
-                "group_size": GROUP_IMAGES,
-                "class_token": False,
-                "global_pool": "avg",
-                "pos_embed": "sincos2d",
-            },
-        },
-        "data": {
-            "name": "fashion_mnist",
-            "batch_size": 32,
-            "eval_batch_size": BATCH_IMAGES,
-            "scale": (0.85, 1.0),
-            "ratio": (1.0, 1.0),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-        },
-        # Muon reaches the accuracy in fewer updates than AdamW, which keeps the experts and routers.
-        "optim": {"name": "muon", "lr": 4e-3, "betas": (0.9, 0.98), "momentum": 0.95},
-        "schedule": {"epochs": 10, "warmup_epochs": 0.5},
-    }
-)
+# The recipe of the whole data set, for long enough on the part of it that ships with the package.
+CONFIG = load_recipe("fashion_mnist").override("schedule.epochs=12")
+GROUP_IMAGES = CONFIG.model.kwargs["group_size"]
+# Whole groups.
+BATCH_IMAGES = CONFIG.data.eval_batch_size
 
 
 def main(arguments: list[str] | None = None) -> Path:
