@@ -155,7 +155,7 @@ def test_curve_over_experts_per_token_marks_the_models_own(evaluations):
     axes = selected_experts_curve(line, 2).axes[0]
     assert axes.lines[0].get_xydata().tolist() == [[1.0, 80.0], [2.0, 80.0]]
     assert axes.lines[1].get_xydata().tolist() == [[2.0, 80.0]]
-    assert [text.get_text() for text in axes.texts] == ["2", "3"]
+    assert [text.get_text() for text in axes.texts] == ["2.000", "3.000"]
     assert "MFLOPs" in axes.get_xlabel()
 
 

@@ -27,18 +27,18 @@ def summary(
     error = math.sqrt(own.top1 * (1 - own.top1) / own.images)
     texts = [
         f"With its own routing ({routing}) the model reaches {percent(own.top1)} on {own.images:,} images (standard "
-        f"error: {100 * error:.1f} points), with {own.flops.total / scale:.3g} {unit} per image."
+        f"error: {100 * error:.1f} points), with {own.flops.total / scale:#.4g} {unit} per image."
     ]
     capacity, pair = _smallest(evaluations)
     low = pair[True]
     texts.append(
         f"Its compute can be turned down without retraining: every expert gets fewer slots, and a token that finds "
-        f"none passes the layer by. At capacity factor {capacity:g}, with {low.flops.total / scale:.3g} {unit}, it "
+        f"none passes the layer by. At capacity factor {capacity:g}, with {low.flops.total / scale:#.4g} {unit}, it "
         f"reaches {percent(low.top1)} when the tokens with the largest gates claim their slots first (Batch Priority "
         f"Routing, BPR), and {percent(pair[False].top1)} when they claim them by position (vanilla)."
     )
     if dense is not None:
-        compute = f"{dense.flops.total / scale:.3g} {unit}"
+        compute = f"{dense.flops.total / scale:#.4g} {unit}"
         texts.append(f"{dense_name}, on the same images, reaches {percent(dense.top1)} with {compute}.")
     return texts
 
@@ -83,7 +83,7 @@ def accuracy_section(evaluations: Sequence[Evaluation], dense: Evaluation | None
     rows = [("own" if row[0] is None else str(row[0]), *row[1:]) for row in rows]
     compared = (
         f"The level line is {dense_name}: {percent(dense.top1)} on the same images, the star stands at its own "
-        f"{dense.flops.total / scale:.4g} {unit}."
+        f"{dense.flops.total / scale:#.4g} {unit}."
         if dense is not None
         else "There is no line of a dense model, because none was given to compare with."
     )
@@ -150,10 +150,10 @@ def change_section(
     return Section(
         "Random routers, and other numbers of experts",
         paragraphs=[
-            "Left: the router of one layer after the other, then all, replaced by random choices. Every token goes to "
-            "experts drawn uniformly, and keeps its gates; weights are not touched. Where little is lost, the layer "
+            "First the routers, one layer after the other and then all, replaced by random choices. Every token goes "
+            "to experts drawn uniformly, and keeps its gates; weights are not touched. Where little is lost, the layer "
             "did not need its router, or the model hardly needs the layer.",
-            "Right: the number of experts per token, K, changed after training. The capacity factor and the order stay "
+            "Then the number of experts per token, K, changed after training. The capacity factor and the order stay "
             "as the model has them, so the slots grow with K.",
         ],
         figures=[_ablation_figure(ablations, num_classes), _selected_figure(selected, own_selected)],
@@ -186,7 +186,7 @@ def _selected_figure(selected: Sequence[Evaluation], own_selected: int | None) -
         "experts_per_token",
         selected_experts_curve(selected, own_selected),
         f"From K={first.setting.num_selected_experts} to K={last.setting.num_selected_experts} the compute goes from "
-        f"{first.flops.total / scale:.3g} to {last.flops.total / scale:.3g} {unit} per image and the accuracy from "
+        f"{first.flops.total / scale:#.4g} to {last.flops.total / scale:#.4g} {unit} per image and the accuracy from "
         f"{percent(first.top1)} to {percent(last.top1)}; the best is {percent(best.top1)} at "
         f"K={best.setting.num_selected_experts}.",
         "Accuracy against the number of experts per token",

@@ -94,12 +94,13 @@ def selected_experts_curve(evaluations: Sequence[Evaluation], trained: int | Non
                 count, 100 * evaluation.top1, "o", color=BLUE, markersize=9, label=f"as set in the model, K={count}"
             )
         axes.annotate(
-            f"{evaluation.flops.total / scale:.3g}",
+            f"{evaluation.flops.total / scale:#.4g}",
             (count, 100 * evaluation.top1),
             xytext=(0, 9),
             textcoords="offset points",
             ha="center",
             fontsize="small",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(counts))
