@@ -1,11 +1,11 @@
 """Compiles every shipped kernel config for sm_80, sm_90 and sm_100 without a GPU, and reads what came out.
 
-    python -m benchmarks.compile_report            writes benchmarks/results/compile_report.{json,md}
-    python -m benchmarks.compile_report --check    writes nothing; exit code 1 on any defect, or if that report is stale
+    python -m benchmarks.compile_report            writes benchmarks/results/compile_report/triton-<version>.{json,md}
+    python -m benchmarks.compile_report --check    writes nothing; exit code 1 on any defect, or if a report is stale
 
 A defect is stack use, local-memory instructions (spills), more shared memory than the chip has, or a matrix product
 without tensor-core instructions; a float32 product in full precision ("ieee") has none to use and is excepted. Each
-Triton file of vmoe_kernels exports the cases as COMPILE_CASES.
+Triton file of vmoe_kernels exports the cases as COMPILE_CASES. Each Triton version has a report of its own.
 """
 
 import argparse
@@ -27,9 +27,9 @@ import torch
 import triton
 
 import vmoe_kernels
-from vmoe_kernels.launch import CompileCase
+from vmoe_kernels.launch import CompileCase, triton_version
 
-REPORT = Path(__file__).parent / "results" / "compile_report"
+REPORTS = Path(__file__).parent / "results" / "compile_report"
 # Bytes of shared memory a block may use, and a multiprocessor has (CUDA programming guide, compute capabilities).
 SHARED_PER_BLOCK = {80: 166_912, 90: 232_448, 100: 232_448}
 SHARED_PER_SM = {80: 167_936, 90: 233_472, 100: 233_472}
@@ -234,25 +234,28 @@ def markdown(rows: list[Compiled]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(rows: list[Compiled], path: Path = REPORT) -> None:
-    """Writes the report as JSON and Markdown."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write(rows: list[Compiled], folder: Path = REPORTS) -> None:
+    """Writes the report of the installed Triton as JSON and Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"triton-{triton_version()}"
     content = {"versions": versions(), "rows": [dataclasses.asdict(row) for row in rows]}
-    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(rows))
+    path.with_name(f"{path.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    path.with_name(f"{path.name}.md").write_text(markdown(rows))
 
 
-def staleness(rows: list[Compiled], path: Path = REPORT) -> list[str]:
-    """Whether the committed report lists other configs than there are; numbers may differ with Triton's version."""
-    file = path.with_suffix(".json")
-    reported = json.loads(file.read_text())["rows"] if file.exists() else []
-    listed = {(row["name"], row["capability"]) for row in reported}
+def staleness(rows: list[Compiled], folder: Path = REPORTS) -> list[str]:
+    """Whether a committed report lists other configs than there are; numbers may differ with Triton's version."""
     now = {(row.name, row.capability) for row in rows}
-    return [
-        f"{name} on sm_{chip} {what}; run python -m benchmarks.compile_report"
-        for what, keys in (("is not in the committed report", now - listed), ("is reported but gone", listed - now))
-        for name, chip in sorted(keys)
-    ]
+    files = sorted(folder.glob("triton-*.json"))
+    found = [] if files else [f"{folder.name} holds no report; run python -m benchmarks.compile_report"]
+    for file in files:
+        listed = {(row["name"], row["capability"]) for row in json.loads(file.read_text())["rows"]}
+        found += [
+            f"{name} on sm_{chip} {what} {file.stem}; run python -m benchmarks.compile_report with that version"
+            for what, keys in (("is missing in", now - listed), ("is gone but listed in", listed - now))
+            for name, chip in sorted(keys)
+        ]
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:

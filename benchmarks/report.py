@@ -44,7 +44,8 @@ SHARES = (
     (bench_combine, 0.06),
 )
 QUICK = 2  # cases of LAYERS
-COMPILE_REPORT = RESULTS / "compile_report.json"
+# The Triton that the measured machines have.
+COMPILE_REPORT = RESULTS / "compile_report" / "triton-3.6.json"
 
 
 def measure_all(session: Session) -> None:

@@ -168,13 +168,16 @@ register_table(
 )
 register_table("expert_d_hidden/fp32", {(ANY, ANY, ANY): _D_HIDDEN_FLOAT32}, candidates=(CUBLAS,))
 # Predicted, nothing was measured yet. The map of rows to tokens is loaded a stage ahead of what it points to, so four
-# stages keep three tiles in flight; two programs fit on a multiprocessor.
-_WEIGHT = _weight_tile(128, 128, 64, warps=8, stages=4)
+# stages keep three tiles in flight; two programs fit on a multiprocessor. Chips without wgmma hold the operands in
+# registers as well, and spill with 64 rows.
+_WEIGHT = _weight_tile(128, 128, 32, warps=8, stages=4)
+_WEIGHT_SM90 = _weight_tile(128, 128, 64, warps=8, stages=4)
 _WEIGHT_FLOAT32 = _weight_tile(64, 64, 32, warps=8, stages=2)
 WEIGHT_OPS = ("expert_d_fc1", "expert_d_fc2")
 for _op in WEIGHT_OPS:
     candidates = (_weight_tile(128, 128, 64, warps=8, stages=3), _weight_tile(128, 256, 64, warps=8, stages=4), CUBLAS)
-    register_table(_op, {(ANY, ANY, ANY): _WEIGHT}, candidates=candidates)
+    table = {(ANY, ANY, ANY): _WEIGHT, ("sm90", ANY, ANY): _WEIGHT_SM90, ("sm100", ANY, ANY): _WEIGHT_SM90}
+    register_table(_op, table, candidates=candidates)
     register_table(f"{_op}/fp32", {(ANY, ANY, ANY): _WEIGHT_FLOAT32}, candidates=(CUBLAS,))
 
 
@@ -285,7 +288,11 @@ def _compile_cases() -> list[CompileCase]:
             constexprs = {**sizes, "ACTIVATION": activation, "PRECISION": "ieee"}
             name = f"expert_d_hidden/{variant}/{dtype}/{activation}/{width}x{hidden}"
             cases.append(compile_case(name, _hidden_gradient_kernel, arguments, constexprs, config, **options))
-    for dtype, config in (("bf16", _WEIGHT), ("fp32", _WEIGHT_FLOAT32)):
+    for variant, dtype, config, chips in (
+        ("any", "bf16", _WEIGHT, (80,)),
+        ("sm90", "bf16", _WEIGHT_SM90, (90, 100)),
+        ("any", "fp32", _WEIGHT_FLOAT32, (80, 90, 100)),
+    ):
         pointer = f"*{dtype}"
         for name, m, n, gather in (
             ("expert_d_fc1/routed", 3072, 768, "b"),
@@ -301,11 +308,9 @@ def _compile_cases() -> list[CompileCase]:
             }
             constexprs = {"M": m, "N": n, "K": 2, "GATHER_A": gather == "a", "GATHER_B": gather == "b"}
             constexprs["PRECISION"] = "ieee"
-            cases.append(
-                compile_case(
-                    f"{name}/{dtype}/{m}x{n}", _weight_gradient_kernel, arguments, constexprs, config, **options
-                )
-            )
+            name = f"{name}/{variant}/{dtype}/{m}x{n}"
+            options = {"has_dot": True, "capabilities": chips}
+            cases.append(compile_case(name, _weight_gradient_kernel, arguments, constexprs, config, **options))
     return cases
 
 

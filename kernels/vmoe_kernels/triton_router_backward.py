@@ -43,14 +43,14 @@ _TOKENS = {
 }
 _WEIGHT = {
     "le32": _config(32, 128, 4, 3),
-    "le64": _config(32, 128, 4, 3),
+    "le64": _config(32, 64, 4, 3),
     "le128": _config(32, 64, 8, 3),
-    "gt128": _config(32, 64, 8, 2),
     "fp32_le32": _config(16, 64, 4, 3),
     "fp32_le64": _config(16, 32, 8, 3),
     "fp32_le128": _config(16, 32, 8, 3),
-    "fp32_gt128": _config(16, 16, 8, 3),
 }
+# Experts of one program of the d_weight kernel: sums for 256 would take more than sm_100's tensor memory.
+_WEIGHT_EXPERTS = 128
 for _op, _configs in (("tokens", _TOKENS), ("weight", _WEIGHT)):
     for _bucket, _entry in _configs.items():
         _tf32 = (_config(64, 64, 8, 2, "tf32x3"),) if _bucket.startswith("fp32") else ()
@@ -168,10 +168,10 @@ def _router_weight_kernel(
     BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program owns BLOCK_D columns of d_weight for one run of tokens."""
+    """A program owns BLOCK_D columns of d_weight of BLOCK_E experts for one run of tokens."""
     dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1).to(tl.int64)
-    experts = tl.arange(0, BLOCK_E)
+    experts = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     first = split * tokens_per_split
     end = tl.minimum(first + tokens_per_split, num_tokens)
     # d_weight transposed: a tile has at least 64 dims for the tensor cores' rows, but perhaps only 8 experts.
@@ -257,13 +257,14 @@ def router_backward_triton(
         BLOCK_E=block_e,
         **config,
     )
-    config = look_up(f"router_backward_weight_{_bucket_of(x.dtype, num_experts)}", x.device).kwargs()
+    block_e = min(block_e, _WEIGHT_EXPERTS)
+    config = look_up(f"router_backward_weight_{_bucket_of(x.dtype, block_e)}", x.device).kwargs()
     columns = triton.cdiv(width, config["BLOCK_D"])
     splits = min(triton.cdiv(_WEIGHT_PROGRAMS, columns), triton.cdiv(num_tokens, config["BLOCK_T"]))
     tokens_per_split = triton.cdiv(triton.cdiv(num_tokens, splits), config["BLOCK_T"]) * config["BLOCK_T"]
     splits = triton.cdiv(num_tokens, tokens_per_split)
     partials = x.new_empty((splits, num_experts, width), dtype=torch.float32)
-    _router_weight_kernel[(columns, splits)](
+    _router_weight_kernel[(columns, splits, triton.cdiv(num_experts, block_e))](
         x.contiguous(),
         grad,
         partials,
@@ -297,13 +298,14 @@ def _tokens_case(x: str, weight: str, width: int, num_experts: int, selected: in
 
 
 def _weight_case(x: str, width: int, num_experts: int) -> CompileCase:
-    config = _WEIGHT[_bucket_of(DTYPES[x], num_experts)]
+    block_e = min(expert_block(num_experts), _WEIGHT_EXPERTS)
+    config = _WEIGHT[_bucket_of(DTYPES[x], block_e)]
     return CompileCase(
         name=f"router_backward_weight/{x}/D{width}/E{num_experts}",
         kernel=_router_weight_kernel,
         signature={"x_ptr": f"*{x}", "grad_ptr": "*fp32", "partials_ptr": "*fp32"}
         | {"num_tokens": "i32", "tokens_per_split": "i32"},
-        constexprs={"D": width, "E": num_experts, "BLOCK_E": expert_block(num_experts)} | dict(config.constexprs),
+        constexprs={"D": width, "E": num_experts, "BLOCK_E": block_e} | dict(config.constexprs),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         has_dot=True,

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from benchmarks import compile_report
 from benchmarks.compile_report import blocks_per_sm, compile_case, staleness
 from tests.benchmarks.example_kernels import COMPILE_CASES, product_case, sums_case
+from vmoe_kernels.launch import triton_version
 
 CLEAN = compile_report.Compiled("k", 90, 4, 1, 64, 0, 0, 4096, 4, 0, 0, 1, 0, True, 0, 8)
 
@@ -90,17 +91,23 @@ def test_blocks_per_sm_takes_the_scarcest_resource(registers, shared, num_warps,
 
 
 def test_report_lists_every_config_and_goes_stale(tmp_path):
-    path = tmp_path / "deeper" / "report"
-    assert staleness([CLEAN], path) == [
-        "k on sm_90 is not in the committed report; run python -m benchmarks.compile_report"
-    ]
-    compile_report.write([CLEAN], path)
-    content = json.loads(path.with_suffix(".json").read_text())
+    folder = tmp_path / "deeper" / "reports"
+    assert staleness([CLEAN], folder) == ["reports holds no report; run python -m benchmarks.compile_report"]
+    compile_report.write([CLEAN], folder)
+    name = f"triton-{triton_version()}"
+    content = json.loads((folder / f"{name}.json").read_text())
     assert content["rows"] == [dataclasses.asdict(CLEAN)]
     assert set(content["versions"]) == {"torch", "triton"}
-    assert "| k | sm_90 | 4 | 1 | 64 | 0 | 0 | 4096 | 4 | 0 | 0 | 8 |" in path.with_suffix(".md").read_text()
-    assert staleness([CLEAN], path) == []
-    assert "reported but gone" in staleness([], path)[0]
+    assert "| k | sm_90 | 4 | 1 | 64 | 0 | 0 | 4096 | 4 | 0 | 0 | 8 |" in (folder / f"{name}.md").read_text()
+    assert staleness([CLEAN], folder) == []
+    assert staleness([], folder) == [
+        f"k on sm_90 is gone but listed in {name}; run python -m benchmarks.compile_report with that version"
+    ]
+    # The report of another version goes stale by itself.
+    (folder / "triton-0.1.json").write_text(json.dumps({"rows": []}))
+    assert staleness([CLEAN], folder) == [
+        "k on sm_90 is missing in triton-0.1; run python -m benchmarks.compile_report with that version"
+    ]
 
 
 def test_check_fails_on_a_defect(capsys, monkeypatch):
