@@ -1,8 +1,9 @@
-"""What the kernels must reach on an H200, and how each number follows from what was measured."""
+"""What must be reached, kernels on an H200 and models on a CPU, and how each number follows from what was measured."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from benchmarks.bench_scaling import change, exponent
 from benchmarks.saved import saved_bytes
 from benchmarks.session import Session
 
@@ -82,8 +83,21 @@ def images_per_second(session: Session) -> Iterable[Value]:
     """Our model's over the dense one's."""
     for (op, way, case, variant), samples in session.samples.items():
         dense = session.samples.get((op, way, case, "dense"))
-        if op == "model" and variant == "ours" and dense is not None:
-            yield f"{way} {case}", dense.over(samples).median
+        if op == "model" and variant.startswith("ours") and dense is not None:
+            yield f"{variant}, {way} {case}", dense.over(samples).median
+
+
+def growth_with_tokens(session: Session) -> Iterable[Value]:
+    """Exponent of the layer's time over T."""
+    if "T" in session.sweeps:
+        yield "log-log fit", exponent(session.sweeps["T"]).median
+
+
+def change_with_experts(session: Session) -> Iterable[Value]:
+    """Percent by which the slowest number of experts exceeds the fastest, at equal rows."""
+    if "E" in session.sweeps:
+        values = list(session.sweeps["E"])
+        yield f"E={values[0]}..{values[-1]}", 100.0 * (change(session.sweeps["E"]).median - 1.0)
 
 
 def memory(session: Session) -> Iterable[Value]:
@@ -113,6 +127,26 @@ BARS = (
     Bar("vmoe_b16 K=1 C=1 images/s over ViT-B/16", 0.90, 0.97, "x", True, images_per_second),
     Bar("peak training memory over the eager reference", 0.6, 0.45, "x", False, memory),
     Bar("bytes saved for the backward over the eager reference (counted)", 0.45, 0.45, "x", False, saved),
+)
+
+CPU_BARS = (
+    Bar(
+        "V-MoE K=1 images/s over timm's ViT of its dims",
+        0.87,
+        0.97,
+        "x",
+        True,
+        images_per_second,
+    ),
+    Bar("exponent of the layer's time over T", 1.03, 1.00, "", False, growth_with_tokens),
+    Bar(
+        "change of the layer's time from 8 to 64 experts",
+        15.0,
+        8.0,
+        "%",
+        False,
+        change_with_experts,
+    ),
 )
 
 

@@ -44,6 +44,11 @@ class Bar:
         return f"| {self.what} | {self.limit:.2f} | {self.measured:.3f}{spread} | {met} |"
 
 
+def layer_table(bars: list[Bar]) -> list[str]:
+    """Markdown lines, one per bar."""
+    return ["| what | limit | measured | met |", "| --- | --- | --- | --- |", *(bar.line() for bar in bars)]
+
+
 def make_layer(case: Case, impl: str = "auto") -> MoeMlp:
     """The layer of a case in training mode, noise-free, so that its result is a function of its input."""
     torch.manual_seed(0)
@@ -258,9 +263,7 @@ def run_cpu(case: Case, seconds: float) -> tuple[dict, list[str]]:
         "medians over rounds (20%..80%); bare GEMMs are torch.bmm calls at all E * R rows;\n"
         "a row below has them writing into memory that is there already.",
         "",
-        "| what | limit | measured | met |",
-        "| --- | --- | --- | --- |",
-        *(bar.line() for bar in bars),
+        *layer_table(bars),
         "",
         *original_lines(samples),
         "",

@@ -2,8 +2,10 @@
 
     python -m benchmarks.report [--quick] [--seconds 480]
 
-On a GPU: benchmarks/results/<gpu>/report.{json,md}, every op against its opponents. Without one: the CPU benchmark, and
-benchmarks/results/predicted/report.{json,md}, where the measured columns are empty and predictions stand beside them.
+Writes benchmarks/results/<machine>/report.{json,md} and plots. On a GPU: every op against its opponents, models and
+training steps beside dense ones, and how the layer's cost grows. Without one: the same of the layer and models on the
+CPU (cpu_report.py), and benchmarks/results/predicted/report.{json,md}, where the measured columns are empty and
+predictions stand beside them.
 """
 
 import argparse
@@ -22,10 +24,12 @@ from benchmarks import (
     bench_expert_mlp,
     bench_gpu_layer,
     bench_model,
-    bench_moe_layer,
     bench_router,
+    bench_scaling,
     bench_slots,
+    bench_train_step,
     ceilings,
+    cpu_report,
     work,
 )
 from benchmarks.cases import LAYERS, Case
@@ -36,30 +40,18 @@ from benchmarks.session import Session, first_line
 SHARES = (
     (ceilings, 0.05),
     (bench_slots, 0.10),
-    (bench_gpu_layer, 0.40),
-    (bench_model, 0.15),
+    (bench_gpu_layer, 0.36),
+    (bench_model, 0.12),
     (bench_expert_mlp, 0.12),
-    (bench_router, 0.06),
-    (bench_dispatch, 0.06),
-    (bench_combine, 0.06),
+    (bench_router, 0.05),
+    (bench_dispatch, 0.05),
+    (bench_combine, 0.05),
+    (bench_train_step, 0.05),
+    (bench_scaling, 0.05),
 )
 QUICK = 2  # cases of LAYERS
 # The Triton that the measured machines have.
 COMPILE_REPORT = RESULTS / "compile_report" / "triton-3.6.json"
-
-
-def measure_all(session: Session) -> None:
-    """Runs every benchmark; what fails is noted and costs the others nothing."""
-    due = 0.0
-    for bench, share in SHARES:
-        due += share * session.seconds
-        session.deadline = due
-        try:
-            bench.run(session)
-        except Exception as error:  # Numbers that were measured must survive what comes after them.
-            session.note(f"{bench.__name__} stopped: {type(error).__name__}: {first_line(error)}")
-        if session.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def write_measured(session: Session, folder: Path, complete: bool = False) -> Path:
@@ -93,6 +85,16 @@ def write_measured(session: Session, folder: Path, complete: bool = False) -> Pa
         *table(session.rows),
     ]
     return write(folder, "report", content, lines)
+
+
+def write_plots(session: Session, folder: Path) -> None:
+    """Draws what was measured; a machine without matplotlib has the numbers alone."""
+    try:
+        from benchmarks import plots
+    except ImportError as error:
+        session.note(f"no plots: {first_line(error)}")
+    else:
+        plots.write_plots(session, session.rows, machine_name(session.device), folder)
 
 
 def _memory_lines(session: Session) -> list[str]:
@@ -199,19 +201,20 @@ def write_predicted(folder: Path, own: list[dict]) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and runs; on a CPU, predictions alone")
-    parser.add_argument("--seconds", type=float, default=480.0, help="of the whole run on a GPU")
+    parser.add_argument("--seconds", type=float, default=480.0, help="of the whole run")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the machine's folder is made")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         path = write_predicted(options.folder / "predicted", kernel_predictions())
         print(f"no GPU: predictions written to {path}")
-        return 0 if options.quick else bench_moe_layer.main(["--folder", str(options.folder)])
+        return 0 if options.quick else cpu_report.run(options.folder, options.seconds)
     device = torch.device("cuda", torch.cuda.current_device())
     folder = options.folder / machine_name(device)
     session = Session(device, seconds=options.seconds, on_row=lambda session: write_measured(session, folder))
     if options.quick:
         session = replace(session, cases=LAYERS[:QUICK], seconds=min(options.seconds, 180.0), seconds_per_variant=0.1)
-    measure_all(session)
+    session.run_all(SHARES)
+    write_plots(session, folder)
     path = write_measured(session, folder, complete=True)
     print("\n".join(bars.lines([bar.result(session) for bar in bars.BARS])))
     print("\n".join(session.notes))

@@ -170,3 +170,9 @@ def write(folder: Path, name: str, content: dict, markdown: list[str]) -> Path:
 def as_dicts(rows: list[Row]) -> list[dict]:
     """Rows as JSON takes them."""
     return [{**dataclasses.asdict(each), "rate": each.rate} for each in rows]
+
+
+def from_dicts(rows: list[dict]) -> list[Row]:
+    """Rows as `as_dicts` gave them."""
+    names = {each.name for each in dataclasses.fields(Row)}
+    return [Row(**{name: value for name, value in each.items() if name in names}) for each in rows]

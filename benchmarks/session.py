@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 import torch._functorch.config as functorch_config
@@ -38,6 +39,7 @@ class Session:
     on_row: Callable[["Session"], None] = lambda session: None
     rows: list[Row] = field(default_factory=list)
     samples: dict[tuple[str, str, str, str], Samples] = field(default_factory=dict)
+    sweeps: dict[str, dict[float, Samples]] = field(default_factory=dict)  # what varies, its values, their samples
     memory: dict[tuple[str, str], int] = field(default_factory=dict)  # (case, variant) to peak bytes of training
     ceilings: dict[str, float] = field(default_factory=dict)  # FLOP/s, bytes/s or seconds, by name
     notes: list[str] = field(default_factory=list)
@@ -56,6 +58,22 @@ class Session:
         # Opponents are compiled for one shape, and a function keeps a bounded number of those.
         torch.compiler.reset()
         return True
+
+    def run_all(self, shares: Sequence[tuple[ModuleType, float]]) -> None:
+        """Runs benchmarks in order, each until its share of the time is used up; what one leaves goes to the next.
+
+        What fails is noted and costs the others nothing.
+        """
+        due = 0.0
+        for bench, share in shares:
+            due += share * self.seconds
+            self.deadline = due
+            try:
+                bench.run(self)
+            except Exception as error:  # Numbers that were measured must survive what comes after them.
+                self.note(f"{bench.__name__} stopped: {type(error).__name__}: {first_line(error)}")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def trimmed(self, case: Case, variants: dict[str, Variant]) -> dict[str, Variant]:
         """Without torch.compile of the whole reference past the first two cases: compiling it takes longest."""

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import bars, bench_model, report, work
+from benchmarks import bars, bench_scaling, pairs, report, work
 from benchmarks.cases import LAYERS, Case
+from benchmarks.pairs import TINY
 from benchmarks.protocol import Samples
 from benchmarks.session import Session
 
@@ -21,13 +22,12 @@ def session(**options) -> Session:
 
 
 def test_every_benchmark_measures_every_variant(monkeypatch, tmp_path):
-    original = bench_model.run
-    monkeypatch.setattr(bench_model, "ROUNDS", 1)
-    monkeypatch.setattr(bench_model, "STEPS", 1)
-    monkeypatch.setattr(bench_model, "run", lambda session: original(session, 2, "test_vmoe", "test_vit"))
+    monkeypatch.setitem(pairs.PAIRS, "cpu", TINY)
+    monkeypatch.setattr(bench_scaling, "CPU_LAYER", SMALL)
     measured = session()
-    report.measure_all(measured)
-    assert measured.notes == []
+    measured.run_all(report.SHARES)
+    (note,) = measured.notes
+    assert note.startswith("model: ")
     variants = {(row.op, row.direction): set() for row in measured.rows}
     for row in measured.rows:
         variants[row.op, row.direction].add(row.variant)
@@ -38,7 +38,10 @@ def test_every_benchmark_measures_every_variant(monkeypatch, tmp_path):
     opponents = small | {"bmm", "grouped_mm"}
     assert variants["expert_mlp", "both"] == variants["expert_mlp", "forward"] == opponents
     assert variants["moe_layer", "both"] == opponents | {"one-hot einsum"}
-    assert variants["model", "both"] == {"ours", "dense"}
+    models = {"ours", "ours, nothing dropped", "dense"}
+    assert variants["model", "forward"] == variants["model", "both"] == variants["train_step", "both"] == models
+    assert variants["scaling", "forward"] == {"ours"}
+    assert set(measured.sweeps) == {"T", "E", "K", "C"}
     assert set(measured.ceilings) >= {"matmul", "copy", "sort", "launch"}
 
     path = report.write_measured(measured, tmp_path, complete=True)
@@ -79,7 +82,7 @@ def test_compare_checks_gradients():
     assert "d_x must be within" in measured.notes[0]
 
 
-def test_measure_all_survives_a_failing_benchmark(monkeypatch):
+def test_a_failing_benchmark_costs_the_others_nothing():
     class Failing:
         __name__ = "bench_failing"
 
@@ -89,9 +92,8 @@ def test_measure_all_survives_a_failing_benchmark(monkeypatch):
 
     seen = []
     following = type("Following", (), {"run": staticmethod(lambda session: seen.append(1))})
-    monkeypatch.setattr(report, "SHARES", ((Failing, 0.5), (following, 0.5)))
     measured = session()
-    report.measure_all(measured)
+    measured.run_all(((Failing, 0.5), (following, 0.5)))
     assert measured.notes == ["Failing stopped: RuntimeError: out of memory"]
     assert seen == [1]
 

@@ -1,0 +1,103 @@
+"""The report of a machine without a GPU: the MoE layer, how its cost grows, processes, training steps and models."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks import bars, bench_model, bench_moe_layer, bench_ranks, bench_scaling, bench_train_step, plots
+from benchmarks.bench_moe_layer import Bar, layer_table
+from benchmarks.results import as_dicts, environment, from_dicts, heading, machine_name, table, write
+from benchmarks.session import Session
+
+CPU = torch.device("cpu")
+# The layer's own benchmark comes first and is left out here. Models are last, since compiling takes longest.
+SHARES = ((bench_scaling, 0.25), (bench_ranks, 0.15), (bench_train_step, 0.15), (bench_model, 0.45))
+LAYER_SHARE = 0.15
+SECONDS_PER_VARIANT = 3.0
+MODEL_OPS = (bench_model.OP, bench_train_step.OP)
+
+
+def run(results: Path, seconds: float) -> int:
+    """Measures for about so many seconds and writes results/<cpu>/{bench_moe_layer,report}.{json,md} and plots."""
+    folder = results / machine_name(CPU)
+    threads = str(torch.get_num_threads())
+    bench_moe_layer.main(["--folder", str(results), "--seconds", str(LAYER_SHARE * seconds), "--threads", threads])
+    layer = json.loads((folder / "bench_moe_layer.json").read_text())
+    session = Session(
+        CPU,
+        torch.float32,
+        # The layer's checks and warm-up take as long again as a third of its timed runs.
+        seconds=seconds * (1.0 - 1.33 * LAYER_SHARE),
+        seconds_per_variant=SECONDS_PER_VARIANT,
+        on_row=lambda session: write_report(session, layer, folder),
+    )
+    session.run_all(SHARES)
+    path = write_report(session, layer, folder, complete=True)
+    print(path.read_text())
+    print(f"written to {path}")
+    return 0
+
+
+def write_report(session: Session, layer: dict, folder: Path, complete: bool = False) -> Path:
+    """Writes what there is so far; `layer` is the content of bench_moe_layer.json."""
+    made = environment(CPU)
+    results = [bar.result(session) for bar in bars.CPU_BARS]
+    drawn = []
+    if complete:
+        drawn = plots.write_plots(session, from_dicts(layer["rows"]), made["machine"], folder)
+    content = {
+        "environment": made,
+        "complete": complete,
+        "seconds": session.elapsed,
+        "layer_bars": layer["bars"],
+        "bars": results,
+        "exponents": exponents(session),
+        "notes": session.notes,
+        "rows": as_dicts(session.rows),
+    }
+    lines = heading("V-MoE on a CPU, float32, measured", made)
+    if not complete:
+        lines += ["The run has not ended: this is a part.", ""]
+    lines += [
+        "Medians of interleaved runs with 20% and 80% quantiles; ratios are taken within a round. Every number stands",
+        "behind a check in the same run: layers and models agree with the eager reference, compiled models with eager",
+        "ones, spread experts with experts at home. The worst case counts.",
+        "",
+        *bars.lines(results),
+        "",
+        "The MoE layer ([bench_moe_layer.md](bench_moe_layer.md)):",
+        "",
+        *layer_table([Bar(**bar) for bar in layer["bars"]]),
+        "",
+        *(line for path in drawn for line in (f"![{path.stem}]({path.name})", "")),
+        *model_lines(session),
+        *(f"- {note}" for note in session.notes),
+        "",
+        *table(session.rows),
+    ]
+    return write(folder, "report", content, lines)
+
+
+def exponents(session: Session) -> dict[str, dict[str, float]]:
+    """Of the layer's time over what varies, with the 20% and 80% quantiles of the rounds."""
+    fits = {name: bench_scaling.exponent(sweep) for name, sweep in session.sweeps.items() if len(sweep) > 1}
+    return {
+        name: {"median": fit.median, "low": fit.quantile(0.2), "high": fit.quantile(0.8)} for name, fit in fits.items()
+    }
+
+
+def model_lines(session: Session) -> list[str]:
+    """Images per second of every model, and its rate over the dense one's."""
+    found = [(key, each) for key, each in session.samples.items() if key[0] in MODEL_OPS]
+    if not found:
+        return []
+    lines = ["| what | model | images/s | over dense (20%..80%) |", "| --- | --- | --- | --- |"]
+    for (op, direction, case, variant), samples in found:
+        images = int(case.split()[0].removeprefix("B="))
+        ratio = session.samples[op, direction, case, "dense"].over(samples)
+        spread = f"{ratio.quantile(0.2):.3f}..{ratio.quantile(0.8):.3f}"
+        lines.append(
+            f"| {op} {direction} {case} | {variant} | {images / samples.median:.1f} | {ratio.median:.3f} ({spread}) |"
+        )
+    return [*lines, ""]
