@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-timm browser lint clean
+.PHONY: demo docs test test-timm browser lint clean
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,9 +30,13 @@ browser:
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends chromium > /dev/null
 
+# Pages into site/; needs no network, and a warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict
+
 lint: $(STAMP)
-	$(BIN)/ruff check src kernels tests benchmarks setup.py
-	$(BIN)/ruff format --check src kernels tests benchmarks setup.py
+	$(BIN)/ruff check src kernels tests benchmarks docs/make_figures.py setup.py
+	$(BIN)/ruff format --check src kernels tests benchmarks docs/make_figures.py setup.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) site build dist *.egg-info src/*.egg-info

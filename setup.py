@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 TRAIN = ["torchvision>=0.26", "tqdm>=4.66", "tensorboard>=2.16", "matplotlib>=3.9"]
-DEV = [*TRAIN, "hypothesis>=6.100", "pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
+DEV = [*TRAIN, *DOCS, "hypothesis>=6.100", "pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
 
 setup(
     name="vmoe-torch",
@@ -31,6 +32,6 @@ setup(
         "fsspec>=2024.6",
         "safetensors>=0.4.3",
     ],
-    extras_require={"train": TRAIN, "dev": DEV, "gcs": ["gcsfs>=2024.6"]},
+    extras_require={"train": TRAIN, "docs": DOCS, "dev": DEV, "gcs": ["gcsfs>=2024.6"]},
     entry_points={"console_scripts": ["vmoe = vmoe_torch.cli:main"]},
 )

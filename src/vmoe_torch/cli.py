@@ -11,14 +11,19 @@ from vmoe_torch.parallel import RankError
 COMMANDS = (train, eval, fewshot, predict, analyze, budget, plan, convert)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="vmoe", description="Train and use V-MoE, the sparse vision transformer.")
-    parser.add_argument("--version", action="version", version=f"vmoe-torch {vmoe_torch.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    made = argparse.ArgumentParser(prog="vmoe", description="Train and use V-MoE, the sparse vision transformer.")
+    made.add_argument("--version", action="version", version=f"vmoe-torch {vmoe_torch.__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
-    options = parser.parse_args(arguments)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    options = parser().parse_args(arguments)
     try:
         return options.run(options)
     except (ValueError, FloatingPointError, OSError, RankError) as error:
