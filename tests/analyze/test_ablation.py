@@ -33,6 +33,10 @@ def images():
     return torch.randn(64, 1, 8, 8)
 
 
+def _choices(model):
+    return [layer.choices for layer in vmoe_torch.moe_layers(model).values()]
+
+
 def _records(model):
     return {name: layer.record for name, layer in vmoe_torch.moe_layers(model).items()}
 
@@ -72,6 +76,11 @@ def test_only_the_named_layers_change_and_nothing_stays(model, images):
         assert torch.equal(model(images), first)
     with random_routers(model, ["blocks.3.mlp"], seed=6):
         assert not torch.equal(model(images), first)
+    with random_routers(model, seed=7):
+        outer = _choices(model)
+        with random_routers(model, ["blocks.3.mlp"], seed=8):
+            assert _choices(model) != outer
+        assert _choices(model) == outer
     with pytest.raises(RuntimeError, match="inside"), random_routers(model):
         raise RuntimeError("inside")
     assert torch.equal(model(images), logits)
@@ -91,12 +100,15 @@ def test_ablation_counts_every_variant(model, images):
     assert all(ablation.images == 64 for ablation in found)
     assert min(ablation.top1 for ablation in found) < 1.0
     model.eval()
-    right = 0
+    right, loss = 0, 0.0
     for batch, (part, wanted) in enumerate((batches[0], batches[2])):
         # The empty batch has a number, too.
         with random_routers(model, names, seed=2 + (0, 2)[batch]):
-            right += int((model(part).argmax(1) == wanted).sum())
+            logits = model(part)
+        right += int((logits.argmax(1) == wanted).sum())
+        loss += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
     assert found[3].top1 == right / 64
+    assert found[3].loss == pytest.approx(loss / 64)
     assert ablate_routers(model, batches, seed=2) == found
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 
 from vmoe_torch.analyze import (
     Ablation,
@@ -21,6 +22,7 @@ from vmoe_torch.analyze import (
     selected_experts_curve,
 )
 from vmoe_torch.analyze.heatmaps import NAMED_CLASSES
+from vmoe_torch.analyze.patches import pictures_of
 from vmoe_torch.evaluate import Evaluation, Flops, RoutingSetting
 from vmoe_torch.style import flops_unit, layer_label, shorten
 
@@ -196,3 +198,13 @@ def test_words_for_people():
     assert shorten("abc", 3) == "abc"
     assert shorten("abcd", 3) == "ab…"
     assert [flops_unit(number)[1] for number in (3e5, 2e6, 1e9, 5e13)] == ["kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs"]
+
+
+def test_pictures_are_the_images_before_their_normalisation():
+    image = Image.fromarray(np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3))
+    transform = create_transform((3, 6, 8), crop_pct=1.0, mean=(0.2, 0.4, 0.6), std=(0.3, 0.2, 0.1))
+    (picture,) = pictures_of(transform(image).unsqueeze(0), transform)
+    torch.testing.assert_close(picture, torch.from_numpy(np.array(image)) / 255)
+    # Of a transform that does not tell, the darkest is black and the lightest white.
+    (grey,) = pictures_of(torch.tensor([[[[-3.0, 1.0], [0.0, 5.0]]]]), lambda image: image)
+    torch.testing.assert_close(grey, torch.tensor([[0.0, 0.5], [0.375, 1.0]]))
