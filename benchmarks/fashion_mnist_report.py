@@ -12,7 +12,7 @@ from vmoe_torch.evaluate import Evaluation, Flops, RoutingSetting
 # (experts per token, asked capacity)
 Place = tuple[int, float]
 NAMES = {"vmoe": "V-MoE", "dense_steps": "dense, equal steps", "dense_flops": "dense, equal training FLOPs"}
-# Below this, the issue wants BPR to be at least as good as vanilla.
+# From here down, BPR is expected to be at least as good as vanilla.
 LOW_CAPACITY = 0.5
 BAND = {True: "#0072B2", False: "#D55E00"}
 
@@ -100,12 +100,12 @@ def sentences(results: Sequence[dict]) -> list[str]:
 
 
 def _models(results: Sequence[dict]) -> list[str]:
-    lines = ["| model | epochs | updates | training PFLOPs | parameters | top-1 % | by seed |", "| --- " * 7 + "|"]
+    lines = ["| model | epochs | updates | training TFLOPs | parameters | top-1 % | by seed |", "| --- " * 7 + "|"]
     for model, name in NAMES.items():
         one = next(one for one in results if one["model"] == model)
         tops = accuracies(results, model)
         lines.append(
-            f"| {name} | {one['epochs']} | {one['updates']:,} | {one['training_flops'] / 1e15:.2f} "
+            f"| {name} | {one['epochs']} | {one['updates']:,} | {one['training_flops'] / 1e12:.2f} "
             f"| {one['parameters']:,} | {_spread(tops)} | {', '.join(f'{top:.2f}' for top in tops)} |"
         )
     return lines

@@ -37,7 +37,7 @@ def result(model, seed, top1, gain=0.0):
         "updates": 10,
         "images": 640,
         "parameters": 1000,
-        "training_flops": 2e15,
+        "training_flops": 2e12,
         "training_seconds": 1.0,
         "top1": top1,
     }

@@ -3,8 +3,9 @@
 Command: vmoe train --recipe fashion_mnist data.root=FOLDER run.seed=0
     FOLDER holds the four IDX files; without data.root it trains on the 9,000 images that ship with the package.
 Hardware: one CPU core.
-Cost: not yet run
-Result: not yet run
+Cost: 12 minutes (8.5 TFLOPs), one of two runs side by side
+Result: top-1 85.88 ± 0.38 % over seeds 0, 1, 2, as trained; 84.98 % at capacity 0.5 with BPR, which
+    costs as much as the dense ViT; benchmarks/results/fashion_mnist has every setting.
 """
 
 from vmoe_torch.train import Config
