@@ -4,6 +4,7 @@ One legend: B images, L tokens per image, D width, H hidden width of an expert, 
 E experts, K experts selected per token, C slots per expert and group, T = B * L tokens.
 """
 
+from vmoe_kernels import vmap as _vmap  # noqa: F401  registers the batching rules
 from vmoe_kernels.combine import combine, combine_reference
 from vmoe_kernels.dispatch import dispatch, dispatch_reference
 from vmoe_kernels.expert_mlp import expert_mlp, expert_mlp_reference

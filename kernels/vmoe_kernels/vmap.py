@@ -1,0 +1,156 @@
+"""Batching rules: what `torch.vmap` does with the ops, each as one call of the same op on a larger problem.
+
+Samples are laid side by side: their tokens follow each other, and expert e's R rows become B * R, sample by sample.
+Where weights differ between samples, the samples' experts lie side by side instead. What no single call can do is
+refused: random numbers, which are counted by position, and groups that would straddle two samples.
+
+Dims: B samples; of one sample, T tokens, K choices, E experts, R rows of an expert, N = E * R rows, D, H, O widths.
+"""
+
+import torch
+from torch import Tensor
+
+from vmoe_kernels.combine import _combine_op
+from vmoe_kernels.dispatch import _dispatch_op
+from vmoe_kernels.expert_mlp import _expert_mlp_op, wants_grad
+from vmoe_kernels.moe_mlp import _moe_mlp_op
+from vmoe_kernels.router import _router_op
+from vmoe_kernels.slots import _assign_slots_op
+
+
+def _samples(tensor: Tensor | None, dim: int | None, count: int) -> Tensor | None:
+    """(B, ...): the batched dimension in front, or the same tensor B times."""
+    if tensor is None:
+        return None
+    return tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _joined(tensor: Tensor | None) -> Tensor | None:
+    """(B, X, ...) to (B * X, ...)."""
+    return None if tensor is None else tensor.flatten(0, 1)
+
+
+def _side_by_side(tensor: Tensor) -> Tensor:
+    """(B, E, R, W) to (E, B * R, W)."""
+    return tensor.transpose(0, 1).flatten(1, 2)
+
+
+def _apart(tensor: Tensor, count: int) -> Tensor:
+    """(E, B * R, W) to (B, E, R, W)."""
+    return tensor.unflatten(1, (count, tensor.shape[1] // count)).transpose(0, 1)
+
+
+def _shifted(slots: Tensor, rows: int, num_rows: int) -> Tensor:
+    """(B, T, K) slots to (B * T, K): sample b's move by b * rows, of num_rows that a sample has in all."""
+    count = slots.shape[0]
+    if count * num_rows >= 2**31:
+        raise ValueError(f"vmap needs fewer than 2**31 rows in all, got {count} samples of {num_rows}")
+    first = torch.arange(count, device=slots.device, dtype=slots.dtype).view(-1, 1, 1) * rows
+    return torch.where(slots < 0, slots, slots + first).flatten(0, 1)
+
+
+def _whole_groups(op: str, num_tokens: int, group_size: int) -> int:
+    """The group size that keeps the groups of joined samples apart."""
+    if num_tokens <= group_size:
+        return max(num_tokens, 1)
+    if num_tokens % group_size:
+        raise ValueError(
+            f"vmap over {op} needs groups that divide the tokens of a sample, got {num_tokens} tokens in groups of "
+            f"{group_size}"
+        )
+    return group_size
+
+
+def _refuse_dropout(op: str, drop: float) -> None:
+    if drop > 0:
+        raise ValueError(f"vmap over {op} needs drop=0, got {drop}: its random numbers are counted by row")
+
+
+def _router(info, in_dims, x, weight, num_selected_experts, group_size, noise_std, seed):
+    count = info.batch_size
+    if in_dims[1] is not None:
+        raise ValueError("vmap over router needs one weight for all samples, got a batched weight")
+    if noise_std > 0:
+        raise ValueError(
+            f"vmap over router needs noise_std=0, got {noise_std}: its random numbers are counted by token"
+        )
+    x = _samples(x, in_dims[0], count)
+    group_size = _whole_groups("router", x.shape[1], group_size)
+    outputs = _router_op(_joined(x), weight, num_selected_experts, group_size, 0.0, None)
+    return tuple(each.unflatten(0, (count, each.shape[0] // count)) for each in outputs), (0,) * len(outputs)
+
+
+def _assign_slots(
+    info, in_dims, experts, gates, num_experts, group_size, capacity, last_capacity, batch_priority, priority
+):
+    count = info.batch_size
+    experts, gates = (_samples(each, dim, count) for each, dim in zip((experts, gates), in_dims))
+    num_tokens = experts.shape[1]
+    if 0 < num_tokens < group_size:
+        capacity = last_capacity
+    group_size = _whole_groups("assign_slots", num_tokens, group_size)
+    slots = _assign_slots_op(
+        _joined(experts), _joined(gates), num_experts, group_size, capacity, capacity, batch_priority, priority
+    ).view(experts.shape)
+    # From row e * B * R + b * R + r of all samples to row e * R + r of its own.
+    rows = num_tokens // group_size * capacity
+    own = slots // max(count * rows, 1) * rows + slots % max(rows, 1)
+    return torch.where(slots < 0, slots, own), 0
+
+
+def _dispatch(info, in_dims, x, slots, num_rows):
+    count = info.batch_size
+    x, slots = (_samples(each, dim, count) for each, dim in zip((x, slots), in_dims))
+    buffer = _dispatch_op(_joined(x), _shifted(slots, num_rows, num_rows), count * num_rows)
+    return buffer.unflatten(0, (count, num_rows)), 0
+
+
+def _combine(info, in_dims, buffer, slots, gates):
+    count = info.batch_size
+    buffer, slots, gates = (_samples(each, dim, count) for each, dim in zip((buffer, slots, gates), in_dims))
+    y = _combine_op(_joined(buffer), _shifted(slots, buffer.shape[1], buffer.shape[1]), _joined(gates))
+    return y.unflatten(0, (count, slots.shape[1])), 0
+
+
+def _expert_mlp(info, in_dims, x, *arguments):
+    *weights, activation, drop, _, save = arguments
+    _refuse_dropout("expert_mlp", drop)
+    # Inside vmap a batched tensor does not show that it requires a gradient.
+    save = save or wants_grad(x, *weights)
+    count, settings = info.batch_size, (activation, drop, None, save)
+    x = _samples(x, in_dims[0], count)
+    if all(dim is None for dim in in_dims[1:5]):
+        out, pre = _expert_mlp_op(_side_by_side(x), *weights, *settings)
+        return (_apart(out, count), _apart(pre, count)), (0, 0)
+    weights = [_joined(_samples(each, dim, count)) for each, dim in zip(weights, in_dims[1:5])]
+    out, pre = _expert_mlp_op(_joined(x), *weights, *settings)
+    return (out.unflatten(0, x.shape[:2]), pre.unflatten(0, x.shape[:2])), (0, 0)
+
+
+def _moe_mlp(info, in_dims, x, slots, gates, *arguments):
+    *weights, rows, activation, drop, _, save = arguments
+    _refuse_dropout("moe_mlp", drop)
+    save = save or wants_grad(x, gates, *weights)
+    count, settings = info.batch_size, (activation, drop, None, save)
+    x, slots, gates = (_samples(each, dim, count) for each, dim in zip((x, slots, gates), in_dims))
+    shared = all(dim is None for dim in in_dims[3:7])
+    if shared:
+        # From row e * R + r of its own to row e * B * R + b * R + r of all samples.
+        num_rows, all_rows = weights[0].shape[0] * rows, count * rows
+        spread = slots + slots // max(rows, 1) * (all_rows - rows)
+        joined = _shifted(torch.where(slots < 0, slots, spread), rows, num_rows)
+    else:
+        weights = [_joined(_samples(each, dim, count)) for each, dim in zip(weights, in_dims[3:7])]
+        num_rows, all_rows = weights[0].shape[0] // count * rows, rows
+        joined = _shifted(slots, num_rows, num_rows)
+    y, pre = _moe_mlp_op(_joined(x), joined, _joined(gates), *weights, all_rows, *settings)
+    pre = _apart(pre, count) if shared else pre.unflatten(0, (count, -1))
+    return (y.unflatten(0, (count, x.shape[1])), pre), (0, 0)
+
+
+_router_op.register_vmap(_router)
+_assign_slots_op.register_vmap(_assign_slots)
+_dispatch_op.register_vmap(_dispatch)
+_combine_op.register_vmap(_combine)
+_expert_mlp_op.register_vmap(_expert_mlp)
+_moe_mlp_op.register_vmap(_moe_mlp)
