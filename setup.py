@@ -8,7 +8,9 @@ HERE = Path(__file__).parent
 
 TRAIN = ["torchvision>=0.26", "tqdm>=4.66", "tensorboard>=2.16", "matplotlib>=3.9"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
-DEV = [*TRAIN, *DOCS, "hypothesis>=6.100", "pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
+EXPORT = ["onnx>=1.18", "onnxscript>=0.6", "onnxruntime>=1.22"]
+TEST = ["hypothesis>=6.100", "pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
+DEV = [*TRAIN, *DOCS, *EXPORT, *TEST]
 
 setup(
     name="vmoe-torch",
@@ -32,6 +34,6 @@ setup(
         "fsspec>=2024.6",
         "safetensors>=0.4.3",
     ],
-    extras_require={"train": TRAIN, "docs": DOCS, "dev": DEV, "gcs": ["gcsfs>=2024.6"]},
+    extras_require={"train": TRAIN, "export": EXPORT, "docs": DOCS, "dev": DEV, "gcs": ["gcsfs>=2024.6"]},
     entry_points={"console_scripts": ["vmoe = vmoe_torch.cli:main"]},
 )

@@ -30,7 +30,7 @@ ELSEWHERE = {
 PUBLIC = (
     "vmoe_torch",
     *(f"vmoe_torch.{room}" for room in ("analyze", "budget", "checkpoints", "data", "evaluate", "layers", "models")),
-    *(f"vmoe_torch.{room}" for room in ("parallel", "recipes", "train")),
+    *(f"vmoe_torch.{room}" for room in ("export", "parallel", "recipes", "train")),
     "vmoe_kernels",
 )
 

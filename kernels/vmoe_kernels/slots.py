@@ -71,7 +71,12 @@ def _positions(experts: Tensor, key: Tensor | None, num_experts: int) -> Tensor:
     # (G, K, S): rank-major queue order, then a stable sort by (group, expert) lines the queues up.
     queue = (torch.arange(groups, device=device).view(-1, 1, 1) * num_experts + experts.transpose(1, 2)).reshape(-1)
     sorted_queue, index = queue.sort(stable=True)
-    begin = torch.searchsorted(sorted_queue, torch.arange(groups * num_experts, device=device))
+    if torch.compiler.is_exporting():
+        # The same begin of each queue, in operators that ONNX has.
+        length = queue.new_zeros(groups * num_experts).scatter_add(0, queue, torch.ones_like(queue))
+        begin = length.cumsum(0) - length
+    else:
+        begin = torch.searchsorted(sorted_queue, torch.arange(groups * num_experts, device=device))
     place = torch.empty_like(queue)
     place[index] = torch.arange(queue.numel(), device=device) - begin[sorted_queue]
     place = place.view(groups, choices, tokens).transpose(1, 2)

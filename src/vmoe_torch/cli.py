@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 
 import vmoe_torch
-from vmoe_torch.commands import analyze, budget, convert, eval, fewshot, plan, predict, train
+from vmoe_torch.commands import analyze, budget, convert, eval, export, fewshot, plan, predict, train
 from vmoe_torch.parallel import RankError
 
-COMMANDS = (train, eval, fewshot, predict, analyze, budget, plan, convert)
+COMMANDS = (train, eval, fewshot, predict, analyze, budget, export, plan, convert)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -42,7 +42,7 @@ def progress(text: str) -> Callable[[Iterable], Iterable]:
     return lambda batches: tqdm(batches, desc=text, disable=not sys.stderr.isatty())
 
 
-def writable(path: str | None) -> None:
+def writable(path: str | None, name: str = "--out") -> None:
     """Raises ValueError if a file could not be written there: to be asked before the work, not after."""
     if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise ValueError(f"--out must be a file in a folder that exists, got {path}")
+        raise ValueError(f"{name} must be a file in a folder that exists, got {path}")

@@ -186,20 +186,26 @@ class MoeMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        group, capacity, last_capacity = self._groups(tokens.shape[0], x.shape[0])
+        per_image = 1
+        for size in x.shape[1:-1]:
+            per_image *= size
+        group, capacity, last_capacity = self._groups(tokens.shape[0], per_image)
         if torch.jit.is_scripting():
             y = self._scripted(tokens, group, capacity, last_capacity)
         else:
             y = self._routed(tokens, x.shape[0], group, capacity, last_capacity)
         return self.drop(y).reshape(x.shape[:-1] + (y.shape[-1],))
 
-    def _groups(self, num_tokens: int, images: int) -> tuple[int, int, int]:
+    def _groups(self, num_tokens: int, per_image: int) -> tuple[int, int, int]:
         """Tokens per group, slots per expert in a group, and in a smaller last one."""
         if num_tokens == 0:
             return 1, 1, 1
         group = num_tokens
-        if self.group_size > 0:
-            group = min(self.group_size * (num_tokens // images), num_tokens)
+        if self.group_size == 1:
+            # No comparison: in an export with a dynamic batch, the group and its capacity stay numbers.
+            group = per_image
+        elif self.group_size > 1:
+            group = min(self.group_size * per_image, num_tokens)
         capacity = self.capacity(group)
         rest = num_tokens % group
         return group, capacity, self.capacity(rest) if rest > 0 else capacity
@@ -261,7 +267,11 @@ class MoeMlp(nn.Module):
             return kernels.moe_mlp(tokens, slots, gates, *weights, rows_per_expert=rows, **options)
 
         wire = self.dispatch_dtype or tokens.dtype
-        buffer = kernels.dispatch(tokens.to(wire), slots, self.num_experts * rows, impl=self.impl)
+        sent = tokens.to(wire)
+        if torch.compiler.is_exporting():
+            # The rounded values: not every runtime can move bfloat16.
+            sent = sent.to(tokens.dtype)
+        buffer = kernels.dispatch(sent, slots, self.num_experts * rows, impl=self.impl)
         buffer = buffer.view(self.num_experts, rows, tokens.shape[1])
 
         def experts(rows: Tensor) -> Tensor:
