@@ -11,7 +11,8 @@ from PIL import Image
 from vmoe_torch.cli import main
 from vmoe_torch.data import FashionMnist
 from vmoe_torch.data.idx import write_idx
-from vmoe_torch.train.logs import COLUMNS, read_metrics
+from vmoe_torch.train.logs import EPOCH_COLUMNS
+from vmoe_torch.train.table import read_table
 
 MODEL = ("patch_size=14", "embed_dim=32", "depth=2", "num_heads=2", "mlp_ratio=1.0", "num_experts=4")
 
@@ -60,7 +61,7 @@ def test_train_leaves_a_run_folder(trained):
     assert json.loads((trained / "config.json").read_text())["model"]["kwargs"]["embed_dim"] == 32
     environment = json.loads((trained / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert (trained / "metrics.csv").read_text().strip() == ",".join(COLUMNS)
+    assert (trained / "metrics.csv").read_text().strip() == ",".join(EPOCH_COLUMNS)
     assert list((trained / "tb").iterdir())
     assert (trained / "checkpoints" / "update_00000002.pt").is_file()
 
@@ -73,7 +74,7 @@ def test_train_resumes_to_the_end_of_an_epoch(tmp_path, capsys):
     short = [f"data.root={tmp_path}", "schedule.epochs=1"]
     assert main(arguments(tmp_path / "run", *short)) == 0
     assert main(arguments(tmp_path / "run", *short, "run.max_updates=3", "--resume")) == 0
-    assert [row["update"] for row in read_metrics(tmp_path / "run" / "metrics.csv")] == ["3"]
+    assert [row["update"] for row in read_table(tmp_path / "run" / "metrics.csv")] == ["3"]
     assert "images/s" in capsys.readouterr().out
 
 

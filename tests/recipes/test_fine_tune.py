@@ -10,7 +10,7 @@ from PIL import Image
 from tests.checkpoints.test_golden_checkpoints import FOLDER
 from vmoe_torch.checkpoints import read_original
 from vmoe_torch.cli import main
-from vmoe_torch.train.logs import read_metrics
+from vmoe_torch.train.table import read_table
 
 COLORS = {"blue": (60, 80, 160), "green": (70, 150, 80), "red": (170, 80, 70)}
 # The shape of the checkpoint's model, whose images had 32 x 32 pixels and 10 classes.
@@ -66,7 +66,7 @@ def fine_tuned(paintings, tmp_path_factory):
 
 
 def test_fine_tuning_learns_from_the_checkpoint(fine_tuned):
-    accuracies = [float(row["val_accuracy"]) for row in read_metrics(fine_tuned / "metrics.csv")]
+    accuracies = [float(row["val_accuracy"]) for row in read_table(fine_tuned / "metrics.csv")]
     assert accuracies[-1] > 0.9
     state = torch.load(fine_tuned / "checkpoints" / "update_00000030.pt", weights_only=True)
     assert state["model"]["head.weight"].shape == (3, 32)
@@ -81,7 +81,7 @@ def test_eval_agrees_with_the_run(fine_tuned, paintings, tmp_path):
     grid = ["--capacity=1.5,0.25", "--k=2", "--order=vanilla,bpr", "--batch-size=128"]
     assert main(["eval", str(fine_tuned), f"--data={paintings}", *grid, f"--out={tmp_path}/x.json"]) == 0
     rows = json.loads((tmp_path / "x.json").read_text())
-    best = max(float(row["val_accuracy"]) for row in read_metrics(fine_tuned / "metrics.csv"))
+    best = max(float(row["val_accuracy"]) for row in read_table(fine_tuned / "metrics.csv"))
     # The released models are routed in vanilla order.
     assert (rows[0]["capacity_factor"], rows[0]["batch_priority"], rows[0]["top1"]) == (1.5, False, best)
     assert rows[2]["dropped"] > rows[0]["dropped"]

@@ -51,6 +51,7 @@ def tiny(tiny_images, tmp_path):
                 "device": "cpu",
                 "progress": False,
                 "tensorboard": False,
+                "summary": False,
                 "log_every": 2,
             },
         }

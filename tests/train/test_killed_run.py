@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from vmoe_torch.parallel import full_state_dict
 from vmoe_torch.train import load_model, train
-from vmoe_torch.train.logs import read_metrics
 from vmoe_torch.train.processes import Processes
 from vmoe_torch.train.spread import EvenShares
+from vmoe_torch.train.table import read_table
 from vmoe_torch.train.validation import validate
 
 PROGRAM = Path(__file__).with_name("killed_run.py")
@@ -52,7 +52,7 @@ def test_killed_run_ends_with_the_bits_of_one_never_killed(tiny, tmp_path):
         assert torch.equal(killed[name], tensor), name
     columns = ("update", "train_loss", "val_loss", "val_accuracy")
     metrics = [
-        [[row[column] for column in columns] for row in read_metrics(tmp_path / folder / "metrics.csv")]
+        [[row[column] for column in columns] for row in read_table(tmp_path / folder / "metrics.csv")]
         for folder in ("whole", "killed")
     ]
     assert metrics[0] == metrics[1]

@@ -9,8 +9,8 @@ import torch
 
 from vmoe_torch.recipes import load_recipe
 from vmoe_torch.train import build_model, loop, read_checkpoint, train
-from vmoe_torch.train.logs import read_metrics
 from vmoe_torch.train.step import Update
+from vmoe_torch.train.table import read_table
 
 
 def assert_same_weights(got, want):
@@ -58,7 +58,7 @@ def read_metrics_without_speed(config):
     """metrics.csv without the one column that may differ."""
     return [
         {name: value for name, value in row.items() if name != "images_per_second"}
-        for row in read_metrics(Path(config.run.output) / "metrics.csv")
+        for row in read_table(Path(config.run.output) / "metrics.csv")
     ]
 
 
@@ -67,9 +67,9 @@ def test_resume_after_a_kill_drops_later_rows(tiny):
     folder = Path(tiny.run.output)
     for name in ("update_00000005.pt", "update_00000006.pt", "update_00000009.pt", "update_00000010.pt"):
         (folder / "checkpoints" / name).unlink()
-    assert len(read_metrics(folder / "metrics.csv")) == 2
+    assert len(read_table(folder / "metrics.csv")) == 2
     assert train(tiny, resume=True).finished
-    assert [row["update"] for row in read_metrics(folder / "metrics.csv")] == ["5", "10"]
+    assert [row["update"] for row in read_table(folder / "metrics.csv")] == ["5", "10"]
 
 
 # Python 3.12 warns of every fork beside torch's threads.
@@ -125,6 +125,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny, monkeypatch):
 
     def clip(parameters, limit):
         gradients.setdefault(case, [p.grad.clone() for p in parameters])
+        return torch.zeros(())
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     # No noise, no drop, no mixing between images; groups that do not depend on the batch, with room for all.
@@ -160,9 +161,12 @@ def test_train_runs_in_low_precision(tiny, precision):
 
 def test_loss_scaling_keeps_the_auxiliary_gradient(tiny, monkeypatch):
     gradients = []
-    monkeypatch.setattr(
-        torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: gradients.append([p.grad for p in parameters])
-    )
+
+    def clip(parameters, limit):
+        gradients.append([p.grad for p in parameters])
+        return torch.zeros(())
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     for case in ("float32", "float16"):
         # The model stays in float32; only the loss is scaled.
         monkeypatch.setattr(Update, "autocast", lambda self: torch.autocast("cpu", enabled=False))
@@ -228,5 +232,42 @@ def test_train_refuses(tiny, change, message):
 
 
 def test_train_stops_on_a_loss_that_is_not_finite(tiny):
-    with pytest.raises(FloatingPointError, match="loss must stay finite, got nan"):
+    with pytest.raises(FloatingPointError, match=r"loss must stay finite, got NaN or Inf in update \d: .* is "):
         train(tiny.override("optim.lr=1e30", "optim.name=sgd", "optim.clip_norm=none", "schedule.warmup_epochs=0"))
+
+
+def test_sigterm_while_validating_saves_and_resumes_to_equal_bits(tiny, monkeypatch):
+    whole = train(in_folder(tiny, "whole"))
+    forward = loop.validate
+
+    def validate(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*args)
+
+    monkeypatch.setattr(loop, "validate", validate)
+    stopped = train(tiny)
+    assert (stopped.updates, stopped.finished, stopped.history) == (5, False, [])
+    monkeypatch.undo()
+    resumed = train(tiny, resume=True)
+    assert_same_weights(resumed.model, whole.model)
+    rows = [read_metrics_without_speed(config) for config in (tiny, in_folder(tiny, "whole"))]
+    assert rows[0] == rows[1]
+
+
+def test_model_with_other_classes_is_refused(tiny):
+    with pytest.raises(ValueError, match="model must have the 10 classes of the data, got 7"):
+        train(tiny.override("model.kwargs.num_classes=7"))
+
+
+def test_resume_refuses_data_with_other_classes(tiny, monkeypatch):
+    train(tiny.override("run.max_updates=1"))
+    original = loop.build_data
+
+    def build_data(*args):
+        data = original(*args)
+        data.class_names = ("shoe", *data.class_names[1:])
+        return data
+
+    monkeypatch.setattr(loop, "build_data", build_data)
+    with pytest.raises(ValueError, match=r"the classes of the run to resume, 10 \(t-shirt.*\), got 10 \(shoe"):
+        train(tiny, resume=True)

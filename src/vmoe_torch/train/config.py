@@ -3,15 +3,15 @@
 Every error names the path of the key, the rule and what was got.
 """
 
-import difflib
 import json
 import math
-import types
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
+
+from vmoe_torch.train.overrides import Text, changed
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULES = ("cosine", "linear", "tanh", "poly", "step", "wsd", "rsqrt", "constant", "none")
@@ -176,7 +176,26 @@ class RunConfig:
     # Stop, with a checkpoint, after so many updates; the schedule stays that of all epochs.
     max_updates: int | None = None
     tensorboard: bool = True
+    # summary.html, at every end of an epoch.
+    summary: bool = True
     progress: bool = True
+
+
+@dataclass(frozen=True)
+class AlarmsConfig:
+    """What a run warns of, judged at log points; null or false turns an alarm off."""
+
+    # Share of the tokens that choose one expert of a layer; above it, the routing has collapsed.
+    expert_share: float | None = 0.9
+    # Log points in a row at which no token chooses an expert.
+    dead_after: int | None = 20
+    # A loss so many times the median of the last `loss_window` log points.
+    loss_spike: float | None = 3.0
+    loss_window: int = 50
+    # NaN or Inf in the loss, the gradient or the weights stops the run, before a checkpoint is written.
+    stop_not_finite: bool = True
+    # Then train again from the last checkpoint up to that update, to name the module in which it begins.
+    find_not_finite: bool = True
 
 
 @dataclass(frozen=True)
@@ -189,6 +208,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,7 +222,7 @@ class Config:
         Raises:
             ValueError: if a key is unknown or a value has the wrong type.
         """
-        return _changed(cls(), values, "")
+        return changed(cls(), values)
 
     @classmethod
     def from_file(cls, path: Path | str) -> "Config":
@@ -237,10 +257,10 @@ class Config:
             if not equals:
                 raise ValueError(f"an override must read key=value, got {assignment!r}")
             *parents, name = path.split(".")
-            values: Any = {name: _Text(text)}
+            values: Any = {name: Text(text)}
             for parent in reversed(parents):
                 values = {parent: values}
-            config = _changed(config, values, "")
+            config = changed(config, values)
         return config
 
     def check(self) -> None:
@@ -276,6 +296,10 @@ class Config:
             ("parallel.chunks", self.parallel.chunks, 1),
             ("parallel.ranks_per_node", self.parallel.ranks_per_node, 0),
             ("parallel.timeout", self.parallel.timeout, 1),
+            ("alarms.expert_share", self.alarms.expert_share, 0),
+            ("alarms.dead_after", self.alarms.dead_after, 1),
+            ("alarms.loss_spike", self.alarms.loss_spike, 1),
+            ("alarms.loss_window", self.alarms.loss_window, 5),
             ("run.seed", run.seed, 0),
             ("run.keep_checkpoints", run.keep_checkpoints, 1),
             ("run.log_every", run.log_every, 1),
@@ -309,113 +333,6 @@ class Config:
             raise ValueError(f"optim.ema_decay must be null with parallel.ep or fsdp, got {self.optim.ema_decay}")
 
 
-class _Text(str):
-    """A value as typed on the command line, to be parsed by the type of its key."""
-
-    __slots__ = ()
-
-
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _changed(config: Any, values: Any, path: str) -> Any:
-    """A dataclass with nested values changed; `path` is its own, for messages."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must be changed by its own keys, got {values!r}")
-    types_of = get_type_hints(type(config))
-    names = [f.name for f in fields(config)]
-    changes = {}
-    for name, value in values.items():
-        key = f"{path}.{name}" if path else name
-        if name not in names:
-            raise ValueError(f"unknown config key {key!r}{_near(key, type(config), path)}")
-        current = getattr(config, name)
-        if is_dataclass(current):
-            changes[name] = _changed(current, value, key)
-        elif isinstance(current, dict):
-            changes[name] = _merged(current, value, key)
-        else:
-            changes[name] = _typed(value, types_of[name], key)
-    return replace(config, **changes)
-
-
-def _near(key: str, cls: type, path: str) -> str:
-    """The known keys that look like this one, or those beside it."""
-    close = difflib.get_close_matches(key, list(_paths(Config, "")), n=3)
-    beside = [f"{path}.{f.name}" if path else f.name for f in fields(cls)]
-    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(beside)}"
-
-
-def _paths(cls: type, path: str):
-    for name, kind in get_type_hints(cls).items():
-        if is_dataclass(kind):
-            yield from _paths(kind, f"{path}{name}.")
-        else:
-            yield f"{path}{name}"
-
-
-def _merged(current: dict, value: Any, key: str) -> dict:
-    """A free dict: keys are added and replaced one by one, also in dicts inside."""
-    if isinstance(value, _Text):
-        value = _from_json(value)
-    if not isinstance(value, dict):
-        raise ValueError(f"{key} must be a JSON object or be changed by {key}.NAME=VALUE, got {value!r}")
-    merged = dict(current)
-    for name, item in value.items():
-        if isinstance(item, dict):
-            item = _merged(merged[name] if isinstance(merged.get(name), dict) else {}, item, f"{key}.{name}")
-        merged[name] = _from_json(item) if isinstance(item, _Text) else item
-    return merged
-
-
-def _from_json(text: str) -> Any:
-    """JSON where it is JSON, else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        words = {"True": True, "False": False, "None": None}
-        return words.get(str(text), str(text))
-
-
-def _typed(value: Any, kind: Any, key: str) -> Any:
-    """A value of this type, from JSON or from text."""
-    if get_origin(kind) in (types.UnionType, Union):
-        if value is None or (isinstance(value, _Text) and value.lower() in ("none", "null")):
-            return None
-        (kind,) = (option for option in get_args(kind) if option is not type(None))
-    if get_origin(kind) is tuple:
-        return _typed_tuple(value, get_args(kind), key)
-    if kind is str:
-        if isinstance(value, str):
-            return str(value)
-        raise ValueError(f"{key} must be a string, got {value!r}")
-    if isinstance(value, _Text):
-        value = _from_json(value.lower() if kind is bool else value)
-        if isinstance(value, str):
-            try:
-                # "1e-3" is JSON, "1." and "inf" are not.
-                value = float(value)
-            except ValueError:
-                raise ValueError(f"{key} must be of type {kind.__name__}, got {value!r}") from None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float and is_number:
-        return float(value)
-    if kind is int and is_number and math.isfinite(value) and value == int(value):
-        return int(value)
-    if kind is bool and isinstance(value, bool):
-        return value
-    raise ValueError(f"{key} must be of type {kind.__name__}, got {value!r}")
-
-
-def _typed_tuple(value: Any, kinds: tuple, key: str) -> tuple:
-    if isinstance(value, _Text):
-        value = [_Text(part.strip()) for part in value.strip("()[] ").split(",") if part.strip()]
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{key} must be a list of numbers, got {value!r}")
-    if kinds[-1] is Ellipsis:
-        kinds = (kinds[0],) * len(value)
-    if len(value) != len(kinds):
-        raise ValueError(f"{key} must have {len(kinds)} values, got {len(value)}")
-    return tuple(_typed(item, kind, key) for item, kind in zip(value, kinds))

@@ -1,6 +1,5 @@
 """What a run writes and shows: its folder, the CSV and TensorBoard logs, and the progress bar."""
 
-import csv
 import json
 import os
 import platform
@@ -13,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from vmoe_torch.train.alarms import Alarm
 from vmoe_torch.train.config import Config
+from vmoe_torch.train.routing import LayerSample, routing_columns, routing_row, routing_scalars
+from vmoe_torch.train.table import CsvTable, read_table
 
-COLUMNS = (
+# Of metrics.csv, a row per epoch.
+EPOCH_COLUMNS = (
     "epoch",
     "update",
     "lr",
@@ -32,6 +36,9 @@ COLUMNS = (
     "max_load",
     "images_per_second",
 )
+# Of progress.csv, a row per log point: means since the one before, in the first process.
+POINT_COLUMNS = ("update", "loss", "auxiliary_loss", "accuracy", "lr", "gradient_norm", "images_per_second")
+ALARM_COLUMNS = ("update", "kind", "layer", "message")
 
 
 def check_writable(folder: Path) -> None:
@@ -91,23 +98,33 @@ class Logs:
     Args:
         config: the run's.
         enabled: whether this is the process that writes.
+        model: whose MoE layers routing.csv is about.
         first_update: update to go on from; what the logs hold beyond it is dropped.
         total_updates: for the bar.
     """
 
-    def __init__(self, config: Config, enabled: bool, first_update: int, total_updates: int):
+    def __init__(self, config: Config, enabled: bool, model: nn.Module, first_update: int, total_updates: int):
         self.enabled = enabled
         if not enabled:
             return
         folder = Path(config.run.output)
         (folder / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
         (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-        self.metrics = folder / "metrics.csv"
-        rows = [row for row in read_metrics(self.metrics) if int(row["update"]) <= first_update]
-        with open(self.metrics, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        self.metrics, self.progress, self.routing_table, self.alarms = (
+            CsvTable(folder / f"{name}.csv", columns, first_update)
+            for name, columns in (
+                ("metrics", EPOCH_COLUMNS),
+                ("progress", POINT_COLUMNS),
+                ("routing", routing_columns(model)),
+                ("alarms", ALARM_COLUMNS),
+            )
+        )
+        self.folder = folder
+        self.write_summary = None
+        if config.run.summary:
+            from vmoe_torch.train.summary import write_summary
+
+            self.write_summary = write_summary
         self.board = None
         if config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -129,25 +146,53 @@ class Logs:
         if self.enabled:
             self.bar.update()
 
-    def scalars(self, values: dict[str, float], update: int) -> None:
-        """To TensorBoard."""
-        if self.enabled and self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, update)
+    def losses(self) -> list[float]:
+        """Those of the log points so far."""
+        return [float(row["loss"]) for row in read_table(self.progress.path)] if self.enabled else []
+
+    def point(self, row: dict[str, Any], layers: dict[str, LayerSample]) -> None:
+        """A log point: a row of progress.csv, one of routing.csv for each MoE layer, and TensorBoard."""
+        if not self.enabled:
+            return
+        update = row["update"]
+        self.progress.add(row)
+        self.routing_table.add(*(routing_row(update, name, layer) for name, layer in layers.items()))
+        shown = {f"train/{name}": row[name] for name in POINT_COLUMNS[1:] if row[name] is not None}
+        self._scalars({**shown, **routing_scalars(layers)}, update)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """A row of alarms.csv, and a line on stderr."""
+        if self.enabled:
+            self.alarms.add(vars(alarm))
+            self.warn(": ".join(filter(None, (f"update {alarm.update}", alarm.kind, alarm.layer, alarm.message))))
+
+    def warn(self, text: str) -> None:
+        """A line on stderr, above the bar."""
+        if self.enabled:
+            self.bar.write(f"warning: {text}", file=sys.stderr)
 
     def show(self, values: dict[str, str]) -> None:
         """Beside the bar."""
         if self.enabled:
             self.bar.set_postfix(values, refresh=False)
 
-    def epoch(self, row: dict[str, float]) -> None:
-        """A row of metrics.csv, and a line above the bar."""
+    def epoch(self, row: dict[str, Any]) -> None:
+        """A row of metrics.csv, TensorBoard, a line above the bar, and summary.html."""
         if not self.enabled:
             return
-        with open(self.metrics, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow(row)
+        self.metrics.add(row)
+        columns = ("val_loss", "val_accuracy", "ema_val_loss", "ema_val_accuracy")
+        shown = {f"val/{name.replace('val_', '')}": row[name] for name in columns if row[name] is not None}
+        self._scalars(shown, row["update"])
         if not self.bar.disable:
             self.bar.write(_line(row))
+        if self.write_summary is not None:
+            self.write_summary(self.folder)
+
+    def _scalars(self, values: dict[str, float], update: int) -> None:
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, update)
 
     def close(self) -> None:
         """Flushes everything."""
@@ -155,14 +200,6 @@ class Logs:
             self.bar.close()
             if self.board is not None:
                 self.board.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv; none if there is no such file."""
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _line(row: dict[str, float]) -> str:

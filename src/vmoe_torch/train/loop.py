@@ -1,9 +1,10 @@
 """The training loop: one process or torchrun's, CPU or CUDA, and exactly resumable after any update."""
 
 import contextlib
-import math
+import itertools
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from vmoe_torch.data import EpochSampler, evaluation_loader, training_loader
 from vmoe_torch.layers.auxiliary import set_auxiliary_gradient_scale
 from vmoe_torch.parallel import parameter_groups
+from vmoe_torch.train.alarms import Alarm, Alarms
 from vmoe_torch.train.build import (
     Data,
     build_data,
@@ -26,15 +28,18 @@ from vmoe_torch.train.build import (
 )
 from vmoe_torch.train.config import Config
 from vmoe_torch.train.determinism import deterministic, seed_everything
-from vmoe_torch.train.logs import Logs, check_writable
+from vmoe_torch.train.logs import ALARM_COLUMNS, Logs, check_writable
 from vmoe_torch.train.meter import Meter
+from vmoe_torch.train.nonfinite import NonFiniteError, explain, weights_not_finite
 from vmoe_torch.train.optimizer import build_optimizer, build_schedule
 from vmoe_torch.train.processes import Processes, processes
+from vmoe_torch.train.routing import sample_routing
 from vmoe_torch.train.sigterm import Sigterm
 from vmoe_torch.train.spread import EvenShares, spread_model
 from vmoe_torch.train.start import build_starting_model
 from vmoe_torch.train.state import RunCheckpoints, RunState
 from vmoe_torch.train.step import Update
+from vmoe_torch.train.table import CsvTable
 from vmoe_torch.train.validation import validate
 
 
@@ -55,10 +60,14 @@ class TrainResult:
 
 
 def train(config: Config, resume: bool = False) -> TrainResult:
-    """Trains, and leaves config.json, environment.json, metrics.csv, tb/ and checkpoints/ in run.output.
+    """Trains, and leaves a folder that a person can read in run.output.
+
+    It holds config.json, environment.json, metrics.csv (by epoch), progress.csv and routing.csv (by log point),
+    alarms.csv, summary.html, tb/ and checkpoints/.
 
     Everything is checked before the first update: the folder, the data, the model, the checkpoint. SIGTERM ends the run
-    after the current update, with a checkpoint.
+    with a checkpoint: after the current update, or after the current batch of a validation, which the resumed run does
+    again. Several processes ask each other at log points and at the ends of epochs only, and finish a validation.
 
     Args:
         config: of the run.
@@ -70,16 +79,43 @@ def train(config: Config, resume: bool = False) -> TrainResult:
 
     Raises:
         ValueError: if a value, a folder, a file or a checkpoint is not what it must be; then nothing has been trained.
-        FloatingPointError: if the loss is no longer finite.
+        FloatingPointError: if a loss, a gradient or a weight is not finite; tells the update and the module in which
+            that begins. The last checkpoint is from before.
+        OSError: if a file cannot be written; earlier checkpoints stay.
     """
     config.check()
     with (
         processes(config.run.device, config.parallel.timeout, config.parallel.enabled) as group,
         deterministic(group.device, config.run.deterministic),
     ):
-        run = _Run(config, group, resume)
-        with Sigterm() as stop:
-            return run.run(stop)
+        try:
+            with Sigterm() as stop:
+                return _Run(config, group, resume).run(stop)
+        except NonFiniteError as error:
+            update = error.update
+        # Nothing refers to the failed run any more, so there is room for another.
+        raise FloatingPointError(_explain_not_finite(config, group, update))
+
+
+def _explain_not_finite(config: Config, group: Processes, update: int) -> str:
+    """What went wrong in an update, found by training up to it again; also goes to alarms.csv and summary.html."""
+    message = f"loss must stay finite, got NaN or Inf in update {update}"
+    last = RunCheckpoints(config, group, resume=True).path
+    if config.alarms.find_not_finite:
+        # A compiled model has no modules to watch.
+        again = replace(config, run=replace(config.run, compile=False))
+        found = _Run(again, group, resume=True).find_not_finite(update)
+        reasons = [reason for reason in group.gather(found) if reason is not None]
+        message += f": {reasons[0] if reasons else 'it did not repeat when trained again'}"
+    if group.is_first:
+        folder = Path(config.run.output)
+        alarm = Alarm(update, "not finite", "", message)
+        CsvTable(folder / "alarms.csv", ALARM_COLUMNS, update).add(vars(alarm))
+        if config.run.summary:
+            from vmoe_torch.train.summary import write_summary
+
+            write_summary(folder)
+    return message + (f"; the last good checkpoint is {last}" if last is not None else "; there is no checkpoint yet")
 
 
 class _Run:
@@ -96,6 +132,8 @@ class _Run:
         classes = len(data.class_names)
         seed_everything(config.run.seed)
         model = self._build_model(classes)
+        if getattr(model, "num_classes", classes) != classes:
+            raise ValueError(f"model must have the {classes} classes of the data, got {model.num_classes}")
         self._build_loaders(data, model)
         self.updates_per_epoch = self.sampler.updates_per_epoch
         self.total = config.schedule.total(self.updates_per_epoch)
@@ -121,6 +159,7 @@ class _Run:
         seed_everything(config.run.seed, group.rank)
         if self.checkpoints.found is not None:
             self.checkpoints.restore(self.state)
+        self.images_per_second = 0.0
         self.update_once = Update(config, group, self.state, build_loss(config).to(group.device), mixup, schedule)
 
     def _build_model(self, num_classes: int) -> nn.Module:
@@ -160,16 +199,23 @@ class _Run:
         """All epochs, or those up to run.max_updates."""
         config, state, total = self.config, self.state, self.total
         last = total if config.run.max_updates is None else min(total, config.run.max_updates)
-        logs = Logs(config, self.group.is_first, state.update, total)
+        logs = Logs(config, self.group.is_first, state.model, state.update, total)
+        self.alarms = Alarms(config.alarms, logs.losses())
         history = []
+        stopped, ended = False, state.pending
         try:
-            stopped = False
-            while state.update < last and not stopped:
+            while True:
+                if ended:
+                    row = self._end_epoch(logs, stop, stopped)
+                    if row is None:
+                        break
+                    history.append(row)
+                if stopped or state.update >= last:
+                    break
                 stopped = self._epoch(last, stop, logs)
-                if self._is_epoch_end():
-                    history.append(self._end_epoch(logs))
-                else:
-                    self.checkpoints.save(state)
+                ended = self._is_epoch_end()
+                if not ended:
+                    self._save()
             self.checkpoints.wait()
         finally:
             logs.close()
@@ -179,7 +225,7 @@ class _Run:
             None if state.ema is None else state.ema.module,
             state.class_names,
             state.update,
-            state.update == total,
+            state.update == total and not state.pending,
             state.best_accuracy,
             history,
         )
@@ -190,14 +236,11 @@ class _Run:
     def _epoch(self, last: int, stop: Sigterm, logs: Logs) -> bool:
         """The updates from here to the end of the epoch, or to `last`; returns whether it was told to stop."""
         config, state = self.config, self.state
-        epoch, first = divmod(state.update, self.updates_per_epoch)
-        self.sampler.set_position(epoch, first)
         state.model.train()
-        batches = iter(self.train_batches)
+        updates = self._updates()
         began, images = time.monotonic(), 0
-        self.images_per_second = 0.0
         while True:
-            norm = self.update_once([next(batches) for _ in range(config.optim.accumulation)])
+            norm = self.update_once(next(updates))
             images += config.data.batch_size
             state.update += 1
             logs.advance()
@@ -207,29 +250,38 @@ class _Run:
                 self._log(norm, logs)
             every = config.run.checkpoint_every
             if every is not None and state.update % every == 0 and not ends_epoch:
-                self.checkpoints.save(state)
+                self._save()
             if self._told_to_stop(stop):
                 return True
             if ends_epoch or state.update == last:
                 return False
 
+    def _updates(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """The batches of each update from here to the end of the epoch."""
+        self.sampler.set_position(*divmod(self.state.update, self.updates_per_epoch))
+        batches = iter(self.train_batches)
+        for first in batches:
+            yield [first, *itertools.islice(batches, self.config.optim.accumulation - 1)]
+
     def _log(self, norm: torch.Tensor | None, logs: Logs) -> None:
-        """TensorBoard, the bar, and a look at the loss."""
+        """The files, the bar, and a look at what may have gone wrong."""
         state = self.state
-        routing = state.meter.add_routing(state.model)
-        means = state.meter.results()
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"loss must stay finite, got {means['loss']} by update {state.update}")
-        values = {
-            "train/loss": means["loss"],
-            "train/auxiliary_loss": means["auxiliary"],
-            "train/accuracy": means["accuracy"],
-            "train/lr": self._lr(),
-            "train/images_per_second": self.images_per_second,
+        layers = sample_routing(state.model)
+        state.meter.add_routing(layers)
+        means, recent = state.meter.results(), state.meter.recent()
+        self._require_finite()
+        row = {
+            "update": state.update,
+            "loss": recent["loss"],
+            "auxiliary_loss": recent["auxiliary"],
+            "accuracy": recent["accuracy"],
+            "lr": self._lr(),
+            "gradient_norm": None if norm is None else norm.item(),
+            "images_per_second": self.images_per_second,
         }
-        if norm is not None:
-            values["train/gradient_norm"] = norm.item()
-        logs.scalars({**values, **routing}, state.update)
+        logs.point(row, layers)
+        for alarm in self.alarms.look(state.update, recent["loss"], layers):
+            logs.alarm(alarm)
         epoch, epochs = (-(-update // self.updates_per_epoch) for update in (state.update, self.total))
         logs.show(
             {
@@ -240,12 +292,45 @@ class _Run:
             }
         )
 
-    def _end_epoch(self, logs: Logs) -> dict[str, Any]:
-        """Validates, logs, saves; returns the epoch's row."""
+    def _require_finite(self, weights: bool = False) -> None:
+        """Raises NonFiniteError, in all processes, if an update of any gave NaN or Inf, or the weights hold some."""
+        if not self.config.alarms.stop_not_finite:
+            return
+        state, group = self.state, self.group
+        first = self.update_once.watch.first()
+        if first is None and weights and weights_not_finite(state.model):
+            first = state.update
+        if group.sum(torch.tensor(float(first is not None), device=group.device)) > 0:
+            raise NonFiniteError(min(update for update in group.gather(first) if update is not None))
+
+    def _save(self, best: bool = False) -> None:
+        """A checkpoint, never of weights that are lost."""
+        self._require_finite(weights=True)
+        self.checkpoints.save(self.state, best)
+
+    def find_not_finite(self, update: int) -> str | None:
+        """Trains up to the one before this update, and says what in this one is the first that is not finite."""
         state = self.state
+        state.model.train()
+        while True:
+            for batches in self._updates():
+                if state.update + 1 == update:
+                    return explain(self.update_once, state.model, batches)
+                self.update_once(batches)
+                state.update += 1
+
+    def _end_epoch(self, logs: Logs, stop: Sigterm, stopped: bool) -> dict[str, Any] | None:
+        """Validates, logs, saves; returns the epoch's row, or None if it was told to stop before."""
+        state = self.state
+        self._require_finite(weights=True)
+        scores = None if stopped else self._validate(state.model, stop)
+        ema = scores if state.ema is None or scores is None else self._validate(state.ema.module, stop)
+        state.pending = ema is None
+        if state.pending:
+            self._save()
+            return None
+        (val_loss, val_accuracy), ema = scores, (None, None) if state.ema is None else ema
         means = state.meter.results(self.group.sum(state.meter.sums))
-        val_loss, val_accuracy = self._validate(state.model)
-        ema = (None, None) if state.ema is None else self._validate(state.ema.module)
         accuracy = val_accuracy if ema[1] is None else ema[1]
         best = accuracy > state.best_accuracy
         state.best_accuracy = max(accuracy, state.best_accuracy)
@@ -265,16 +350,14 @@ class _Run:
             "images_per_second": self.images_per_second,
         }
         logs.epoch(row)
-        scalars = {"val/loss": val_loss, "val/accuracy": val_accuracy}
-        if state.ema is not None:
-            scalars |= {"val/ema_loss": ema[0], "val/ema_accuracy": ema[1]}
-        logs.scalars(scalars, state.update)
         state.meter = Meter(self.group.device)
-        self.checkpoints.save(state, best)
+        self._save(best)
         return row
 
-    def _validate(self, model: nn.Module) -> tuple[float, float]:
-        return validate(model, self.val_batches, self.group, self.update_once.dtype, self.val_count)
+    def _validate(self, model: nn.Module, stop: Sigterm) -> tuple[float, float] | None:
+        # One process that gave up would leave the others waiting.
+        asked = (lambda: stop.received) if self.group.world_size == 1 else (lambda: False)
+        return validate(model, self.val_batches, self.group, self.update_once.dtype, self.val_count, asked)
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.state.optimizer.param_groups)
@@ -283,6 +366,6 @@ class _Run:
         """Whether any process got SIGTERM; asked rarely where asking makes the processes wait for each other."""
         if self.group.world_size == 1:
             return stop.received
-        if self.state.update % self.config.run.log_every:
+        if self.state.update % self.config.run.log_every and not self._is_epoch_end():
             return False
         return bool(self.group.sum(torch.tensor(float(stop.received), device=self.group.device)) > 0)

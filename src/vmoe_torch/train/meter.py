@@ -1,9 +1,9 @@
 """Sums over an epoch: loss, accuracy and what the routers did."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vmoe_torch.control import routing_stats
+from vmoe_torch.train.routing import LayerSample
 
 _FIELDS = ("images", "loss", "auxiliary", "correct", "routed", "dropped", "max_load")
 
@@ -20,6 +20,7 @@ class Meter:
         self.sums = torch.zeros(len(_FIELDS), dtype=torch.float64, device=device)
         if sums is not None:
             self.sums.copy_(sums)
+        self._marked = self.sums.tolist()
 
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor, auxiliary: Tensor) -> None:
         """One batch: logits (B, N), labels (B,), and the 0-dim losses (means over the batch)."""
@@ -30,17 +31,20 @@ class Meter:
         self.sums[2] += auxiliary.detach().to(self.sums.device) * images
         self.sums[3] += correct
 
-    def add_routing(self, model: nn.Module) -> dict[str, float]:
-        """The last forward of the model's MoE layers; returns what TensorBoard shows of each."""
-        shown = {}
-        for name, stats in routing_stats(model).items():
-            dropped, max_load = stats["dropped"], stats["load"].max() * stats["load"].numel()
+    def add_routing(self, samples: dict[str, LayerSample]) -> None:
+        """What the MoE layers did in one forward."""
+        for sample in samples.values():
             self.sums[4] += 1
-            self.sums[5] += dropped
-            self.sums[6] += max_load
-            shown[f"routing/{name}/dropped"] = dropped.item()
-            shown[f"routing/{name}/max_load"] = max_load.item()
-        return shown
+            self.sums[5] += 0.0 if sample.dropped is None else sample.dropped
+            self.sums[6] += sample.max_load
+
+    def recent(self) -> dict[str, float]:
+        """Means of loss, auxiliary and accuracy over the images since the last call."""
+        sums = self.sums.tolist()
+        images, loss, auxiliary, correct = (now - before for now, before in zip(sums[:4], self._marked))
+        self._marked = sums
+        images = max(images, 1.0)
+        return {"loss": loss / images, "auxiliary": auxiliary / images, "accuracy": correct / images}
 
     def results(self, sums: Tensor | None = None) -> dict[str, float | None]:
         """Means: loss, auxiliary, accuracy; and over the sampled MoE layers, dropped and max_load, or None.

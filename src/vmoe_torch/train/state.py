@@ -39,6 +39,8 @@ class RunState:
     # Finished updates.
     update: int = 0
     best_accuracy: float = 0.0
+    # Whether the epoch that ended with this update is still to be validated.
+    pending: bool = False
 
 
 class RunCheckpoints:
@@ -79,8 +81,17 @@ class RunCheckpoints:
             _check_same_run(config, self.found["config"])
 
     def restore(self, run: RunState) -> None:
-        """Puts the run, and the random generators, back to the moment of the checkpoint that was found."""
+        """Puts the run, and the random generators, back to the moment of the checkpoint that was found.
+
+        Raises:
+            ValueError: if the data's classes or the model are not those of the checkpoint.
+        """
         found = self.found
+        names = tuple(found["class_names"])
+        if names != run.class_names:
+            raise ValueError(
+                f"data must have the classes of the run to resume, {_shown(names)}, got {_shown(run.class_names)}"
+            )
         if self.sharded is not None:
             load_checkpoint(self.path, run.model, run.optimizer, self.sharded.group)
         else:
@@ -90,6 +101,7 @@ class RunCheckpoints:
             run.optimizer.load_state_dict(found["optimizer"])
         run.scaler.load_state_dict(found["scaler"])
         run.update, run.best_accuracy = found["update"], found["best_accuracy"]
+        run.pending = found.get("pending", False)
         everyone = found["processes"]
         if len(everyone) == self.group.world_size:
             own = everyone[self.group.rank]
@@ -108,6 +120,7 @@ class RunCheckpoints:
             "class_names": list(run.class_names),
             "update": run.update,
             "best_accuracy": run.best_accuracy,
+            "pending": run.pending,
             "scaler": run.scaler.state_dict(),
             "processes": self.group.gather(own),
         }
@@ -134,6 +147,11 @@ class RunCheckpoints:
             self.sharded.wait()
 
 
+def _shown(names: tuple[str, ...]) -> str:
+    """How many names, and the first of them."""
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
 def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     """The checkpoint's configuration computes the same."""
     now = config.to_dict()
@@ -141,6 +159,7 @@ def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     free["model"] = {"checkpoint", "pretrained"}
     # Other numbers of processes compute the same.
     free["parallel"] = set(now["parallel"])
+    free["alarms"] = set(now["alarms"])
     for section, values in now.items():
         for name, value in values.items():
             if name not in free.get(section, ()) and saved[section].get(name) != value:

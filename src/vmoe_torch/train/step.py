@@ -12,6 +12,7 @@ from vmoe_torch.layers.auxiliary import set_auxiliary_gradient_scale
 from vmoe_torch.parallel import clip_grad_norm
 from vmoe_torch.train.config import PRECISIONS, Config
 from vmoe_torch.train.mixup import DirichletMixup
+from vmoe_torch.train.nonfinite import FiniteWatch
 from vmoe_torch.train.processes import Processes
 from vmoe_torch.train.state import RunState
 
@@ -26,6 +27,9 @@ class Update:
         loss: of logits (B, N) and targets.
         mixup: of images and labels, or None.
         schedule: of the learning rate, or None.
+
+    Attributes:
+        watch: knows the first update whose loss or clipped gradient was not finite.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Update:
         self.schedule = schedule
         self.clip_norm = config.optim.clip_norm
         self.spread = config.parallel.enabled
+        self.watch = FiniteWatch(group.device)
         self.dtype = PRECISIONS[config.run.precision]
         self.model = state.model if self.spread else group.replicate(state.model)
         # A spread model compiles its parts itself.
@@ -74,6 +79,9 @@ class Update:
             state.scaler.unscale_(state.optimizer)
             clip = clip_grad_norm if self.spread else nn.utils.clip_grad_norm_
             norm = clip(state.model.parameters(), self.clip_norm)
+            if not state.scaler.is_enabled():
+                # With loss scaling an infinite gradient is no accident: the scaler skips that update.
+                self.watch.note(norm, state.update + 1)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         if state.ema is not None:
@@ -97,6 +105,7 @@ class Update:
             # Detached where the layers inject its gradient themselves.
             auxiliary = auxiliary_loss(state.model).to(self.device)
             state.scaler.scale((loss + auxiliary) / steps).backward()
+        self.watch.note(loss, state.update + 1)
         state.meter.add(logits, labels, loss, auxiliary)
 
     def autocast(self) -> torch.autocast:

@@ -1,5 +1,7 @@
 """Loss and accuracy on the validation images, shared among the processes."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,7 +17,8 @@ def validate(
     group: Processes,
     dtype: torch.dtype = torch.float32,
     count: int | None = None,
-) -> tuple[float, float]:
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, float] | None:
     """Cross-entropy and top-1 accuracy over all processes' batches, in eval mode; leaves the mode as it was.
 
     Args:
@@ -24,9 +27,10 @@ def validate(
         group: the processes.
         dtype: of autocast; float32 for none.
         count: how many of this process's images count, the first ones; None for all.
+        stop: asked between batches whether to give up.
 
     Returns:
-        (mean loss, accuracy in 0..1).
+        (mean loss, accuracy in 0..1), or None if it gave up.
     """
     training = model.training
     model.eval()
@@ -34,6 +38,9 @@ def validate(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     seen = 0
     for images, labels in batches:
+        if stop():
+            model.train(training)
+            return None
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             logits = model(images)

@@ -1,0 +1,112 @@
+"""NaN and Inf in training: noticed on the device, and traced to the module or the weights where they begin."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss, a gradient or a weight is not finite.
+
+    Attributes:
+        update: the first update that computed one, counted from 1.
+    """
+
+    def __init__(self, update: int):
+        super().__init__(f"loss must stay finite, got NaN or Inf in update {update}")
+        self.update = update
+
+
+class FiniteWatch:
+    """Remembers the first update that gave a number that is not finite; noting one does not wait for the device."""
+
+    def __init__(self, device: torch.device):
+        self._first = torch.full((), _NEVER, dtype=torch.int64, device=device)
+
+    def note(self, value: Tensor, update: int) -> None:
+        """One number (0-dim) of an update."""
+        self._first = torch.where(value.detach().isfinite(), self._first, self._first.clamp(max=update))
+
+    def first(self) -> int | None:
+        """That update, if there was one; waits for the device."""
+        first = int(self._first)
+        return None if first == _NEVER else first
+
+
+def weights_not_finite(model: nn.Module) -> list[str]:
+    """Names of parameters of which this process holds a NaN or Inf; waits for the device once."""
+    named = [(name, _local(parameter)) for name, parameter in model.named_parameters()]
+    finite = torch.stack([weight.isfinite().all() for _, weight in named]).tolist() if named else []
+    return [name for (name, _), good in zip(named, finite) if not good]
+
+
+def explain(update: Callable[[list], Any], model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> str | None:
+    """Runs an update again and says what in it is the first that is not finite, or None if all is finite.
+
+    Args:
+        update: of the batches of its accumulation steps.
+        model: that it trains, as it was before the update.
+        batches: (images, labels) of the update.
+    """
+    broken = weights_not_finite(model)
+    if broken:
+        return f"{_some(broken)} is not finite before it"
+    if not all(images.isfinite().all() for images, _ in batches):
+        return "its images are not finite"
+    with _modules_not_finite(model) as found:
+        update(batches)
+    if found:
+        return f"the output of {found[0]} is the first that is not finite"
+    # The backward comes from the head: the last parameter that is not finite had its gradient first.
+    gradients = [
+        name for name, p in model.named_parameters() if p.grad is not None and not _local(p.grad).isfinite().all()
+    ]
+    if gradients:
+        return f"its loss is finite, the gradient of {gradients[-1]} is the first that is not"
+    broken = weights_not_finite(model)
+    return f"its gradients are finite, {_some(broken)} is not after it" if broken else None
+
+
+@contextmanager
+def _modules_not_finite(model: nn.Module) -> Iterator[list[str]]:
+    """Descriptions of the modules whose output is not finite, in the order in which they finish."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not all(tensor.isfinite().all() for tensor in _tensors(output)):
+                found.append(f"{name or 'the model'} ({type(module).__name__})")
+
+        return look
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield _local(value)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

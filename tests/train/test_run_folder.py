@@ -1,0 +1,66 @@
+"""What a run leaves for people: tables over time, TensorBoard, and a page with curves."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vmoe_torch.train import train
+from vmoe_torch.train.table import CsvTable, read_table
+
+
+@pytest.fixture
+def folder(tiny):
+    """Of a short run that writes everything, with an alarm that always sounds."""
+    config = tiny.override(
+        "run.tensorboard=true", "run.summary=true", "run.max_updates=8", "alarms.expert_share=0.1", "run.log_every=3"
+    )
+    train(config)
+    return Path(config.run.output)
+
+
+def test_run_folder_tells_of_the_routing_over_time(folder):
+    rows = read_table(folder / "routing.csv")
+    assert [row["update"] for row in rows] == ["3", "5", "6"]
+    for row in rows:
+        assert row["layer"] == "blocks.1.mlp"
+        loads = [float(row[f"load_{expert}"]) for expert in range(4)]
+        assert sum(loads) == pytest.approx(1.0)
+        assert float(row["max_load"]) == pytest.approx(4 * max(loads))
+        assert 0 <= float(row["dropped"]) < 1
+        assert float(row["importance_cv"]) >= 0
+    points = read_table(folder / "progress.csv")
+    assert [row["update"] for row in points] == ["3", "5", "6"]
+    assert all(float(row["loss"]) > 0 and float(row["gradient_norm"]) > 0 for row in points)
+    board = EventAccumulator(str(folder / "tb"))
+    board.Reload()
+    tags = board.Tags()["scalars"]
+    assert {"train/loss", "val/accuracy", "val/ema_accuracy", "routing/blocks.1.mlp/dropped"} <= set(tags)
+    shares = [board.Scalars(f"load/blocks.1.mlp/expert_{expert}")[0].value for expert in range(4)]
+    assert shares == pytest.approx([float(rows[0][f"load_{expert}"]) for expert in range(4)])
+
+
+def test_run_folder_has_a_page_with_curves_and_alarms(folder):
+    (alarm,) = read_table(folder / "alarms.csv")
+    assert (alarm["update"], alarm["kind"], alarm["layer"]) == ("3", "collapse", "blocks.1.mlp")
+    page = (folder / "summary.html").read_text(encoding="utf-8")
+    for text in ("Loss", "Accuracy", "Learning rate", "Images per second", "Load per expert over time", "dropped"):
+        assert text in page
+    assert alarm["message"] in page
+    # Loss, accuracy, learning rate, speed, drops, importance, load of the one layer.
+    assert page.count("data:image/png;base64,") == 7
+    assert json.loads((folder / "config.json").read_text())["alarms"]["expert_share"] == 0.1
+    assert not list(folder.glob(".*"))
+
+
+def test_table_drops_what_comes_later_and_what_a_full_disk_cut_off(tmp_path):
+    path = tmp_path / "a.csv"
+    table = CsvTable(path, ("update", "loss"), 0)
+    table.add({"update": 1, "loss": 0.5}, {"update": 2, "loss": None})
+    table.add({"update": 3, "loss": 0.25})
+    path.write_text(path.read_text() + "4")
+    assert [row["update"] for row in read_table(path)] == ["1", "2", "3"]
+    CsvTable(path, ("update", "loss"), 2)
+    assert path.read_text().split() == ["update,loss", "1,0.5", "2,"]
+    assert read_table(tmp_path / "none.csv") == []
