@@ -144,5 +144,5 @@ def test_data_sets_of_timm(run_folder, tmp_path):
     images = open_images(source, f"torch/fashion_mnist={tmp_path}")
     assert len(images) == 5
     assert [label for _, label in images] == data.labels[:5].tolist()
-    with pytest.raises(ValueError, match=r"data set torch/cifar10=.* cannot be opened: "):
+    with pytest.raises(ValueError, match=r"data set torch/cifar10 in .* cannot be opened: "):
         open_images(source, f"torch/cifar10={tmp_path}")

@@ -3,24 +3,23 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from vmoe_torch.checkpoints.architecture import is_original, open_original
-from vmoe_torch.data import FashionMnist, ImageFolder
+from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset
+from vmoe_torch.data.named import NUMBERED, STREAMS, class_names_of
 from vmoe_torch.train import Config, build_transforms, load_model
 from vmoe_torch.train.build import image_mode
 
 # Folders that hold a split for evaluation, the first one there counts.
 SPLITS = ("val", "validation", "test")
-DATASETS = ("torch/", "hfds/", "wds/", "tfds/", "hfids/")
 MODEL_HELP = (
     "run folder or checkpoint file of vmoe train, .safetensors file of vmoe convert, PREFIX of a checkpoint of the "
     "original, or name of a timm model with pretrained weights"
@@ -179,9 +178,10 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
         ValueError: if there is no such data, or its classes are not the model's.
     """
     text = str(data)
-    named_by_timm = text.startswith(DATASETS)
+    named_by_timm = text.startswith((*NUMBERED, *STREAMS))
     if named_by_timm:
-        dataset = _timm_dataset(text, split or "validation", source.mode)
+        name, _, root = text.partition("=")
+        dataset = NamedDataset(name, root, split or "validation", source.mode)
     elif text == "fashion_mnist" or any(Path(text).glob("*-images-idx3-ubyte*")):
         dataset = FashionMnist(split or "test", None if text == "fashion_mnist" else text, source.mode)
     else:
@@ -204,24 +204,3 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
         raise ValueError(f"{text} must have as many classes as the model, {count}, got {len(names)}")
     images.class_names = own or names
     return images
-
-
-def class_names_of(dataset: Any) -> tuple[str, ...] | None:
-    """The names of a data set's classes by label, where it tells them."""
-    names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
-    if names is None and hasattr(dataset, "reader"):
-        by_name = getattr(dataset.reader, "class_to_idx", None) or {}
-        names = sorted(by_name, key=by_name.get)
-    return tuple(map(str, names)) if names else None
-
-
-def _timm_dataset(text: str, split: str, mode: str) -> Dataset:
-    name, _, root = text.partition("=")
-    try:
-        dataset = create_dataset(name, root=root, split=split, input_img_mode=mode)
-    # Every library behind timm has errors of its own.
-    except Exception as error:
-        raise ValueError(f"data set {text} cannot be opened: {error or type(error).__name__}") from error
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(f"data set must be one whose images have numbers, got the stream {name}")
-    return dataset

@@ -1,7 +1,18 @@
-"""Images to train on: the Fashion-MNIST subset that ships with the package, image folders, and reproducible loaders."""
+"""Images to train on: the Fashion-MNIST subset that ships with the package, image folders, data sets
+of timm's, and reproducible loaders."""
 
 from vmoe_torch.data.fashion_mnist import FashionMnist
-from vmoe_torch.data.folder import ImageFolder, read_image
+from vmoe_torch.data.folder import BrokenImageError, ImageFolder, read_image
 from vmoe_torch.data.loader import EpochSampler, evaluation_loader, training_loader
+from vmoe_torch.data.named import NamedDataset
 
-__all__ = ["EpochSampler", "FashionMnist", "ImageFolder", "evaluation_loader", "read_image", "training_loader"]
+__all__ = [
+    "BrokenImageError",
+    "EpochSampler",
+    "FashionMnist",
+    "ImageFolder",
+    "NamedDataset",
+    "evaluation_loader",
+    "read_image",
+    "training_loader",
+]

@@ -6,6 +6,13 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch.utils.data import Dataset
 
+# What PIL raises for a file that is no image, or a part of one.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class BrokenImageError(ValueError):
+    """An image cannot be read; the message names it."""
+
 
 def read_image(path: Path | str, mode: str = "RGB") -> Image.Image:
     """Reads and decodes an image file.
@@ -15,15 +22,15 @@ def read_image(path: Path | str, mode: str = "RGB") -> Image.Image:
         mode: PIL mode to convert to, "RGB" or "L".
 
     Raises:
-        ValueError: if the file is missing or cannot be decoded, naming it.
+        BrokenImageError: if the file is missing or cannot be decoded, naming it.
     """
     try:
         with Image.open(path) as image:
             return image.convert(mode)
     except FileNotFoundError:
-        raise ValueError(f"image {path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from None
+        raise BrokenImageError(f"image {path} does not exist") from None
+    except UNREADABLE as error:
+        raise BrokenImageError(f"image {path} cannot be read: {error}") from None
 
 
 class ImageFolder(Dataset):

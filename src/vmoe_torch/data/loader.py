@@ -4,11 +4,21 @@ An update at any place of an epoch can so be had again: from a checkpoint, with 
 """
 
 import random
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from vmoe_torch.data.folder import BrokenImageError
+
+# A label that no loss and no accuracy counts.
+NO_LABEL = -100
+# Broken images in a row, after which a data set is given up.
+MOST_BROKEN_IN_A_ROW = 100
 
 
 class EpochSampler:
@@ -68,11 +78,32 @@ class EpochSampler:
                 yield [(epoch, int(image)) for image in part]
 
 
+def read_item(dataset: Dataset, index: int, seed: tuple[int, ...]) -> tuple[Any, int, list[str]]:
+    """An item (image, label) of a data set, or in place of a broken one another, which the seed decides.
+
+    Returns:
+        (image, label, messages that name the broken images).
+
+    Raises:
+        BrokenImageError: if 100 images in a row are broken.
+    """
+    broken: list[str] = []
+    while True:
+        try:
+            return (*dataset[index], broken)
+        except BrokenImageError as error:
+            broken.append(str(error))
+            if len(broken) == MOST_BROKEN_IN_A_ROW:
+                raise
+            index = int(np.random.default_rng((*seed, index, len(broken))).integers(len(dataset)))
+
+
 class SeededDataset(Dataset):
     """Applies a random transform whose draws depend on the seed and the (epoch, image) key alone.
 
-    timm's transforms draw from Python's, numpy's and torch's global generators: these are seeded per image and put back
-    afterwards, so in one process the model's own draws are not disturbed.
+    An item is (image, label, messages about the broken images in whose place it came). timm's transforms draw from
+    Python's, numpy's and torch's global generators: these are seeded per image and put back afterwards, so in one
+    process the model's own draws are not disturbed.
     """
 
     def __init__(self, dataset: Dataset, transform, seed: int):
@@ -80,10 +111,10 @@ class SeededDataset(Dataset):
         self.transform = transform
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[str]]:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[torch.Tensor, int]]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int, list[str]]]:
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
             return [self._item(*key) for key in keys]
@@ -92,13 +123,13 @@ class SeededDataset(Dataset):
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
 
-    def _item(self, epoch: int, index: int) -> tuple[torch.Tensor, int]:
+    def _item(self, epoch: int, index: int) -> tuple[Tensor, int, list[str]]:
         seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        image, label = self.dataset[index]
-        return self.transform(image), label
+        image, label, broken = read_item(self.dataset, index, (self.seed, epoch))
+        return self.transform(image), label, broken
 
 
 class TransformedDataset(Dataset):
@@ -111,33 +142,127 @@ class TransformedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.dataset[index]
         return self.transform(image), label
 
 
-def training_loader(dataset: Dataset, transform, sampler: EpochSampler, workers: int, pin_memory: bool) -> DataLoader:
-    """Batches (images, labels) in the sampler's order; each iteration runs from the sampler's position to the end."""
-    return DataLoader(
+class TolerantDataset(TransformedDataset):
+    """The same, but in place of a broken image comes another with the label NO_LABEL, and messages come third."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, list[str]]:
+        image, label, broken = read_item(self.dataset, index, ())
+        return self.transform(image), NO_LABEL if broken else label, broken
+
+
+class Batches:
+    """Batches (images, labels) in which broken images are replaced, named and counted.
+
+    Iterating raises ValueError, naming all of them, once more than `max_broken` different images were broken.
+
+    Args:
+        loader: of batches (images, labels, messages about broken images).
+        max_broken: how many different ones are skipped.
+
+    Attributes:
+        warn: told of each broken image, once.
+    """
+
+    def __init__(self, loader: DataLoader, max_broken: int):
+        self.loader = loader
+        self.max_broken = max_broken
+        self.warn: Callable[[str], None] = lambda message: None
+        self._broken: dict[str, None] = {}
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, broken in self.loader:
+            for message in broken:
+                self._note(message)
+            yield images, labels
+
+    def _note(self, message: str) -> None:
+        if message in self._broken:
+            return
+        self._broken[message] = None
+        count = len(self._broken)
+        if count > self.max_broken:
+            names = "; ".join(self._broken)
+            raise ValueError(f"data.max_broken must be at least the number of broken images, {count} so far: {names}")
+        self.warn(f"{message}; skipped, {count} of data.max_broken={self.max_broken}")
+
+
+def _collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    images, labels = default_collate([item[:2] for item in items])
+    return images, labels, [message for _, _, broken in items for message in broken]
+
+
+def _outlive_sigterm(number: int) -> None:
+    """Schedulers send SIGTERM to all processes of a job: a worker loads on until the one that trains has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def training_loader(
+    dataset: Dataset,
+    transform,
+    sampler: EpochSampler,
+    workers: int,
+    pin_memory: bool,
+    prefetch: int = 2,
+    max_broken: int = 0,
+) -> Batches:
+    """Batches (images, labels) in the sampler's order; each iteration runs from the sampler's position to the end.
+
+    Args:
+        dataset: items (PIL image, label).
+        transform: PIL image -> tensor, may be random.
+        sampler: says which images.
+        workers: processes that load, kept from epoch to epoch; 0 loads in this one.
+        pin_memory: whether batches lie where a GPU can copy them from by itself.
+        prefetch: batches that each worker has ready.
+        max_broken: how many broken images are replaced, by others that the seed decides.
+    """
+    loader = DataLoader(
         SeededDataset(dataset, transform, sampler.seed),
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=pin_memory,
+        collate_fn=_collate,
+        prefetch_factor=prefetch if workers else None,
+        persistent_workers=workers > 0,
+        worker_init_fn=_outlive_sigterm,
         # Its base seed would otherwise be drawn from the generator that the model's noise uses.
         generator=torch.Generator().manual_seed(sampler.seed),
     )
+    return Batches(loader, max_broken)
 
 
 def evaluation_loader(
-    dataset: Dataset, transform, batch_size: int, workers: int, pin_memory: bool, rank: int = 0, world_size: int = 1
-) -> DataLoader:
-    """Batches (images, labels) in the order of the data set; each process has its own contiguous share."""
+    dataset: Dataset,
+    transform,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    max_broken: int | None = None,
+) -> DataLoader | Batches:
+    """Batches (images, labels) in the order of the data set; each process has its own contiguous share.
+
+    A broken image raises its error where max_broken is None; else so many are replaced by others with label NO_LABEL.
+    """
     first, last = (len(dataset) * part // world_size for part in (rank, rank + 1))
-    return DataLoader(
-        TransformedDataset(dataset, transform),
+    tolerant = max_broken is not None
+    loader = DataLoader(
+        (TolerantDataset if tolerant else TransformedDataset)(dataset, transform),
         sampler=range(first, last),
         batch_size=batch_size,
         num_workers=workers,
         pin_memory=pin_memory,
+        collate_fn=_collate if tolerant else None,
+        worker_init_fn=_outlive_sigterm,
         generator=torch.Generator().manual_seed(0),
     )
+    return Batches(loader, max_broken) if tolerant else loader

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vmoe_torch.checkpoints import upcycle
-from vmoe_torch.data import FashionMnist, ImageFolder
+from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset
 from vmoe_torch.data import fashion_mnist as fm
 from vmoe_torch.train.config import Config, DataConfig, ModelConfig
 from vmoe_torch.train.mixup import DirichletMixup
@@ -34,14 +34,27 @@ def build_data(config: DataConfig, mode: str = "RGB") -> Data:
         mode: PIL mode of the images, "RGB" or "L".
 
     Raises:
-        ValueError: if a folder or file is missing or empty, or the splits' classes disagree.
+        ValueError: if a folder or file is missing or empty, the splits' classes disagree, or a data set has no names
+            of classes or gives its images in an order of its own only.
     """
     if config.name == "fashion_mnist":
         train, val = (FashionMnist(split, config.root, mode) for split in ("train", "test"))
+    elif "/" in config.name:
+        train, val = (
+            NamedDataset(config.name, config.root, split, mode) for split in (config.train_split, config.val_split)
+        )
+        if train.class_names is None or train.class_names != val.class_names:
+            raise ValueError(
+                f"both splits of {config.name} must name the same classes, got {_count(train)} and {_count(val)}"
+            )
     else:
         train = ImageFolder(Path(config.root) / config.train_split, mode=mode)
         val = ImageFolder(Path(config.root) / config.val_split, class_names=train.class_names, mode=mode)
     return Data(train, val, train.class_names)
+
+
+def _count(data: NamedDataset) -> str:
+    return "none" if data.class_names is None else f"{len(data.class_names)}"
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vmoe_torch.data.named import NUMBERED, STREAMS
 from vmoe_torch.train.overrides import Text, changed
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,15 +39,23 @@ class ModelConfig:
 class DataConfig:
     """Where the images come from, and timm's transforms; `batch_size` is images per update over all processes."""
 
+    # "folder", "fashion_mnist", or a data set of timm's `create_dataset` whose images have numbers, as "torch/cifar10"
+    # or "hfds/NAME".
     name: str = "folder"
-    # folder: holds one folder per split, which holds one folder per class. fashion_mnist: the full IDX files.
+    # folder: holds one folder per split, which holds one folder per class. fashion_mnist: the full IDX files. timm's:
+    # where the files are.
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
     batch_size: int = 128
     # Images per process in one forward.
     eval_batch_size: int = 128
+    # Processes that load, and batches that each of them has ready.
     workers: int = 0
+    prefetch: int = 2
+    # Broken images that are skipped, in training and in validation each; the next one stops the run. Another image
+    # takes the place of a broken one in training, in validation it does not count. Each process counts its own.
+    max_broken: int = 0
     # None: those of the model.
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -266,7 +275,8 @@ class Config:
     def check(self) -> None:
         """Raises ValueError if a value is out of its range; the model and the data check their own."""
         data, optim, schedule, run = self.data, self.optim, self.schedule, self.run
-        _one_of("data.name", data.name, ("folder", "fashion_mnist"))
+        if not data.name.startswith((*NUMBERED, *STREAMS)):
+            _one_of("data.name", data.name, ("folder", "fashion_mnist", *(f"{prefix}NAME" for prefix in NUMBERED)))
         _one_of("loss.kind", self.loss.kind, ("softmax", "sigmoid"))
         _one_of("run.device", run.device.partition(":")[0], ("auto", "cpu", "cuda"))
         _one_of("run.precision", run.precision, tuple(PRECISIONS))
@@ -276,12 +286,14 @@ class Config:
         _one_of("data.mixup_mode", data.mixup_mode, ("batch", "pair", "elem", "dirichlet"))
         if data.mixup_mode == "dirichlet" and data.cutmix > 0:
             raise ValueError(f"data.cutmix must be 0 with data.mixup_mode=dirichlet, got {data.cutmix}")
-        if data.name == "folder" and data.root is None:
-            raise ValueError("data.root must name the folder of images for data.name=folder, got none")
+        if data.name.startswith(("folder", "torch/")) and data.root is None:
+            raise ValueError(f"data.root must name the folder of images for data.name={data.name}, got none")
         for name, value, least in (
             ("data.batch_size", data.batch_size, 1),
             ("data.eval_batch_size", data.eval_batch_size, 1),
             ("data.workers", data.workers, 0),
+            ("data.prefetch", data.prefetch, 1),
+            ("data.max_broken", data.max_broken, 0),
             ("data.mixup", data.mixup, 0),
             ("data.cutmix", data.cutmix, 0),
             ("optim.lr", optim.lr, 0),

@@ -160,16 +160,13 @@ class Logs:
         shown = {f"train/{name}": row[name] for name in POINT_COLUMNS[1:] if row[name] is not None}
         self._scalars({**shown, **routing_scalars(layers)}, update)
 
-    def alarm(self, alarm: Alarm) -> None:
-        """A row of alarms.csv, and a line on stderr."""
+    def alarm(self, alarm: Alarm, everywhere: bool = False) -> None:
+        """A row of alarms.csv, and a line on stderr above the bar, that line from other processes, too, if asked."""
         if self.enabled:
             self.alarms.add(vars(alarm))
-            self.warn(": ".join(filter(None, (f"update {alarm.update}", alarm.kind, alarm.layer, alarm.message))))
-
-    def warn(self, text: str) -> None:
-        """A line on stderr, above the bar."""
-        if self.enabled:
-            self.bar.write(f"warning: {text}", file=sys.stderr)
+        if self.enabled or everywhere:
+            text = ": ".join(filter(None, (f"update {alarm.update}", alarm.kind, alarm.layer, alarm.message)))
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def show(self, values: dict[str, str]) -> None:
         """Beside the bar."""

@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from vmoe_torch.data import EpochSampler, evaluation_loader, training_loader
+from vmoe_torch.data.loader import read_item
 from vmoe_torch.layers.auxiliary import set_auxiliary_gradient_scale
 from vmoe_torch.parallel import parameter_groups
 from vmoe_torch.train.alarms import Alarm, Alarms
@@ -185,15 +186,18 @@ class _Run:
             world_size=group.world_size,
         )
         train_transform, val_transform = build_transforms(config.data, model)
-        pin, workers = group.device.type == "cuda", config.data.workers
-        self.train_batches = training_loader(data.train, train_transform, self.sampler, workers, pin)
+        pin, workers, max_broken = group.device.type == "cuda", config.data.workers, config.data.max_broken
+        self.train_batches = training_loader(
+            data.train, train_transform, self.sampler, workers, pin, config.data.prefetch, max_broken
+        )
         val = EvenShares(data.val, group) if config.parallel.enabled else data.val
         self.val_count = val.own if config.parallel.enabled else None
         self.val_batches = evaluation_loader(
-            val, val_transform, config.data.eval_batch_size, workers, pin, group.rank, group.world_size
+            val, val_transform, config.data.eval_batch_size, workers, pin, group.rank, group.world_size, max_broken
         )
         # A file or transform that cannot work fails here, before any training.
-        train_transform(data.train[0][0]), val_transform(data.val[0][0])
+        for split, transform in ((data.train, train_transform), (data.val, val_transform)):
+            transform(read_item(split, 0, (config.run.seed,))[0])
 
     def run(self, stop: Sigterm) -> TrainResult:
         """All epochs, or those up to run.max_updates."""
@@ -201,6 +205,8 @@ class _Run:
         last = total if config.run.max_updates is None else min(total, config.run.max_updates)
         logs = Logs(config, self.group.is_first, state.model, state.update, total)
         self.alarms = Alarms(config.alarms, logs.losses())
+        for batches in (self.train_batches, self.val_batches):
+            batches.warn = lambda message: logs.alarm(Alarm(state.update, "broken image", "", message), everywhere=True)
         history = []
         stopped, ended = False, state.pending
         try:

@@ -155,7 +155,7 @@ def _shown(names: tuple[str, ...]) -> str:
 def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     """The checkpoint's configuration computes the same."""
     now = config.to_dict()
-    free = {"run": set(now["run"]) - {"seed", "precision"}, "data": {"root", "workers"}}
+    free = {"run": set(now["run"]) - {"seed", "precision"}, "data": {"root", "workers", "prefetch", "max_broken"}}
     free["model"] = {"checkpoint", "pretrained"}
     # Other numbers of processes compute the same.
     free["parallel"] = set(now["parallel"])

@@ -5,15 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
+from vmoe_torch.data.loader import NO_LABEL, Batches
 from vmoe_torch.train.processes import Processes
 
 
 @torch.no_grad()
 def validate(
     model: nn.Module,
-    batches: DataLoader,
+    batches: Batches,
     group: Processes,
     dtype: torch.dtype = torch.float32,
     count: int | None = None,
@@ -23,7 +23,7 @@ def validate(
 
     Args:
         model: gives logits (B, N).
-        batches: (images, labels) of this process.
+        batches: (images, labels) of this process; an image with label NO_LABEL does not count.
         group: the processes.
         dtype: of autocast; float32 for none.
         count: how many of this process's images count, the first ones; None for all.
@@ -48,9 +48,9 @@ def validate(
             keep = min(max(count - seen, 0), labels.shape[0])
             seen += labels.shape[0]
             logits, labels = logits[:keep], labels[:keep]
-        sums[0] += F.cross_entropy(logits.float(), labels, reduction="sum")
+        sums[0] += F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=NO_LABEL)
         sums[1] += (logits.argmax(1) == labels).sum()
-        sums[2] += labels.shape[0]
+        sums[2] += (labels != NO_LABEL).sum()
     model.train(training)
     loss, correct, images = group.sum(sums).tolist()
     return loss / images, correct / images
