@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vmoe_torch.train.build import build_model
 from vmoe_torch.train.config import Config
+from vmoe_torch.train.disk import cannot_write
 
 FORMAT = 1
 BEST = "best.pt"
@@ -62,6 +63,9 @@ class CheckpointFolder:
     def save(self, state: dict[str, Any], best: bool = False) -> Path:
         """Writes a checkpoint, also as the best if it is, and removes those beyond `keep`."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Left by a process that was killed while it wrote.
+        for partial in self.folder.glob(".*.pt.*"):
+            partial.unlink(missing_ok=True)
         path = self.folder / f"update_{state['update']:08d}.pt"
         write_atomically(path, state)
         if best:
@@ -75,16 +79,24 @@ class CheckpointFolder:
 
 
 def write_atomically(path: Path, state: dict[str, Any]) -> None:
-    """torch.save to a neighbour, to the disk, then a rename: a reader sees the old file or the new, never a part."""
+    """torch.save to a neighbour, to the disk, then a rename: a reader sees the old file or the new, never a part.
+
+    Raises:
+        OSError: if that fails, with the path, the reason and the free space; then nothing has changed.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    # torch's writer has a RuntimeError for a file that takes no more.
+    except (OSError, RuntimeError) as error:
+        raise cannot_write("checkpoint", path, error) from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

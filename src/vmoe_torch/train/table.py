@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vmoe_torch.train.disk import cannot_write
+
 
 class CsvTable:
     """Appends rows, each on the disk's side before the next update begins.
@@ -25,9 +27,16 @@ class CsvTable:
             writer.writerows(rows)
 
     def add(self, *rows: dict[str, Any]) -> None:
-        """One row or several."""
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerows(rows)
+        """One row or several.
+
+        Raises:
+            OSError: if the file cannot be written, naming it.
+        """
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerows(rows)
+        except OSError as error:
+            raise cannot_write("table", self.path, error) from error
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

@@ -1,0 +1,105 @@
+"""Runs that end early: killed in the middle of saving, told to stop, out of disk. No checkpoint is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmoe_torch.train import read_checkpoint, train
+from vmoe_torch.train.table import CsvTable, read_table
+
+PROGRAM = Path(__file__).with_name("stopped_run.py")
+# README and docs tell users to give a run this long between SIGTERM and SIGKILL, beside the time that one update takes.
+SECONDS_TO_STOP = 30.0
+
+
+class Stopped:
+    """The run in a process group of its own, which ends with the `with` block; what it says on stderr is in `log`."""
+
+    def __init__(self, config, *arguments):
+        folder = Path(config.run.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        file, self.log = folder.with_suffix(".json"), folder.with_suffix(".log")
+        file.write_text(config.to_json())
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, PROGRAM, file, *arguments],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def checkpoints(config):
+    """Names of the files in the checkpoint folder."""
+    return sorted(path.name for path in (Path(config.run.output) / "checkpoints").iterdir())
+
+
+def test_kill_in_the_middle_of_saving_loses_no_checkpoint(tiny):
+    config = tiny.override("run.checkpoint_every=2", "run.keep_checkpoints=1")
+    with Stopped(config, "4") as run:
+        assert run.process.wait(120) == -signal.SIGKILL, run.log.read_text()
+    part, last = checkpoints(config)
+    assert part.startswith(".update_00000004.pt.")
+    assert last == "update_00000002.pt"
+    assert read_checkpoint(config.run.output)["update"] == 2
+    assert train(config, resume=True).finished
+    assert checkpoints(config) == ["best.pt", "update_00000010.pt"]
+
+
+def test_sigterm_to_all_processes_saves_and_exits_with_0_in_time(tiny):
+    config = tiny.override("schedule.epochs=100000", "data.workers=1", "run.log_every=1")
+    progress = Path(config.run.output) / "progress.csv"
+    with Stopped(config) as run:
+        while len(read_table(progress)) < 3:
+            assert run.process.poll() is None, run.log.read_text()
+            time.sleep(0.05)
+        os.killpg(run.process.pid, signal.SIGTERM)
+        began = time.monotonic()
+        code = run.process.wait(120)
+        assert (code, time.monotonic() - began < SECONDS_TO_STOP) == (0, True), run.log.read_text()
+    assert read_checkpoint(Path(config.run.output) / "checkpoints" / checkpoints(config)[-1])["update"] >= 3
+    assert not [name for name in checkpoints(config) if name.startswith(".")]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_full_disk_names_the_file_and_keeps_the_last_checkpoint(tiny, monkeypatch):
+    config = tiny.override("run.checkpoint_every=2", "run.keep_checkpoints=1", "run.max_updates=4")
+    save = torch.save
+
+    def full(state, file):
+        if state["update"] < 4:
+            return save(state, file)
+        with open("/dev/full", "wb", buffering=0) as device:
+            save(state, device)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        OSError, match=r"checkpoint .*update_00000004\.pt cannot be written: No space left on device; \d"
+    ):
+        train(config)
+    monkeypatch.undo()
+    assert checkpoints(config) == ["update_00000002.pt"]
+    assert train(config, resume=True).updates == 4
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_full_disk_names_the_table(tmp_path):
+    table = CsvTable(tmp_path / "a.csv", ("update", "text"), 0)
+    table.path.unlink()
+    table.path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"table .*a\.csv cannot be written: No space left on device; \d+ MiB are free"):
+        table.add({"update": 1, "text": "x" * 100_000})
