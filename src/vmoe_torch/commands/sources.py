@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vmoe_torch.checkpoints.architecture import is_original, open_original
-from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset
+from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards
 from vmoe_torch.data.named import NUMBERED, STREAMS, class_names_of
+from vmoe_torch.data.shards import WDS
 from vmoe_torch.train import Config, build_transforms, load_model
 from vmoe_torch.train.build import image_mode
 
@@ -169,7 +170,7 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
         source: the model.
         data: "fashion_mnist" for the images that ship with the package; a folder with Fashion-MNIST's IDX files; a
             folder with one folder of images per class; or a map-style data set of timm's `create_dataset`, and where
-            its files are, as "torch/cifar10=FOLDER".
+            its files are, as "torch/cifar10=FOLDER"; WebDataset's shards are "wds/=FOLDER".
         split: None is "test" of Fashion-MNIST, the first folder there is of val, validation and test inside a folder
             (else the folder itself), and "validation" of timm's. "." is all that is in the folder.
         own_labels: whether to number the classes as the data set does, whatever those of the model.
@@ -178,9 +179,11 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
         ValueError: if there is no such data, or its classes are not the model's.
     """
     text = str(data)
-    named_by_timm = text.startswith((*NUMBERED, *STREAMS))
-    if named_by_timm:
-        name, _, root = text.partition("=")
+    named_by_timm = text.startswith((WDS, *NUMBERED, *STREAMS))
+    name, _, root = text.partition("=")
+    if text.startswith(WDS):
+        dataset = TarShards(root, split or "validation", mode=source.mode)
+    elif named_by_timm:
         dataset = NamedDataset(name, root, split or "validation", source.mode)
     elif text == "fashion_mnist" or any(Path(text).glob("*-images-idx3-ubyte*")):
         dataset = FashionMnist(split or "test", None if text == "fashion_mnist" else text, source.mode)

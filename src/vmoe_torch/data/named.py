@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from vmoe_torch.data.folder import UNREADABLE, BrokenImageError
 
 NUMBERED = ("torch/", "hfds/")
-STREAMS = ("wds/", "tfds/", "hfids/")
+STREAMS = ("tfds/", "hfids/")
 
 
 class NamedDataset(Dataset):
@@ -29,7 +29,7 @@ class NamedDataset(Dataset):
         labels: of all images, where it tells them without reading images.
 
     Raises:
-        ValueError: if it cannot be opened, or is a stream (wds, tfds, hfids): its images come in an order of its own,
+        ValueError: if it cannot be opened, or is a stream (tfds, hfids): its images come in an order of its own,
             so a stopped run could not go on exactly. On access, BrokenImageError if an image cannot be read.
     """
 

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vmoe_torch.checkpoints import upcycle
-from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset
+from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards
 from vmoe_torch.data import fashion_mnist as fm
+from vmoe_torch.data.shards import WDS
 from vmoe_torch.train.config import Config, DataConfig, ModelConfig
 from vmoe_torch.train.mixup import DirichletMixup
 
@@ -39,6 +40,9 @@ def build_data(config: DataConfig, mode: str = "RGB") -> Data:
     """
     if config.name == "fashion_mnist":
         train, val = (FashionMnist(split, config.root, mode) for split in ("train", "test"))
+    elif config.name.startswith(WDS):
+        train = TarShards(config.root, config.train_split, mode=mode)
+        val = TarShards(config.root, config.val_split, train.class_names, mode)
     elif "/" in config.name:
         train, val = (
             NamedDataset(config.name, config.root, split, mode) for split in (config.train_split, config.val_split)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vmoe_torch.data.named import NUMBERED, STREAMS
+from vmoe_torch.data.shards import WDS
 from vmoe_torch.train.overrides import Text, changed
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,11 +40,11 @@ class ModelConfig:
 class DataConfig:
     """Where the images come from, and timm's transforms; `batch_size` is images per update over all processes."""
 
-    # "folder", "fashion_mnist", or a data set of timm's `create_dataset` whose images have numbers, as "torch/cifar10"
-    # or "hfds/NAME".
+    # "folder", "fashion_mnist", "wds/" for WebDataset's shards, or a data set of timm's `create_dataset` whose images
+    # have numbers, as "torch/cifar10" or "hfds/NAME".
     name: str = "folder"
-    # folder: holds one folder per split, which holds one folder per class. fashion_mnist: the full IDX files. timm's:
-    # where the files are.
+    # folder: holds one folder per split, which holds one folder per class. fashion_mnist: the full IDX files. wds/: the
+    # shards. timm's: where the files are.
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
@@ -275,8 +276,9 @@ class Config:
     def check(self) -> None:
         """Raises ValueError if a value is out of its range; the model and the data check their own."""
         data, optim, schedule, run = self.data, self.optim, self.schedule, self.run
-        if not data.name.startswith((*NUMBERED, *STREAMS)):
-            _one_of("data.name", data.name, ("folder", "fashion_mnist", *(f"{prefix}NAME" for prefix in NUMBERED)))
+        if not data.name.startswith((WDS, *NUMBERED, *STREAMS)):
+            names = ("folder", "fashion_mnist", WDS, *(f"{prefix}NAME" for prefix in NUMBERED))
+            _one_of("data.name", data.name, names)
         _one_of("loss.kind", self.loss.kind, ("softmax", "sigmoid"))
         _one_of("run.device", run.device.partition(":")[0], ("auto", "cpu", "cuda"))
         _one_of("run.precision", run.precision, tuple(PRECISIONS))
@@ -286,7 +288,7 @@ class Config:
         _one_of("data.mixup_mode", data.mixup_mode, ("batch", "pair", "elem", "dirichlet"))
         if data.mixup_mode == "dirichlet" and data.cutmix > 0:
             raise ValueError(f"data.cutmix must be 0 with data.mixup_mode=dirichlet, got {data.cutmix}")
-        if data.name.startswith(("folder", "torch/")) and data.root is None:
+        if data.name.startswith(("folder", "torch/", WDS)) and data.root is None:
             raise ValueError(f"data.root must name the folder of images for data.name={data.name}, got none")
         for name, value, least in (
             ("data.batch_size", data.batch_size, 1),
