@@ -8,6 +8,8 @@ from tests.browser import browser_test, check_page
 from vmoe_torch import demo
 from vmoe_torch.analyze import analysis
 
+# Python 3.12 warns of every fork beside torch's threads; a process of the demo loads its images.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 ARGUMENTS = ["--epochs", "1", "--max-updates", "2", "--test-images", "16"]
 # Two curves, an animation, loads, gates, random routers, numbers of experts; and three for each of three layers.
 PICTURES = 7 + 3 * 3

@@ -138,7 +138,8 @@ def build_transforms(config: DataConfig, model: nn.Module):
             scale=config.scale,
             ratio=config.ratio,
             hflip=config.hflip,
-            color_jitter=config.color_jitter,
+            # timm would do a jitter of 0, too.
+            color_jitter=config.color_jitter or None,
             auto_augment=config.auto_augment,
             re_prob=config.random_erasing,
         )
