@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
@@ -14,6 +15,7 @@ from vmoe_torch.report import Figure, Report, Section, Table, write_report
 from vmoe_torch.style import BLUE, GREEN, ORANGE, layer_label
 from vmoe_torch.train.table import read_table
 
+LINKED = ("config.json", "environment.json", "metrics.csv", "progress.csv", "routing.csv", "alarms.csv")
 # Columns of the heat maps; more log points are averaged.
 MOST_COLUMNS = 400
 
@@ -66,14 +68,14 @@ def _facts(config: dict[str, Any], environment: dict[str, Any], epochs: list[dic
         "Commit": environment["commit"] or "unknown",
         "Started": datetime.strptime(environment["started"], "%Y-%m-%dT%H:%M:%S%z").strftime("%Y-%m-%d %H:%M %z"),
     }
-    links = {name: name for name in ("config.json", "environment.json", "metrics.csv", "progress.csv", "routing.csv")}
+    links = {name: name for name in LINKED}
     return Section("The run", facts=facts, links=links)
 
 
 def _alarms(alarms: list[dict]) -> Section:
     if not alarms:
         return Section("Alarms", ["None."])
-    rows = [[row["kind"], row["update"], row["layer"], row["message"]] for row in alarms]
+    rows = [[row["kind"], row["update"], layer_label(row["layer"]), row["message"]] for row in alarms]
     return Section("Alarms", table=Table(("what", "update", "layer", "message"), rows))
 
 
@@ -97,6 +99,8 @@ def _curves(epochs: list[dict], points: list[dict]) -> Section:
             _line(axes, epochs, column, scale, label, colour, marker="o")
         if columns and axes.lines:
             axes.legend(fontsize="small")
+        if name == "speed":
+            axes.set_ylim(bottom=0)
         figures.append(Figure(name, canvas, f"{title} over updates.", f"{title} over updates"))
     text = (
         "Training loss and accuracy are those on augmented and, where the run mixes, mixed images: they need not reach "
@@ -114,7 +118,7 @@ def _panel(title: str) -> tuple[Canvas, Axes]:
     return canvas, axes
 
 
-def _line(axes: Axes, rows: list[dict], key: str, scale: float, label: str, colour: str, marker: str = "") -> None:
+def _line(axes: Axes, rows: list[dict], key: str, scale: float, label: str, colour: Any, marker: str = "") -> None:
     numbers = [(int(row["update"]), scale * float(row[key])) for row in rows if row[key]]
     numbers = [(update, value) for update, value in numbers if np.isfinite(value)]
     if numbers:
@@ -134,10 +138,12 @@ def _routing(rows: list[dict]) -> Section:
         if not any(row[key] for row in rows):
             continue
         canvas, axes = _panel(title)
-        for number, (layer, points) in enumerate(layers.items()):
-            _line(axes, points, key, scale, layer_label(layer), f"C{number % 10}")
+        # The deeper, the lighter.
+        colours = colormaps["cividis"](np.linspace(0, 0.85, len(layers)))
+        for (layer, points), colour in zip(layers.items(), colours):
+            _line(axes, points, key, scale, layer_label(layer), colour)
         axes.legend(fontsize="small", ncols=2)
-        figures.append(Figure(name, canvas, f"{title}, by MoE layer.", title))
+        figures.append(Figure(name, canvas, f"{title}, by MoE layer; deeper ones are lighter.", title))
     for number, (layer, points) in enumerate(layers.items()):
         label = layer_label(layer)
         caption = f"{label}: each expert's share of the processed choices, even is 1 (darker is less)."
