@@ -58,6 +58,7 @@ def test_what_a_user_gets_wrong(run_folder, tmp_path, capsys):
     fails(capsys, [*out, "--batch=dynamic"], "group_size must be 'image' for a dynamic batch, got 8 in blocks")
     fails(capsys, [*out, "--k=9"], "num_selected_experts must be in 1..num_experts=4, got 9")
     fails(capsys, [*out, f"--budget={tmp_path}/no.json"], "--budget must be a file that vmoe budget wrote")
+    fails(capsys, [*out, "--budget=b.json", "--k=1", "--order=bpr"], "layer, got --k --order as well")
     for wrong in ("--batch=0", "--batch=all", "--group-size=none"):
         with pytest.raises(SystemExit, match="2"):
             main(["export", "x", "x.onnx", wrong])

@@ -55,6 +55,9 @@ def run(options: argparse.Namespace) -> int:
         "group_size": options.group_size,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
+    fixed = [name for name in ("capacity", "k", "order") if getattr(options, name) is not None]
+    if options.budget is not None and fixed:
+        raise ValueError(f"--budget sets capacity, K and order of each layer, got --{' --'.join(fixed)} as well")
     if (changes or options.budget) and not moe_layers(model):
         raise ValueError(f"routing can only be set in a model with MoE layers, got {options.model}")
     if options.budget is not None:
