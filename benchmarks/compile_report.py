@@ -3,9 +3,10 @@
     python -m benchmarks.compile_report            writes benchmarks/results/compile_report/triton-<version>.{json,md}
     python -m benchmarks.compile_report --check    writes nothing; exit code 1 on any defect, or if a report is stale
 
-A defect is stack use, local-memory instructions (spills), more shared memory than the chip has, or a matrix product
-without tensor-core instructions; a float32 product in full precision ("ieee") has none to use and is excepted. Each
-Triton file of vmoe_kernels exports the cases as COMPILE_CASES. Each Triton version has a report of its own.
+A defect is stack use, local-memory instructions (spills), more shared memory than the chip has, a matrix product
+without tensor-core instructions (a float32 product in full precision, "ieee", has none to use and is excepted), or a
+tensor descriptor that is not read by TMA. Each Triton file of vmoe_kernels exports the cases as COMPILE_CASES. Each
+Triton version has a report of its own.
 """
 
 import argparse
@@ -48,6 +49,7 @@ COLUMNS = {
     "wgmma": "wgmma",
     "mma": "mma",
     "tcgen05": "tcgen05",
+    "TMA": "tma",
     "blocks/SM": "blocks_per_sm",
 }
 
@@ -67,9 +69,11 @@ class Compiled:
     wgmma: int  # instructions in the PTX
     mma: int
     tcgen05: int
+    tma: int  # loads by TMA in the PTX
     dots: int  # matrix products in the source that tensor cores can do
     ieee_dots: int  # float32 products in full precision
     has_dot: bool
+    descriptors: int  # arguments that are tensor descriptors
     tensor_memory: int  # columns of sm_100's tensor memory
     blocks_per_sm: int  # resident at once
 
@@ -89,6 +93,8 @@ class Compiled:
             found.append("multiplies matrices without tensor-core instructions")
         if self.dots and self.capability == 90 and not self.wgmma:
             found.append("multiplies matrices without wgmma")
+        if self.descriptors and not self.tma:
+            found.append("reads a tensor descriptor without TMA")
         if self.has_dot and not self.dots + self.ieee_dots:
             found.append("is declared to multiply matrices and has no tl.dot")
         if self.dots + self.ieee_dots and not self.has_dot:
@@ -159,9 +165,11 @@ def compile_case(case: CompileCase, capability: int) -> Compiled:
         wgmma=ptx.count("wgmma.mma_async"),
         mma=ptx.count("mma.sync"),
         tcgen05=ptx.count("tcgen05.mma"),
+        tma=ptx.count("cp.async.bulk.tensor"),
         dots=len(dots) - len(ieee),
         ieee_dots=len(ieee),
         has_dot=case.has_dot,
+        descriptors=sum(kind.startswith("tensordesc") for kind in case.signature.values()),
         tensor_memory=binary.metadata.tmem_size or 0,
         # Warp-specialised kernels get more warps than they ask for.
         blocks_per_sm=blocks_per_sm(capability, registers, shared, binary.metadata.num_warps),
@@ -221,7 +229,7 @@ def markdown(rows: list[Compiled]) -> str:
         "",
         f"Written by `python -m benchmarks.compile_report` with {made}; no GPU was used. Registers and stack bytes are",
         "per thread, shared memory and blocks per multiprocessor per block. Local counts local-memory instructions",
-        "(spills). wgmma, mma and tcgen05 count instructions in the PTX; a product marked ieee is float32 in full",
+        "(spills). wgmma, mma, tcgen05 and TMA count instructions in the PTX; a product marked ieee is float32 in full",
         "precision, which has no tensor-core instruction.",
         "",
         f"| kernel, config | chip | {' | '.join(COLUMNS)} |",

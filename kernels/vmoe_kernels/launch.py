@@ -42,7 +42,7 @@ class CompileCase:
 
     name: str  # unique, e.g. "dispatch_forward/bf16/D768"
     kernel: Any  # the `@triton.jit` function
-    signature: Mapping[str, str]  # run-time argument to its type: "*bf16", "i32", "fp32"
+    signature: Mapping[str, str]  # run-time argument to its type: "*bf16", "i32", "tensordesc<bf16[1,128,64]>"
     constexprs: Mapping[str, Any]  # every constexpr argument, and None for absent optional pointers
     num_warps: int = 4
     num_stages: int = 1

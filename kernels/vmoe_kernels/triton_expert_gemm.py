@@ -1,7 +1,8 @@
 """Triton GEMMs over the rows of every expert, with the work around them in the epilogue, or cuBLAS where it is chosen.
 
 Rows come from the experts' buffers as they lie, or straight from the tokens that hold them; rows that no choice holds
-are neither read nor written, and a tile without any costs a load of its map.
+are neither read nor written, and a tile without any costs a load of its map. Weights come by pointers or, if a config
+says so, by descriptors (TMA on chips that have it), which take no registers for addresses.
 
 Dims: E experts, R rows per expert, T tokens, K choices per token, IN and OUT columns of a GEMM.
 """
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vmoe_kernels.expert_epilogue import store_hidden, tile_mask, tile_rows
 from vmoe_kernels.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
@@ -36,12 +38,14 @@ def product(
     x_ptr,  # (any, IN)
     sources,  # (BLOCK_ROWS,) rows of x
     held,  # (BLOCK_ROWS,) bool
-    weight_ptr,  # (OUT, IN), or (IN, OUT) if TRANSPOSED
-    cols,  # (BLOCK_COLS,)
+    weight,  # (E, OUT, IN), or (E, IN, OUT) if TRANSPOSED: a pointer, or a descriptor if TMA
+    expert,
+    first_col,
     end,  # IN, or 0 to skip the tile
     IN: tl.constexpr,
     OUT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -49,19 +53,28 @@ def product(
 ):
     """A (BLOCK_ROWS, BLOCK_COLS) tile of x @ weight^T (x @ weight if TRANSPOSED) in float32."""
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    cols = first_col + tl.arange(0, BLOCK_COLS)
     for start in range(0, end, BLOCK_IN):
         inner = start + tl.arange(0, BLOCK_IN)
         x_mask = tile_mask(held, inner, IN, BLOCK_IN)
         x = tl.load(x_ptr + sources[:, None] * IN + inner[None, :], mask=x_mask, other=0.0)
-        if TRANSPOSED:
-            offsets = inner[:, None] * OUT + cols[None, :]
+        if TMA:
+            # A descriptor ends with the expert's own matrix and gives 0 past it.
+            if TRANSPOSED:
+                w = weight.load([expert.to(tl.int32), start, first_col]).reshape(BLOCK_IN, BLOCK_COLS)
+            else:
+                w = weight.load([expert.to(tl.int32), first_col, start]).reshape(BLOCK_COLS, BLOCK_IN).trans(1, 0)
         else:
-            offsets = inner[:, None] + cols[None, :] * IN
-        if IN % BLOCK_IN == 0 and OUT % BLOCK_COLS == 0:
-            weight = tl.load(weight_ptr + offsets)
-        else:
-            weight = tl.load(weight_ptr + offsets, mask=(inner < IN)[:, None] & (cols < OUT)[None, :], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+            if TRANSPOSED:
+                offsets = inner[:, None] * OUT + cols[None, :]
+            else:
+                offsets = inner[:, None] + cols[None, :] * IN
+            weight_ptr = weight + expert * (IN * OUT)
+            if IN % BLOCK_IN == 0 and OUT % BLOCK_COLS == 0:
+                w = tl.load(weight_ptr + offsets)
+            else:
+                w = tl.load(weight_ptr + offsets, mask=(inner < IN)[:, None] & (cols < OUT)[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
     return acc
 
 
@@ -69,7 +82,7 @@ def product(
 def _linear_kernel(
     x_ptr,  # (T, IN) if GATHER, else (E * R, IN)
     choices_ptr,  # (E * R,) int32, or None
-    weight_ptr,  # (E, OUT, IN), or (E, IN, OUT) if TRANSPOSED
+    weight,  # (E, OUT, IN), or (E, IN, OUT) if TRANSPOSED: a pointer, or a descriptor if TMA
     bias_ptr,  # (E, OUT), or None
     pre_ptr,  # (E * R, OUT), or None
     out_ptr,  # (E * R, OUT)
@@ -90,6 +103,7 @@ def _linear_kernel(
     GROUP_ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """A program owns whole (BLOCK_ROWS, BLOCK_COLS) tiles of out, one, or every so many if PERSISTENT."""
     col_tiles: tl.constexpr = (OUT + BLOCK_COLS - 1) // BLOCK_COLS
@@ -113,8 +127,8 @@ def _linear_kernel(
             end = IN * tl.max(held.to(tl.int32), 0)
         start = tile_col * BLOCK_COLS
         acc = product(
-            x_tile_ptr, sources, held, weight_ptr + expert * (IN * OUT), start + tl.arange(0, BLOCK_COLS), end,
-            IN, OUT, TRANSPOSED, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN,
+            x_tile_ptr, sources, held, weight, expert, start, end,
+            IN, OUT, TRANSPOSED, TMA, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN,
         )  # fmt: skip
         store_hidden(
             acc, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, expert, place, num_rows, held,
@@ -169,6 +183,7 @@ def gemm_tile(
     group: int = 8,
     parts: int = 1,
     persistent: bool = False,
+    tma: bool = False,
     registers: int | None = None,
 ) -> Config:
     return Config(
@@ -179,6 +194,7 @@ def gemm_tile(
             "GROUP_ROWS": group,
             "PARTS": parts,
             "PERSISTENT": persistent,
+            "TMA": tma,
         },
         num_warps=warps,
         num_stages=stages,
@@ -195,13 +211,26 @@ _WIDE_SM90 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=2, registers=128)
 _FEW_ROWS = gemm_tile(64, 128, 64, warps=4, stages=3, parts=2)
 _DROPOUT = gemm_tile(128, 128, 64, warps=8, stages=3, parts=8)
 _FLOAT32 = gemm_tile(64, 64, 32, warps=8, stages=2)
-_CANDIDATES = (
+# By TMA the narrow tile fits two programs on a multiprocessor without a cap, and the wide one has registers to spare.
+_TMA = (
+    gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, tma=True),
+    gemm_tile(128, 256, 64, warps=8, stages=3, parts=4, persistent=True, tma=True),
+)
+_BY_POINTERS = (
     gemm_tile(128, 256, 64, warps=8, stages=3, parts=2),
     gemm_tile(256, 128, 64, warps=8, stages=3, parts=2),
     gemm_tile(128, 256, 64, warps=8, stages=3, parts=2, persistent=True),
     gemm_tile(128, 128, 64, warps=8, stages=4, persistent=True),
-    CUBLAS,
 )
+_CANDIDATES = (*_BY_POINTERS, *_TMA, CUBLAS)
+
+
+def tile_name(config: Config) -> str:
+    """How a compile case names a candidate: "128x256x64/persistent/tma"."""
+    sizes = [str(size) for name, size in config.constexprs.items() if name.startswith("BLOCK_")]
+    flags = [name.lower() for name in ("PERSISTENT", "TMA") if config.constexprs.get(name)]
+    return "/".join(["x".join(sizes), *flags])
+
 
 LINEAR_OPS = ("expert_up", "expert_down", "expert_d_rows")
 for _op in LINEAR_OPS:
@@ -243,6 +272,31 @@ def _multiprocessors(device: torch.device) -> int:
 def programs(config: Config, tiles: int, device: torch.device) -> int:
     """Size of the grid: a program per tile, or per multiprocessor if the config is persistent."""
     return min(tiles, _multiprocessors(device)) if config.constexprs["PERSISTENT"] else tiles
+
+
+def weight_operand(weight: Tensor, config: Config, transposed: bool) -> tuple[Tensor | TensorDescriptor, dict]:
+    """A weight as a kernel reads it, and the config's keyword arguments.
+
+    TMA needs a chip from sm_90 on and rows of whole 16-byte units; any other weight is read by pointers.
+    """
+    launch = config.kwargs()
+    in_units = weight.data_ptr() % 16 == 0 and weight.shape[2] * weight.element_size() % 16 == 0 and weight.numel() > 0
+    old_chip = weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (9, 0)
+    if not launch["TMA"] or not in_units or old_chip:
+        return weight, {**launch, "TMA": False}
+    return TensorDescriptor.from_tensor(weight, _weight_block(config, transposed)), launch
+
+
+def _weight_block(config: Config, transposed: bool) -> list[int]:
+    sizes = config.constexprs["BLOCK_COLS"], config.constexprs["BLOCK_IN"]
+    return [1, *(reversed(sizes) if transposed else sizes)]
+
+
+def weight_type(dtype: str, config: Config, transposed: bool) -> str:
+    """Triton's name, in a compile case, of the type of what `weight_operand` returns."""
+    if not config.constexprs["TMA"]:
+        return f"*{dtype}"
+    return f"tensordesc<{dtype}{_weight_block(config, transposed)}>".replace(" ", "")
 
 
 def linear(
@@ -288,10 +342,11 @@ def linear(
     sizes = config.constexprs
     tiles = num_experts * triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(width_out, sizes["BLOCK_COLS"])
     if tiles > 0:
+        operand, launch = weight_operand(weight, config, transposed)
         _linear_kernel[(programs(config, tiles, weight.device),)](
-            x.data, buffer.choices, weight, bias, pre, out, seed, drop, num_experts, rows,
+            x.data, buffer.choices, operand, bias, pre, out, seed, drop, num_experts, rows,
             IN=width_in, OUT=width_out, K=buffer.num_choices, GATHER=x.gather, TRANSPOSED=transposed,
-            ACTIVATION=activation, PRECISION=dot_precision(weight), **config.kwargs(),
+            ACTIVATION=activation, PRECISION=dot_precision(weight), **launch,
         )  # fmt: skip
     return out, pre
 
@@ -304,7 +359,7 @@ def _compile_cases() -> list[CompileCase]:
         arguments = {
             "x_ptr": pointer,
             "choices_ptr": "*i32" if routed else None,
-            "weight_ptr": pointer,
+            "weight": weight_type(dtype, config, not biased),
             "bias_ptr": pointer if biased else None,
             "pre_ptr": pointer if save else None,
             "out_ptr": pointer,
@@ -339,6 +394,12 @@ def _compile_cases() -> list[CompileCase]:
     add("expert_down", "le64", _FEW_ROWS, chips, "none", 3072, 768, False, False)
     add("expert_d_rows", "sm90", _WIDE_SM90, (90,), "none", 3072, 768, False, False)
     add("expert_d_rows", "any", _WIDE, others, "none", 3072, 768, False, False)
+    # What `benchmarks.tune` may choose; the wide tiles by pointers are for sm_90.
+    for config in (*_BY_POINTERS, *_TMA):
+        variant, fits = tile_name(config), (90, 100) if config in _TMA else (90,)
+        add("expert_up", variant, config, fits, "gelu_tanh", 768, 3072, True, True)
+        add("expert_down", variant, config, fits, "none", 3072, 768, False, False)
+        add("expert_d_rows", variant, config, fits, "none", 3072, 768, False, False)
     add("expert_up", "fp32", _FLOAT32, chips, "gelu", 768, 3072, True, True, "fp32")
     add("expert_d_rows", "fp32", _FLOAT32, chips, "none", 3072, 768, False, False, "fp32")
     return cases

@@ -26,7 +26,10 @@ from vmoe_kernels.triton_expert_gemm import (
     gemm_tile,
     product,
     programs,
+    tile_name,
     tile_of,
+    weight_operand,
+    weight_type,
 )
 
 
@@ -35,7 +38,7 @@ def _hidden_gradient_kernel(
     d_out_ptr,  # (T, O) if GATHER, else (E * R, O)
     choices_ptr,  # (E * R,) int32, or None
     gates_ptr,  # (T * K,) floating, or None
-    weight_ptr,  # (E, O, H)
+    weight,  # (E, O, H): a pointer, or a descriptor if TMA
     pre_ptr,  # (E * R, H)
     d_pre_ptr,  # (E * R, H)
     gated_ptr,  # (E * R, H)
@@ -57,6 +60,7 @@ def _hidden_gradient_kernel(
     GROUP_ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """A program owns whole tiles of d_pre and gated, and the partial sums of their rows and columns."""
     col_tiles: tl.constexpr = (OUT + BLOCK_COLS - 1) // BLOCK_COLS
@@ -81,8 +85,8 @@ def _hidden_gradient_kernel(
             end = IN * tl.max(held.to(tl.int32), 0)
         start = tile_col * BLOCK_COLS
         acc = product(
-            d_out_tile_ptr, sources, held, weight_ptr + expert * (IN * OUT), start + tl.arange(0, BLOCK_COLS), end,
-            IN, OUT, True, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN,
+            d_out_tile_ptr, sources, held, weight, expert, start, end,
+            IN, OUT, True, TMA, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN,
         )  # fmt: skip
         gates = None
         if gates_ptr is not None:
@@ -157,14 +161,13 @@ def _weight_tile(m: int, n: int, rows: int, *, warps: int, stages: int, register
 # quarters of 128x128, which do not spill. Smaller tiles fit two programs on a multiprocessor and load more from L2.
 _D_HIDDEN = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4)
 _D_HIDDEN_FLOAT32 = gemm_tile(64, 64, 32, warps=8, stages=2)
+_D_HIDDEN_CANDIDATES = (
+    gemm_tile(128, 64, 64, warps=8, stages=3, parts=2, registers=128),
+    gemm_tile(128, 128, 64, warps=8, stages=4, parts=4, persistent=True),
+)
+_D_HIDDEN_TMA = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, tma=True)
 register_table(
-    "expert_d_hidden",
-    {(ANY, ANY, ANY): _D_HIDDEN},
-    candidates=(
-        gemm_tile(128, 64, 64, warps=8, stages=3, parts=2, registers=128),
-        gemm_tile(128, 128, 64, warps=8, stages=4, parts=4, persistent=True),
-        CUBLAS,
-    ),
+    "expert_d_hidden", {(ANY, ANY, ANY): _D_HIDDEN}, candidates=(*_D_HIDDEN_CANDIDATES, _D_HIDDEN_TMA, CUBLAS)
 )
 register_table("expert_d_hidden/fp32", {(ANY, ANY, ANY): _D_HIDDEN_FLOAT32}, candidates=(CUBLAS,))
 # Predicted, nothing was measured yet. The map of rows to tokens is loaded a stage ahead of what it points to, so four
@@ -173,11 +176,14 @@ register_table("expert_d_hidden/fp32", {(ANY, ANY, ANY): _D_HIDDEN_FLOAT32}, can
 _WEIGHT = _weight_tile(128, 128, 32, warps=8, stages=4)
 _WEIGHT_SM90 = _weight_tile(128, 128, 64, warps=8, stages=4)
 _WEIGHT_FLOAT32 = _weight_tile(64, 64, 32, warps=8, stages=2)
+_WEIGHT_CANDIDATES = (
+    _weight_tile(128, 128, 64, warps=8, stages=3),
+    _weight_tile(128, 256, 64, warps=8, stages=4),
+)
 WEIGHT_OPS = ("expert_d_fc1", "expert_d_fc2")
 for _op in WEIGHT_OPS:
-    candidates = (_weight_tile(128, 128, 64, warps=8, stages=3), _weight_tile(128, 256, 64, warps=8, stages=4), CUBLAS)
     table = {(ANY, ANY, ANY): _WEIGHT, ("sm90", ANY, ANY): _WEIGHT_SM90, ("sm100", ANY, ANY): _WEIGHT_SM90}
-    register_table(_op, table, candidates=candidates)
+    register_table(_op, table, candidates=(*_WEIGHT_CANDIDATES, CUBLAS))
     register_table(f"{_op}/fp32", {(ANY, ANY, ANY): _WEIGHT_FLOAT32}, candidates=(CUBLAS,))
 
 
@@ -221,10 +227,11 @@ def hidden_gradient(
     sizes = config.constexprs
     tiles = num_experts * triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(width, sizes["BLOCK_COLS"])
     if tiles > 0:
+        operand, launch = weight_operand(weight, config, transposed=True)
         _hidden_gradient_kernel[(programs(config, tiles, weight.device),)](
-            d_out.data, buffer.choices, gates, weight, pre, d_pre, gated, row_dots, column_sums, seed, drop,
+            d_out.data, buffer.choices, gates, operand, pre, d_pre, gated, row_dots, column_sums, seed, drop,
             num_experts, rows, IN=weight.shape[1], OUT=width, K=buffer.num_choices, GATHER=d_out.gather,
-            ACTIVATION=activation, PRECISION=dot_precision(weight), **config.kwargs(),
+            ACTIVATION=activation, PRECISION=dot_precision(weight), **launch,
         )  # fmt: skip
     return outputs
 
@@ -259,58 +266,66 @@ def weight_gradient(op: str, a: Rows, b: Rows) -> Tensor:
 
 def _compile_cases() -> list[CompileCase]:
     cases = []
-    options = {"has_dot": True}
-    for dtype, config in (("bf16", _D_HIDDEN), ("fp32", _D_HIDDEN_FLOAT32)):
+
+    def add_hidden(variant, config, chips, dtype, activation, width, hidden):
+        pointer, routed = f"*{dtype}", variant != "unrouted"
+        arguments = {
+            "d_out_ptr": pointer,
+            "choices_ptr": "*i32" if routed else None,
+            "gates_ptr": "*fp32" if routed else None,
+            "weight": weight_type(dtype, config, transposed=True),
+            "pre_ptr": pointer,
+            "d_pre_ptr": pointer,
+            "gated_ptr": pointer,
+            "row_dots_ptr": "*fp32" if routed else None,
+            "column_sums_ptr": "*fp32",
+            "seed_ptr": "*i64" if variant == "dropout" else None,
+            "drop": "fp32",
+            "num_experts": "i32",
+            "num_rows": "i32",
+        }
+        sizes = {"IN": width, "OUT": hidden, "K": 2, "GATHER": routed}
+        constexprs = {**sizes, "ACTIVATION": activation, "PRECISION": "ieee"}
+        name = f"expert_d_hidden/{variant}/{dtype}/{activation}/{width}x{hidden}"
+        options = {"has_dot": True, "capabilities": chips}
+        cases.append(compile_case(name, _hidden_gradient_kernel, arguments, constexprs, config, **options))
+
+    def add_weight(op, variant, config, chips, dtype, m, n, gather):
         pointer = f"*{dtype}"
-        for variant, activation, width, hidden in (
-            ("routed", "gelu_tanh", 768, 3072),
-            ("routed", "gelu", 1280, 5120),
-            ("dropout", "gelu", 768, 3072),
-            ("unrouted", "gelu", 768, 3072),
-        ):
-            routed = variant != "unrouted"
-            arguments = {
-                "d_out_ptr": pointer,
-                "choices_ptr": "*i32" if routed else None,
-                "gates_ptr": "*fp32" if routed else None,
-                "weight_ptr": pointer,
-                "pre_ptr": pointer,
-                "d_pre_ptr": pointer,
-                "gated_ptr": pointer,
-                "row_dots_ptr": "*fp32" if routed else None,
-                "column_sums_ptr": "*fp32",
-                "seed_ptr": "*i64" if variant == "dropout" else None,
-                "drop": "fp32",
-                "num_experts": "i32",
-                "num_rows": "i32",
-            }
-            sizes = {"IN": width, "OUT": hidden, "K": 2, "GATHER": routed}
-            constexprs = {**sizes, "ACTIVATION": activation, "PRECISION": "ieee"}
-            name = f"expert_d_hidden/{variant}/{dtype}/{activation}/{width}x{hidden}"
-            cases.append(compile_case(name, _hidden_gradient_kernel, arguments, constexprs, config, **options))
-    for variant, dtype, config, chips in (
+        arguments = {
+            "a_ptr": pointer,
+            "b_ptr": pointer,
+            "choices_ptr": "*i32" if gather else None,
+            "out_ptr": pointer,
+            "num_rows": "i32",
+        }
+        constexprs = {"M": m, "N": n, "K": 2, "GATHER_A": gather == "a", "GATHER_B": gather == "b"}
+        constexprs["PRECISION"] = "ieee"
+        options = {"has_dot": True, "capabilities": chips}
+        name = f"{op}/{variant}/{dtype}/{m}x{n}"
+        cases.append(compile_case(name, _weight_gradient_kernel, arguments, constexprs, config, **options))
+
+    chips = (80, 90, 100)
+    for dtype, config in (("bf16", _D_HIDDEN), ("fp32", _D_HIDDEN_FLOAT32)):
+        add_hidden("routed", config, chips, dtype, "gelu_tanh", 768, 3072)
+        add_hidden("routed", config, chips, dtype, "gelu", 1280, 5120)
+        add_hidden("dropout", config, chips, dtype, "gelu", 768, 3072)
+        add_hidden("unrouted", config, chips, dtype, "gelu", 768, 3072)
+    for variant, dtype, config, fits in (
         ("any", "bf16", _WEIGHT, (80,)),
         ("sm90", "bf16", _WEIGHT_SM90, (90, 100)),
-        ("any", "fp32", _WEIGHT_FLOAT32, (80, 90, 100)),
+        ("any", "fp32", _WEIGHT_FLOAT32, chips),
     ):
-        pointer = f"*{dtype}"
-        for name, m, n, gather in (
-            ("expert_d_fc1/routed", 3072, 768, "b"),
-            ("expert_d_fc2/routed", 768, 3072, "a"),
-            ("expert_d_fc1/unrouted", 5120, 1280, ""),
-        ):
-            arguments = {
-                "a_ptr": pointer,
-                "b_ptr": pointer,
-                "choices_ptr": "*i32" if gather else None,
-                "out_ptr": pointer,
-                "num_rows": "i32",
-            }
-            constexprs = {"M": m, "N": n, "K": 2, "GATHER_A": gather == "a", "GATHER_B": gather == "b"}
-            constexprs["PRECISION"] = "ieee"
-            name = f"{name}/{variant}/{dtype}/{m}x{n}"
-            options = {"has_dot": True, "capabilities": chips}
-            cases.append(compile_case(name, _weight_gradient_kernel, arguments, constexprs, config, **options))
+        add_weight("expert_d_fc1/routed", variant, config, fits, dtype, 3072, 768, "b")
+        add_weight("expert_d_fc2/routed", variant, config, fits, dtype, 768, 3072, "a")
+        add_weight("expert_d_fc1/unrouted", variant, config, fits, dtype, 5120, 1280, "")
+    # What `benchmarks.tune` may choose; those by pointers are for sm_90.
+    for config in _D_HIDDEN_CANDIDATES:
+        add_hidden(tile_name(config), config, (90,), "bf16", "gelu_tanh", 768, 3072)
+    add_hidden(tile_name(_D_HIDDEN_TMA), _D_HIDDEN_TMA, (90, 100), "bf16", "gelu_tanh", 768, 3072)
+    for config in _WEIGHT_CANDIDATES:
+        add_weight("expert_d_fc1/routed", tile_name(config), config, (90, 100), "bf16", 3072, 768, "b")
+        add_weight("expert_d_fc2/routed", tile_name(config), config, (90, 100), "bf16", 768, 3072, "a")
     return cases
 
 

@@ -12,7 +12,7 @@ from benchmarks.compile_report import blocks_per_sm, compile_case, staleness
 from tests.benchmarks.example_kernels import COMPILE_CASES, product_case, sums_case
 from vmoe_kernels.launch import triton_version
 
-CLEAN = compile_report.Compiled("k", 90, 4, 1, 64, 0, 0, 4096, 4, 0, 0, 1, 0, True, 0, 8)
+CLEAN = compile_report.Compiled("k", 90, 4, 1, 64, 0, 0, 4096, 4, 0, 0, 0, 1, 0, True, 0, 0, 8)
 
 
 @pytest.mark.parametrize(("capability", "field"), [(80, "mma"), (90, "wgmma"), (100, "tcgen05")])
@@ -66,6 +66,7 @@ def test_compile_case_refuses_the_interpreter(monkeypatch):
         ({"tensor_memory": 513}, "513 tensor-memory columns"),
         ({"wgmma": 0, "mma": 4}, "without wgmma"),
         ({"dots": 0}, "no tl.dot"),
+        ({"descriptors": 1}, "a tensor descriptor without TMA"),
     ],
 )
 def test_problems_names_each_defect(change, problem):
@@ -98,7 +99,7 @@ def test_report_lists_every_config_and_goes_stale(tmp_path):
     content = json.loads((folder / f"{name}.json").read_text())
     assert content["rows"] == [dataclasses.asdict(CLEAN)]
     assert set(content["versions"]) == {"torch", "triton"}
-    assert "| k | sm_90 | 4 | 1 | 64 | 0 | 0 | 4096 | 4 | 0 | 0 | 8 |" in (folder / f"{name}.md").read_text()
+    assert "| k | sm_90 | 4 | 1 | 64 | 0 | 0 | 4096 | 4 | 0 | 0 | 0 | 8 |" in (folder / f"{name}.md").read_text()
     assert staleness([CLEAN], folder) == []
     assert staleness([], folder) == [
         f"k on sm_90 is gone but listed in {name}; run python -m benchmarks.compile_report with that version"

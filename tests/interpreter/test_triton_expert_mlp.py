@@ -12,7 +12,7 @@ from vmoe_kernels import expert_mlp, expert_mlp_reference, launch
 from vmoe_kernels.activations import FORWARD
 from vmoe_kernels.philox import _uniform, philox_bits
 from vmoe_kernels.testing import assert_matches_eager, make_experts, outputs_and_gradients, poisoned_memory
-from vmoe_kernels.triton_expert_gemm import CUBLAS, LINEAR_OPS
+from vmoe_kernels.triton_expert_gemm import CUBLAS, LINEAR_OPS, gemm_tile, weight_operand
 from vmoe_kernels.triton_expert_gradient import WEIGHT_OPS
 from vmoe_kernels.triton_expert_mlp import expert_mlp_backward_triton, expert_mlp_triton
 
@@ -89,8 +89,9 @@ def test_expert_mlp_matches_eager_with_the_library_gemms(bias, dtype):
 
 @pytest.mark.parametrize("ops", [LINEAR_OPS, ("expert_d_hidden",), WEIGHT_OPS], ids=lambda ops: ops[0])
 def test_expert_mlp_is_right_with_every_tile(ops):
-    # More tiles than a persistent grid has programs in the interpreter, and a last column tile with one full half.
-    inputs = _inputs((4, 5, 16, 140, 16), torch.float16)
+    # More tiles than a persistent grid has programs in the interpreter, a last column tile with one full half, and rows
+    # of weights that TMA takes.
+    inputs = _inputs((4, 5, 16, 136, 16), torch.float16)
     tiles = [config for config in launch.candidates(ops[0]) if config != CUBLAS]
     assert len(tiles) > 1
     want = outputs_and_gradients(expert_mlp_reference, {name: value.double() for name, value in inputs.items()})
@@ -101,6 +102,19 @@ def test_expert_mlp_is_right_with_every_tile(ops):
             got = outputs_and_gradients(TRITON, inputs)
         for name, tensor in got.items():
             torch.testing.assert_close(tensor.double(), want[name], rtol=0.01, atol=0.01, msg=f"{name} with {config}")
+
+
+def test_weights_are_read_by_descriptor_where_a_config_asks_and_tma_can():
+    by_tma, by_pointers = gemm_tile(64, 32, 16, warps=4, stages=2, tma=True), gemm_tile(64, 32, 16, warps=4, stages=2)
+    whole, odd = torch.zeros(3, 40, 24, dtype=torch.float16), torch.zeros(3, 40, 25, dtype=torch.float16)
+    for transposed, block in ((False, [1, 32, 16]), (True, [1, 16, 32])):
+        descriptor, launch = weight_operand(whole, by_tma, transposed)
+        assert (descriptor.block_shape, launch["TMA"]) == (block, True)
+        shifted = torch.zeros(whole.numel() + 4, dtype=torch.float16)[4:].view(whole.shape)
+        for weight, config in ((whole, by_pointers), (odd, by_tma), (shifted, by_tma), (whole[:0], by_tma)):
+            operand, launch = weight_operand(weight, config, transposed)
+            assert operand is weight
+            assert not launch["TMA"]
 
 
 @pytest.mark.parametrize("library", [False, True])
