@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks.bench_scaling import change, exponent
+from benchmarks.protocol import change, exponent
 from benchmarks.saved import saved_bytes
 from benchmarks.session import Session
 

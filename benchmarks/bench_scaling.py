@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.bench_moe_layer import make_layer
 from benchmarks.cases import CPU_LAYER, Case
-from benchmarks.protocol import Samples, measure, relative_error
+from benchmarks.protocol import measure, relative_error
 from benchmarks.session import Session
 from vmoe_torch.layers import MoeMlp
 
@@ -94,17 +94,3 @@ def _forward(layer: MoeMlp, x: Tensor) -> Callable[[], Tensor]:
         return layer(x)
 
     return call
-
-
-def exponent(sweep: dict[float, Samples]) -> Samples:
-    """Slope of log time over log value, by least squares, round by round: 1 is linear."""
-    logs = torch.tensor(list(sweep), dtype=torch.float64).log()
-    times = torch.tensor([each.seconds for each in sweep.values()], dtype=torch.float64).log()
-    centred = (logs - logs.mean()).unsqueeze(1)
-    return Samples(tuple((centred * times).sum(0).div(centred.square().sum()).tolist()))
-
-
-def change(sweep: dict[float, Samples]) -> Samples:
-    """The slowest value's time over the fastest one's, round by round."""
-    slowest, fastest = (pick(sweep.values(), key=lambda each: each.median) for pick in (max, min))
-    return slowest.over(fastest)

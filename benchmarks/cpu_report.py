@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bars, bench_model, bench_moe_layer, bench_ranks, bench_scaling, bench_train_step, plots
+from benchmarks import bars, bench_model, bench_moe_layer, bench_train_step, plots
 from benchmarks.bench_moe_layer import Bar, layer_table
+from benchmarks.protocol import exponent
 from benchmarks.results import as_dicts, environment, from_dicts, heading, machine_name, table, write
 from benchmarks.session import Session
 
 CPU = torch.device("cpu")
 # The layer's own benchmark comes first and is left out here. Models are last, since compiling takes longest.
-SHARES = ((bench_scaling, 0.25), (bench_ranks, 0.15), (bench_train_step, 0.15), (bench_model, 0.45))
+SHARES = (("bench_scaling", 0.25), ("bench_ranks", 0.15), ("bench_train_step", 0.15), ("bench_model", 0.45))
 LAYER_SHARE = 0.15
 SECONDS_PER_VARIANT = 3.0
 MODEL_OPS = (bench_model.OP, bench_train_step.OP)
@@ -81,7 +82,7 @@ def write_report(session: Session, layer: dict, folder: Path, complete: bool = F
 
 def exponents(session: Session) -> dict[str, dict[str, float]]:
     """Of the layer's time over what varies, with the 20% and 80% quantiles of the rounds."""
-    fits = {name: bench_scaling.exponent(sweep) for name, sweep in session.sweeps.items() if len(sweep) > 1}
+    fits = {name: exponent(sweep) for name, sweep in session.sweeps.items() if len(sweep) > 1}
     return {
         name: {"median": fit.median, "low": fit.quantile(0.2), "high": fit.quantile(0.8)} for name, fit in fits.items()
     }

@@ -34,6 +34,8 @@ for step in "${steps[@]}"; do
     tests)
       # No plugin or option of pyproject.toml that a bare machine may lack.
       run python3 -m pytest -o addopts= -q --maxfail=20 -m gpu tests/gpu
+      # On its own, since it wants timm.
+      run python3 -m pytest -o addopts= -q -m gpu tests/parallel/test_parallel_gpu.py
       ;;
     sanitize)
       for tool in memcheck racecheck; do

@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from benchmarks.bench_scaling import exponent
-from benchmarks.protocol import Samples
+from benchmarks.protocol import Samples, exponent
 from benchmarks.results import Row
 from benchmarks.session import Session
 

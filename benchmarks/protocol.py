@@ -38,6 +38,20 @@ class Samples:
         return Samples(tuple(a / b for a, b in zip(self.seconds, other.seconds, strict=True)))
 
 
+def exponent(sweep: dict[float, Samples]) -> Samples:
+    """Slope of log time over log value, by least squares, round by round: 1 is linear."""
+    logs = torch.tensor(list(sweep), dtype=torch.float64).log()
+    times = torch.tensor([each.seconds for each in sweep.values()], dtype=torch.float64).log()
+    centred = (logs - logs.mean()).unsqueeze(1)
+    return Samples(tuple((centred * times).sum(0).div(centred.square().sum()).tolist()))
+
+
+def change(sweep: dict[float, Samples]) -> Samples:
+    """The slowest value's time over the fastest one's, round by round."""
+    slowest, fastest = (pick(sweep.values(), key=lambda each: each.median) for pick in (max, min))
+    return slowest.over(fastest)
+
+
 def measure(variants: Variants, device: torch.device, budget: float, min_runs: int = MIN_RUNS) -> dict[str, Samples]:
     """Times variants in turn, round after round, after a warm-up of each.
 

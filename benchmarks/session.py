@@ -1,9 +1,9 @@
 """One measuring session: what is checked, then timed, then written down at once."""
 
+import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import torch
 import torch._functorch.config as functorch_config
@@ -59,19 +59,20 @@ class Session:
         torch.compiler.reset()
         return True
 
-    def run_all(self, shares: Sequence[tuple[ModuleType, float]]) -> None:
-        """Runs benchmarks in order, each until its share of the time is used up; what one leaves goes to the next.
+    def run_all(self, shares: Sequence[tuple[str, float]]) -> None:
+        """Runs modules of benchmarks in order, each until its share of the time is used up; what one leaves goes to the
+        next.
 
-        What fails is noted and costs the others nothing.
+        What fails, or wants a package that is not installed, is noted and costs the others nothing.
         """
         due = 0.0
-        for bench, share in shares:
+        for name, share in shares:
             due += share * self.seconds
             self.deadline = due
             try:
-                bench.run(self)
+                importlib.import_module(f"benchmarks.{name}").run(self)
             except Exception as error:  # Numbers that were measured must survive what comes after them.
-                self.note(f"{bench.__name__} stopped: {type(error).__name__}: {first_line(error)}")
+                self.note(f"{name} stopped: {type(error).__name__}: {first_line(error)}")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bars, bench_model, bench_moe_layer, bench_ranks, bench_scaling, cpu_report, pairs
+from benchmarks import bars, bench_model, bench_moe_layer, bench_ranks, bench_scaling, cpu_report, pairs, protocol
 from benchmarks.bench_moe_layer import CPU_LAYER
 from benchmarks.pairs import TINY, check_compiled, check_models, make_models
-from benchmarks.protocol import Samples
+from benchmarks.protocol import Samples, exponent
 from benchmarks.session import Session
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def test_no_model_is_timed_that_is_wrong(monkeypatch):
 
     monkeypatch.setattr(bench_model, "make_models", wrong)
     measured = session()
-    measured.run_all(((bench_model, 1.0),))
+    measured.run_all((("bench_model", 1.0),))
     assert measured.rows == []
     assert "ours: out must be within" in measured.notes[0]
 
@@ -94,8 +94,8 @@ def test_sweeps_time_nothing_that_is_wrong(monkeypatch):
 
 def test_exponent_and_change_of_a_known_sweep():
     quadratic = {2.0**power: Samples((4.0**power, 3 * 4.0**power)) for power in range(4)}
-    assert bench_scaling.exponent(quadratic).seconds == pytest.approx((2.0, 2.0))
-    assert bench_scaling.change(quadratic).seconds == pytest.approx((64.0, 64.0))
+    assert exponent(quadratic).seconds == pytest.approx((2.0, 2.0))
+    assert protocol.change(quadratic).seconds == pytest.approx((64.0, 64.0))
     measured = session()
     measured.sweeps = {"T": quadratic, "E": {8: Samples((1.0, 2.0)), 64: Samples((1.1, 2.2))}}
     growth, change = (bar.result(measured) for bar in bars.CPU_BARS[1:])

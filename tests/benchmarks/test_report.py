@@ -1,6 +1,9 @@
 """The report: every benchmark runs, checks before it times, and what was written survives."""
 
 import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,20 +85,37 @@ def test_compare_checks_gradients():
     assert "d_x must be within" in measured.notes[0]
 
 
-def test_a_failing_benchmark_costs_the_others_nothing():
-    class Failing:
-        __name__ = "bench_failing"
-
-        @staticmethod
-        def run(session):
-            raise RuntimeError("out of memory")
+def test_a_failing_benchmark_costs_the_others_nothing(monkeypatch):
+    def failing(session):
+        raise RuntimeError("out of memory")
 
     seen = []
-    following = type("Following", (), {"run": staticmethod(lambda session: seen.append(1))})
+    for name, run in (("bench_failing", failing), ("bench_following", seen.append)):
+        monkeypatch.setitem(sys.modules, f"benchmarks.{name}", SimpleNamespace(run=run))
     measured = session()
-    measured.run_all(((Failing, 0.5), (following, 0.5)))
-    assert measured.notes == ["Failing stopped: RuntimeError: out of memory"]
-    assert seen == [1]
+    measured.run_all((("bench_failing", 0.3), ("bench_of_nothing", 0.3), ("bench_following", 0.4)))
+    assert measured.notes == [
+        "bench_failing stopped: RuntimeError: out of memory",
+        "bench_of_nothing stopped: ModuleNotFoundError: No module named 'benchmarks.bench_of_nothing'",
+    ]
+    assert seen == [measured]
+
+
+def test_kernels_are_measured_with_pytorch_and_triton_alone():
+    """What benchmarks/gpu_session.sh starts, on a machine that has neither timm nor matplotlib."""
+    missing = ("timm", "matplotlib", "torchvision", "PIL", "yaml", "safetensors", "msgpack", "fsspec.implementations")
+    lines = [
+        "import sys",
+        *(f"sys.modules[{name!r}] = None" for name in missing),
+        "import importlib",
+        "from benchmarks import report, sanitize, tune",
+        "of_models = ('bench_model', 'bench_train_step', 'bench_scaling')",
+        "of_kernels = [name for name, _ in report.SHARES if name not in of_models]",
+        "print(len([importlib.import_module(f'benchmarks.{name}').run for name in of_kernels]))",
+        "report.kernel_predictions()",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "7"), done.stderr
 
 
 def test_begin_says_what_no_time_was_left_for():
