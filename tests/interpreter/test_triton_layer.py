@@ -1,0 +1,118 @@
+"""Routing and experts in Triton, chained as a layer chains them, against the eager twins in the interpreter."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import vmoe_kernels as vk
+from vmoe_kernels.testing import assert_matches_eager, make_experts, outputs_and_gradients, poisoned_memory
+
+# (T, S, D, H, E, K, capacity factor): nothing, one token, a smaller last group, every token of 8 images in one group.
+SHAPES = (
+    (0, 1, 8, 16, 4, 2, 1.0),
+    (1, 1, 1, 3, 1, 1, 1.0),
+    (13, 13, 48, 20, 5, 3, 1.05),
+    (13, 5, 48, 20, 32, 2, 4.0),
+    (7, 7, 768, 20, 3, 2, 1.0),
+    (26, 13, 48, 20, 5, 1, 0.2),
+    (197 * 8, 197 * 8, 8, 16, 5, 2, 0.5),
+)
+ODD = SHAPES[2]
+# Sums of sums: a few roundings more than one product has.
+ULPS = 16
+
+
+def _inputs(shape) -> dict[str, Tensor]:
+    num_tokens, _, width, hidden, num_experts, *_ = shape
+    make = torch.Generator().manual_seed(3)
+    x = torch.randn(num_tokens, width, generator=make)
+    router = torch.randn(num_experts, width, generator=make) * width**-0.5
+    return {"x": x, "router": router, **make_experts((num_experts, width, hidden, width), torch.float32)}
+
+
+def _layer(x, router, *weights, shape, impl, noise_std=0.0, everything=False) -> Tensor:
+    """y (T, D); with `everything`, the sums of the auxiliary losses and the logits behind it, all in one row."""
+    _, group, _, _, num_experts, selected, factor = shape
+    capacity, rest = (
+        vk.compute_capacity(size, num_experts, factor, num_selected_experts=selected)
+        for size in (group, x.shape[0] % group or group)
+    )
+    routing = vk.route(
+        x,
+        router,
+        num_selected_experts=selected,
+        capacity=capacity,
+        group_size=group,
+        last_capacity=rest,
+        batch_priority=True,
+        noise_std=noise_std,
+        seed=torch.tensor(9) if noise_std else None,
+        impl=impl,
+    )
+    rows = vk.rows_per_expert(x.shape[0], group, capacity, rest)
+    y = vk.moe_mlp(x, routing.slots, routing.gates, *weights, rows_per_expert=rows, impl=impl)
+    if not everything:
+        return y
+    sums = (routing.importance, routing.mean_gates, routing.load, routing.logits)
+    return torch.cat([tensor.flatten().to(y.dtype) for tensor in (y, *sums)])
+
+
+@pytest.mark.parametrize(("shape", "noise_std"), [*((shape, 1.0) for shape in SHAPES), (ODD, 0.0)], ids=str)
+def test_layer_matches_eager(shape, noise_std):
+    triton, reference = (
+        partial(_layer, shape=shape, impl=impl, noise_std=noise_std, everything=True)
+        for impl in ("triton", "reference")
+    )
+    with poisoned_memory():
+        assert_matches_eager(triton, reference, _inputs(shape), ulps=ULPS)
+
+
+@pytest.mark.parametrize("case", ["one_expert", "ties"])
+def test_layer_matches_eager_when_all_tokens_want_the_same(case):
+    inputs = _inputs(ODD)
+    inputs["x"] = inputs["x"].abs()
+    inputs["router"].zero_()
+    if case == "one_expert":
+        inputs["router"][2] = 1.0
+    triton, reference = (partial(_layer, shape=ODD, impl=impl, everything=True) for impl in ("triton", "reference"))
+    assert_matches_eager(triton, reference, inputs, ulps=ULPS)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_layer_keeps_a_broken_token_alone(value):
+    # With room for all, so that nobody takes the place that the broken token gives up.
+    shape = (13, 13, 48, 20, 5, 2, 5.0)
+    inputs = _inputs(shape)
+    whole = _layer(*inputs.values(), shape=shape, impl="triton")
+    inputs["x"][4] = value
+    y = _layer(*inputs.values(), shape=shape, impl="triton")
+    assert y[4].isnan().all()
+    others = torch.arange(13) != 4
+    torch.testing.assert_close(y[others], whole[others], rtol=1e-5, atol=1e-6)
+
+
+def test_layer_compiles_and_exports_as_one_graph():
+    inputs = _inputs(ODD)
+    op = partial(_layer, shape=ODD, impl="triton", everything=True)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    got, want = outputs_and_gradients(compiled, inputs), outputs_and_gradients(op, inputs)
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+    class Layer(torch.nn.Module):
+        def forward(self, *tensors):
+            return op(*tensors)
+
+    program = torch.export.export(Layer(), tuple(inputs.values()))
+    assert torch.equal(program.module()(*inputs.values()), want["output"])
+
+
+def test_layer_runs_under_vmap():
+    inputs = _inputs(ODD)
+    samples = torch.stack([inputs.pop("x"), torch.randn(13, 48, generator=torch.Generator().manual_seed(4))])
+    op = partial(_layer, shape=ODD, impl="triton")
+    got = torch.vmap(op, (0, *[None] * len(inputs)))(samples, *inputs.values())
+    want = torch.stack([op(x, *inputs.values()) for x in samples])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
