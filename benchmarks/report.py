@@ -9,16 +9,15 @@ predictions stand beside them.
 """
 
 import argparse
-import importlib
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks import bars, work
-from benchmarks.cases import LAYERS, Case
+from benchmarks import bars
+from benchmarks.cases import LAYERS
+from benchmarks.predicted import write_predicted
 from benchmarks.results import RESULTS, as_dicts, environment, heading, machine_name, table, write
 from benchmarks.session import Session, first_line
 
@@ -37,8 +36,6 @@ SHARES = (
     ("bench_scaling", 0.05),
 )
 QUICK = 2  # cases of LAYERS
-# The Triton that the measured machines have.
-COMPILE_REPORT = RESULTS / "compile_report" / "triton-3.6.json"
 
 
 def write_measured(session: Session, folder: Path, complete: bool = False) -> Path:
@@ -92,99 +89,6 @@ def _memory_lines(session: Session) -> list[str]:
     return [*lines, ""]
 
 
-def predictions(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
-    """Least time of every op, direction and case on an H200, from bytes and FLOPs over its ceilings."""
-    found = []
-    for case in cases:
-        for op, count in work.OPS.items():
-            for direction, least in count(case).items():
-                copies, products = least.bytes / work.H200_COPY, least.flops / work.H200_MATMUL
-                found.append(
-                    {
-                        "op": op,
-                        "direction": direction,
-                        "case": case.name,
-                        "bytes": least.bytes,
-                        "flops": least.flops,
-                        "predicted_us": least.seconds() * 1e6,
-                        "bound": "products" if products > copies else "copies",
-                        "measured_us": None,
-                    }
-                )
-    return found
-
-
-def kernel_predictions() -> list[dict]:
-    """What the kernels' own files predict (PREDICTED_MICROSECONDS: a name, or a tuple of names and sizes, to us)."""
-    from benchmarks.compile_report import triton_modules
-
-    found = []
-    for module in triton_modules():
-        predicted = getattr(importlib.import_module(module), "PREDICTED_MICROSECONDS", {})
-        for key, microseconds in predicted.items():
-            name = " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
-            found.append({"module": module, "kernel": name, "predicted_us": microseconds, "measured_us": None})
-    return found
-
-
-def occupancy(capability: int = 90) -> list[dict]:
-    """Registers, shared memory and resident blocks of every shipped config, from the compile report."""
-    if not COMPILE_REPORT.exists():
-        return []
-    fields = ("name", "num_warps", "registers", "shared", "blocks_per_sm")
-    rows = json.loads(COMPILE_REPORT.read_text())["rows"]
-    return [{field: row[field] for field in fields} for row in rows if row["capability"] == capability]
-
-
-def write_predicted(folder: Path, own: list[dict]) -> Path:
-    """Writes the bars with an empty measured column, and the predictions beside an empty one."""
-    made = environment(torch.device("cpu"))
-    results = [bar.result(Session(torch.device("cpu"))) for bar in bars.BARS]
-    least, resident = predictions(), occupancy()
-    ceiling_text = f"{work.H200_MATMUL * 1e-12:.0f} TFLOP/s in bf16 and {work.H200_COPY * 1e-12:.1f} TB/s"
-    lines = [
-        *heading("Kernels, predicted: nothing here was measured on a GPU", made),
-        "`python -m benchmarks.report` on a GPU fills the measured columns in a file of its own.",
-        "",
-        *bars.lines(results),
-        "",
-        f"Predicted is the least time on an H200: the larger of FLOPs and bytes over {ceiling_text}, inputs read once",
-        "and outputs written once; launches come on top.",
-        "",
-        "| op | direction | case | MB | GFLOP | bound by | predicted us | measured us |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {each['op']} | {each['direction']} | {each['case']} | {each['bytes'] * 1e-6:.1f} "
-        f"| {each['flops'] * 1e-9:.1f} | {each['bound']} | {each['predicted_us']:.1f} | |"
-        for each in least
-    ]
-    if own:
-        lines += ["", "| the kernel files' own predictions | predicted us | measured us |", "| --- | --- | --- |"]
-        lines += [f"| {each['kernel']} | {each['predicted_us']:.1f} | |" for each in own]
-    if resident:
-        lines += [
-            "",
-            "Occupancy on sm_90, from the compile report:",
-            "",
-            "| config | warps | registers | shared | blocks/SM | warps/SM |",
-            "| --- | --- | --- | --- | --- | --- |",
-        ]
-        lines += [
-            f"| {each['name']} | {each['num_warps']} | {each['registers']} | {each['shared']} "
-            f"| {each['blocks_per_sm']} | {each['blocks_per_sm'] * each['num_warps']} |"
-            for each in resident
-        ]
-    content = {
-        "environment": made,
-        "bars": results,
-        "predictions": least,
-        "kernel_predictions": own,
-        "occupancy": resident,
-    }
-    return write(folder, "report", content, lines)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and runs; on a CPU, predictions alone")
@@ -192,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the machine's folder is made")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        path = write_predicted(options.folder / "predicted", kernel_predictions())
+        path = write_predicted(options.folder / "predicted")
         print(f"no GPU: predictions written to {path}")
         if options.quick:
             return 0

@@ -249,3 +249,4 @@ PREDICTIONS = {
     "slots/sort/vanilla/K1": Prediction(3, 0.5, 10.0),
     "slots/sort/vanilla/K2": Prediction(3, 0.9, 11.0),
 }
+PREDICTED_MICROSECONDS = {name: each.microseconds for name, each in PREDICTIONS.items()}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bars, bench_scaling, pairs, report, work
+from benchmarks import bars, bench_scaling, pairs, predicted, report, work
 from benchmarks.cases import LAYERS, Case
 from benchmarks.pairs import TINY
 from benchmarks.protocol import Samples
@@ -108,11 +108,11 @@ def test_kernels_are_measured_with_pytorch_and_triton_alone():
         "import sys",
         *(f"sys.modules[{name!r}] = None" for name in missing),
         "import importlib",
-        "from benchmarks import report, sanitize, tune",
+        "from benchmarks import predicted, report, sanitize, tune",
         "of_models = ('bench_model', 'bench_train_step', 'bench_scaling')",
         "of_kernels = [name for name, _ in report.SHARES if name not in of_models]",
         "print(len([importlib.import_module(f'benchmarks.{name}').run for name in of_kernels]))",
-        "report.kernel_predictions()",
+        "predicted.kernel_predictions()",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "7"), done.stderr
@@ -135,13 +135,18 @@ def test_rows_are_written_as_they_come(tmp_path):
 
 
 def test_predictions_are_never_called_measured(tmp_path):
-    path = report.write_predicted(tmp_path, report.kernel_predictions())
+    path = predicted.write_predicted(tmp_path)
     content = json.loads(path.with_suffix(".json").read_text())
     empty = [bar["measured"] is None and bar["met"] is None for bar in content["bars"]]
     assert all(empty[:-1])
     assert content["bars"][-1]["what"].endswith("(counted)")
-    assert all(each["measured_us"] is None for each in content["predictions"])
+    for part in ("predictions", "layer_kernels", "kernel_predictions"):
+        assert all(each["predicted_us"] > 0 and each["measured_us"] is None for each in content[part])
     assert len(content["predictions"]) == 11 * len(LAYERS)
+    assert {each["kernel"] for each in content["layer_kernels"]} >= {"expert_up", "expert_d_fc1", "combine"}
+    assert all(each["blocks_per_sm"] >= 1 for each in content["layer_kernels"])
+    names = {each["kernel"] for each in content["kernel_predictions"]}
+    assert names >= {"router_forward/K2", "slots/select/bpr/K1", "dispatch 2"}
     assert "nothing here was measured on a GPU" in path.read_text()
 
 
