@@ -72,10 +72,10 @@ def tiny(monkeypatch):
 
 
 def test_study_calibrates_on_training_images_and_measures_on_test_images(tiny, tmp_path):
-    path = main(["runs/some", "--shares", "0.9", "--images", "8", "--out", str(tmp_path)])
+    path = main(["runs/some", "--shares", "0.9", "--images", "99", "--out", str(tmp_path)])
     content = json.loads(path.with_suffix(".json").read_text())
     (budget,) = content["budgets"]
-    assert (budget["images"], content["test_images"]) == (8, IMAGES["test"])
+    assert (budget["images"], content["test_images"]) == (IMAGES["train"], IMAGES["test"])
     assert budget["chosen"]["cost"] <= budget["limit"] == pytest.approx(0.9 * content["present"]["cost"])
     settings = {each["setting"]: each for each in content["alike"]}
     # Each single setting that was verified, in both orders.
