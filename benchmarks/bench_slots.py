@@ -8,7 +8,7 @@ from torch import Tensor
 import vmoe_kernels as kernels
 from benchmarks import work
 from benchmarks.cases import Case
-from benchmarks.session import Session
+from benchmarks.session import Session, first_line
 
 OP = "slots"
 
@@ -47,9 +47,13 @@ def _compare(session: Session, case: Case, group_size: int, load: str, name: str
         # Which choices are kept is defined; where in its expert's part a row lies is not.
         expert = torch.where(want < 0, -1, experts)
         good = {}
+        rows = case.num_tokens // group_size * capacity
         for variant, call in calls.items():
-            got = call()
-            rows = case.num_tokens // group_size * capacity
+            try:
+                got = call()
+            except Exception as error:  # An opponent may not compile: noted, left out.
+                session.note(f"{OP} {name} {order}: {variant} is left out: {first_line(error)}")
+                continue
             if torch.equal(torch.where(got < 0, -1, got // rows), expert) and _unique(got):
                 good[variant] = call
             else:

@@ -118,6 +118,24 @@ def test_kernels_are_measured_with_pytorch_and_triton_alone():
     assert (done.returncode, done.stdout.strip()) == (0, "7"), done.stderr
 
 
+def test_an_opponent_that_does_not_compile_costs_ours_nothing():
+    def broken(function):
+        def call(*args, **kwargs):
+            raise RuntimeError("inductor failed")
+
+        return call
+
+    measured = session(compiler=broken)
+    measured.ceilings["copy"] = 1e9
+    measured.run_all((("bench_slots", 0.5), ("bench_gpu_layer", 0.5)))
+    variants = {row.variant for row in measured.rows if row.op == "moe_layer"}
+    # All others route by the compiled reference.
+    assert variants == {"ours", "eager", "our expert MLP alone"}
+    assert {row.variant for row in measured.rows if row.op == "slots"} == {"ours", "eager"}
+    assert "moe_layer" in measured.notes[-1]
+    assert all("is left out: inductor failed" in note for note in measured.notes)
+
+
 def test_begin_says_what_no_time_was_left_for():
     measured = session(seconds=0.0)
     assert not measured.begin("router T=1")
