@@ -10,6 +10,7 @@ import vmoe_torch
 from tests.test_cli import fails
 from vmoe_torch.cli import main
 from vmoe_torch.commands.sources import open_model
+from vmoe_torch.export import files_of
 
 
 def test_onnx_file_at_a_setting(run_folder, tmp_path, capsys):
@@ -48,6 +49,15 @@ def test_file_that_differs_does_not_stay(run_folder, tmp_path, capsys, monkeypat
     monkeypatch.setattr("vmoe_torch.export.check.TOLERANCE", -1.0)
     fails(capsys, ["export", run_folder, tmp_path / "x.pt2"], "x.pt2 must give the model's logits within")
     assert not (tmp_path / "x.pt2").exists()
+
+
+def test_weights_beside_a_large_file(run_folder, tmp_path, capsys, monkeypatch):
+    """They are read from there, and counted."""
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    path, weights = tmp_path / "x.onnx", tmp_path / "x.onnx.data"
+    assert main(["export", str(run_folder), str(path)]) == 0
+    assert files_of(path) == [path, weights]
+    assert f"{(path.stat().st_size + weights.stat().st_size) / 1e6:.1f} MB" in capsys.readouterr().out
 
 
 def test_what_a_user_gets_wrong(run_folder, tmp_path, capsys):

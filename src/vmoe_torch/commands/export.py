@@ -12,7 +12,7 @@ from vmoe_torch.budget.settings import assign
 from vmoe_torch.commands.options import writable
 from vmoe_torch.commands.sources import MODEL_HELP, open_model
 from vmoe_torch.control import moe_layers, set_routing
-from vmoe_torch.export import check_compiled, check_file, export_program, save_onnx, save_pt2
+from vmoe_torch.export import check_compiled, check_file, export_program, files_of, save_onnx, save_pt2
 
 SAVE = {".pt2": save_pt2, ".onnx": save_onnx}
 ORDERS = {"vanilla": False, "bpr": True}
@@ -73,9 +73,10 @@ def run(options: argparse.Namespace) -> int:
         difference = check_file(options.out, model, (3 if dynamic else options.batch, *shape[1:]))
     except Exception:
         # Nobody shall use it.
-        Path(options.out).unlink()
+        for file in files_of(options.out):
+            file.unlink()
         raise
-    size = Path(options.out).stat().st_size
+    size = sum(file.stat().st_size for file in files_of(options.out))
     print(f"{options.out}: images ({options.batch}, {', '.join(map(str, shape[1:]))}) to logits, {size / 1e6:.1f} MB")
     print(f"its logits are the model's: largest difference {difference:.1e} of the largest logit")
     if options.compile:

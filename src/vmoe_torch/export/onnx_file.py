@@ -12,7 +12,9 @@ OPSET = 18
 
 
 def save_onnx(program: ExportedProgram, path: Path | str) -> None:
-    """Writes an ONNX file with one input "images" and one output "logits"; weights lie inside it, up to 1.5 GB.
+    """Writes an ONNX file with one input "images" and one output "logits".
+
+    Weights lie inside it up to 1.5 GB, and in a file PATH.data beside it if they are more.
 
     Raises:
         ValueError: if the packages of the extra `export` are missing.
@@ -32,6 +34,11 @@ def save_onnx(program: ExportedProgram, path: Path | str) -> None:
         ).save(path)
     finally:
         ir.setLevel(level)
+
+
+def files_of(path: Path | str) -> list[Path]:
+    """The file that was written there, and the one of its weights, if it has one."""
+    return [file for file in (Path(path), Path(f"{path}.data")) if file.exists()]
 
 
 def _stable_sort() -> Callable:
