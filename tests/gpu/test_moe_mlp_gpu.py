@@ -100,3 +100,29 @@ def test_moe_mlp_keeps_an_idle_expert_out_of_everything():
     got = outputs_and_gradients(_ops((4, 1, 3, 8, 16))[0], inputs)
     assert all(tensor.isfinite().all() for tensor in got.values())
     assert not any(got[f"d_{name}"][1:].any() for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"))
+
+
+def test_moe_mlp_gathers_from_more_than_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    num_tokens, shape = 2**31 // 768 + 10, (2, 1, 2, 4, 768)
+    few = _inputs("random", shape, torch.bfloat16)
+    few["slots"] = torch.tensor([[1], [6]], device="cuda", dtype=torch.int32)
+    few["gates"] = torch.tensor([[0.5], [0.25]], device="cuda")
+    many = {**few, "x": torch.zeros(num_tokens, 768, device="cuda", dtype=torch.bfloat16)}
+    assert many["x"].numel() > 2**31
+    many["slots"] = torch.full((num_tokens, 1), -1, device="cuda", dtype=torch.int32)
+    many["gates"] = torch.ones(num_tokens, 1, device="cuda")
+    ends = [0, num_tokens - 1]
+    for name in ("x", "slots", "gates"):
+        many[name][ends] = few[name]
+    d_few = torch.randn(2, 768, generator=torch.Generator().manual_seed(2)).to("cuda", torch.bfloat16)
+    d_many = torch.zeros_like(many["x"])
+    d_many[ends] = d_few
+    op = _ops(shape)[0]
+    want, got = outputs_and_gradients(op, few, d_few), outputs_and_gradients(op, many, d_many)
+    for name, tensor in want.items():
+        ours = got[name][ends] if name in ("output", "d_x", "d_gates") else got[name]
+        assert torch.equal(ours, tensor), name
+    assert not got["output"][1:-1].any()
+    assert not got["d_x"][1:-1].any()

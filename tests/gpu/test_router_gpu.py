@@ -54,3 +54,22 @@ def test_router_never_synchronises():
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_router_takes_more_than_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    tokens = 2**31 // 768 + 10
+    x = torch.zeros(tokens, 768, device="cuda", dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    x[-1] = torch.randn(768, device="cuda")
+    weight = torch.randn(8, 768, device="cuda")
+    x.requires_grad_()
+    logits = vk.router(x, weight, num_selected_experts=2, group_size=1568, impl="triton").logits
+    torch.testing.assert_close(logits[-1], weight @ x[-1].detach().float(), rtol=1e-4, atol=1e-4)
+    assert not logits[:-1].any()
+    d_logits = torch.zeros_like(logits)
+    d_logits[-1, 3] = 1.0
+    (d_x,) = torch.autograd.grad(logits, x, d_logits)
+    torch.testing.assert_close(d_x[-1].float(), weight[3], rtol=1e-2, atol=1e-2)
+    assert not d_x[:-1].any()
