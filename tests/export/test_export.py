@@ -129,6 +129,19 @@ def test_another_model_is_told_apart(build, tmp_path):
         check_file(path, model, SHAPE)
 
 
+@pytest.mark.parametrize(("wire", "error"), [("float32", 5e-5), ("bfloat16", 1e-3)])
+def test_rounding_is_told_from_errors(build, wire, error):
+    """What a bfloat16 model may differ by is too much for a float32 one."""
+    model = build(dispatch_dtype=wire)
+
+    def compare(difference):
+        return _compare("other", lambda images: model(images) * (1 + difference), model, SHAPE)
+
+    assert compare(error) == pytest.approx(error, rel=0.01)
+    with pytest.raises(ValueError, match="other must give the model's logits within"):
+        compare(4 * error)
+
+
 @pytest.mark.parametrize("case", ["vanilla, one expert, average", "bpr", "as released"])
 def test_graph_of_compile(build, monkeypatch, case):
     """One graph, without the code that inductor makes of it."""

@@ -6,10 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vmoe_torch.control import moe_layers
 from vmoe_torch.evaluate.settings import eval_mode
 
 # Largest difference, relative to the largest logit: some hundred times the rounding of float32 over a model's depth.
 TOLERANCE = 1e-4
+# Where experts get bfloat16, as in the released models: another order of a sum moves a value by a step of 2**-8 now and
+# then. A token that goes elsewhere shows much more.
+BFLOAT16_TOLERANCE = 2**-9
 # Rounding can tip a choice at the edge of a capacity, which shows in the logits; it does not do so draw after draw.
 DRAWS = 3
 
@@ -26,8 +30,8 @@ def check_file(path: Path | str, model: nn.Module, shape: tuple[int, int, int, i
         The largest difference of a logit, relative to the largest one.
 
     Raises:
-        ValueError: if they differ by more than TOLERANCE in each of DRAWS draws of images, or all logits are equal, so
-            that nothing could be compared.
+        ValueError: if they differ by more than rounding does (TOLERANCE, BFLOAT16_TOLERANCE) in each of DRAWS draws of
+            images, or all logits are equal, so that nothing could be compared.
     """
     return _compare(str(path), _onnx(path) if Path(path).suffix == ".onnx" else _pt2(path), model, shape)
 
@@ -53,6 +57,8 @@ def _pt2(path: Path | str) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def _compare(name: str, other: Callable[[Tensor], Tensor], model: nn.Module, shape: tuple[int, ...]) -> float:
+    rounded = any(layer.dispatch_dtype == torch.bfloat16 for layer in moe_layers(model).values())
+    tolerance = BFLOAT16_TOLERANCE if rounded else TOLERANCE
     parameter = next(model.parameters())
     found = []
     with eval_mode(model):
@@ -64,9 +70,9 @@ def _compare(name: str, other: Callable[[Tensor], Tensor], model: nn.Module, sha
             if got.shape != want.shape:
                 raise ValueError(f"{name} must give logits {tuple(want.shape)}, got {tuple(got.shape)}")
             found.append(float((got - want).abs().max() / want.abs().max()))
-            if found[-1] <= TOLERANCE:
+            if found[-1] <= tolerance:
                 return found[-1]
     raise ValueError(
-        f"{name} must give the model's logits within {TOLERANCE:g} of the largest one, "
+        f"{name} must give the model's logits within {tolerance:g} of the largest one, "
         f"got differences of {', '.join(f'{each:.2g}' for each in found)}"
     )
