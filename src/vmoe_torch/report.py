@@ -24,6 +24,9 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid #e3e3e3; }
 th { color: #555; font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.words th, .words td { text-align: left; vertical-align: top; }
+.words td:not(:last-child) { white-space: nowrap; }
+.words td { overflow-wrap: anywhere; }
 tbody tr.first td { border-top: 2px solid #8a8a8a; }
 td.best { font-weight: 700; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem;
@@ -63,19 +66,21 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a report: texts, right-aligned.
+    """A table of a report: numbers, right-aligned, behind a first column of words.
 
     Attributes:
         header: of the columns.
         rows: of cells.
         best: (row, column) cells to set in bold.
         breaks: rows that begin a new part.
+        words: whether every column has words.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     best: frozenset[tuple[int, int]] = frozenset()
     breaks: frozenset[int] = frozenset()
+    words: bool = False
 
 
 @dataclass
@@ -173,7 +178,7 @@ def _paragraphs(texts: Sequence[str]) -> list[str]:
 
 
 def _table(table: Table) -> list[str]:
-    lines = ["<table>", "<thead><tr>"]
+    lines = ['<table class="words">' if table.words else "<table>", "<thead><tr>"]
     lines += [f'<th scope="col">{escape(cell)}</th>' for cell in table.header]
     lines += ["</tr></thead>", "<tbody>"]
     for number, row in enumerate(table.rows):

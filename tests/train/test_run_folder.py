@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.browser import browser_test, check_page
 from vmoe_torch.train import train
+from vmoe_torch.train.summary import write_summary
 from vmoe_torch.train.table import CsvTable, read_table
 
 
@@ -52,6 +54,23 @@ def test_run_folder_has_a_page_with_curves_and_alarms(folder):
     assert page.count("data:image/png;base64,") == 7
     assert json.loads((folder / "config.json").read_text())["alarms"]["expert_share"] == 0.1
     assert not list(folder.glob(".*"))
+
+
+def test_page_shows_the_first_alarms_and_counts_the_rest(folder):
+    with open(folder / "alarms.csv", "a") as file:
+        file.writelines(f"9,loss spike,,number {number}\n" for number in range(52))
+    page = write_summary(folder).read_text(encoding="utf-8")
+    assert "53 alarms." in page
+    assert "The first 50; alarms.csv has 3 more." in page
+    assert "number 48<" in page
+    assert "number 49<" not in page
+
+
+@browser_test
+def test_page_opens_in_a_browser(folder, tmp_path):
+    with open(folder / "alarms.csv", "a") as file:
+        file.write(f"9,broken image,,image {'long/' * 60}1.png cannot be read\n")
+    check_page(write_summary(folder), tmp_path, 7)
 
 
 def test_table_drops_what_comes_later_and_what_a_full_disk_cut_off(tmp_path):

@@ -16,6 +16,7 @@ from vmoe_torch.style import BLUE, GREEN, ORANGE, layer_label
 from vmoe_torch.train.table import read_table
 
 LINKED = ("config.json", "environment.json", "metrics.csv", "progress.csv", "routing.csv", "alarms.csv")
+MOST_ALARMS = 50
 # Columns of the heat maps; more log points are averaged.
 MOST_COLUMNS = 400
 
@@ -75,8 +76,10 @@ def _facts(config: dict[str, Any], environment: dict[str, Any], epochs: list[dic
 def _alarms(alarms: list[dict]) -> Section:
     if not alarms:
         return Section("Alarms", ["None."])
-    rows = [[row["kind"], row["update"], layer_label(row["layer"]), row["message"]] for row in alarms]
-    return Section("Alarms", table=Table(("what", "update", "layer", "message"), rows))
+    rows = [[row["update"], row["kind"], layer_label(row["layer"]), row["message"]] for row in alarms[:MOST_ALARMS]]
+    left = len(alarms) - len(rows)
+    texts = [f"The first {len(rows)}; alarms.csv has {left} more."] if left else []
+    return Section("Alarms", texts, table=Table(("update", "what", "layer", "message"), rows, words=True))
 
 
 def _curves(epochs: list[dict], points: list[dict]) -> Section:
@@ -187,13 +190,11 @@ def _thinned(loads: np.ndarray) -> np.ndarray:
 def _epochs(epochs: Sequence[dict]) -> Section:
     shown = {
         "epoch": ("epoch", "{:.0f}", 1),
-        "lr": ("learning rate", "{:.2e}", 1),
         "train_loss": ("training loss", "{:.4f}", 1),
         "val_loss": ("validation loss", "{:.4f}", 1),
         "val_accuracy": ("accuracy, %", "{:.2f}", 100),
         "ema_val_accuracy": ("moving average's, %", "{:.2f}", 100),
         "dropped": ("dropped, %", "{:.1f}", 100),
-        "images_per_second": ("images/s", "{:.0f}", 1),
     }
     shown = {key: how for key, how in shown.items() if any(row[key] for row in epochs)}
     rows = [
