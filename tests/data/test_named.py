@@ -64,6 +64,13 @@ def test_data_set_that_cannot_be_opened_is_named(tmp_path):
         NamedDataset("torch/cifar10", tmp_path, "train")
 
 
+@pytest.mark.parametrize("name", ["torch/image_folder", "hfds/pets"])
+def test_images_have_the_mode_that_is_asked_for(root, monkeypatch, name):
+    if name.startswith("hfds"):
+        monkeypatch.setattr(named, "create_dataset", lambda name, root, **kwargs: ImageDataset(f"{root}/val"))
+    assert [NamedDataset(name, root, "val", mode)[0][0].mode for mode in ("RGB", "L")] == ["RGB", "L"]
+
+
 @pytest.mark.parametrize("name", ["tfds/mnist", "hfids/food101"])
 def test_streams_are_refused(tmp_path, name):
     config = Config().override(f"data.name={name}", f"data.root={tmp_path}")
@@ -79,6 +86,7 @@ def test_streams_are_refused(tmp_path, name):
             "data.name=cifar10",
             r"data\.name must be one of folder, fashion_mnist, wds/, torch/NAME, hfds/NAME, got 'cifar10'",
         ),
+        ("data.name=wds/", r"data\.root must name the folder of .* for data\.name=wds/, got none"),
         ("data.name=torch/cifar10", r"data\.root must name the folder of .* for data\.name=torch/cifar10, got none"),
     ],
 )

@@ -67,11 +67,12 @@ class Root(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner = nn.Linear(2, 2, bias=False)
         self.outer = nn.Linear(2, 1)
+        self.inner = nn.Linear(2, 2, bias=False)
+        self.first = nn.Linear(2, 2, bias=False)
 
     def forward(self, x):
-        return self.outer(self.inner(x).abs().sqrt())
+        return self.outer(self.inner(self.first(x)).abs().sqrt())
 
 
 @pytest.mark.parametrize(
@@ -88,5 +89,11 @@ def test_explain_finds_where_it_begins(change, message):
     torch.manual_seed(0)
     model, x = Root(), torch.full((3, 2), 1e3)
     change(model, x)
-    reason = explain(lambda batches: model(batches[0][0]).sum().backward(), model, [(x, torch.zeros(3))])
+
+    def update(batches):
+        model(batches[0][0]).sum().backward()
+        # Makes all gradients NaN if one is.
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    reason = explain(update, model, [(x, torch.zeros(3))])
     assert reason is None if message is None else message in reason

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.browser import browser_test, check_page
 from vmoe_torch.train import train
+from vmoe_torch.train.meter import Meter
 from vmoe_torch.train.summary import write_summary
 from vmoe_torch.train.table import CsvTable, read_table
 
@@ -43,8 +45,9 @@ def test_run_folder_tells_of_the_routing_over_time(folder):
     assert shares == pytest.approx([float(rows[0][f"load_{expert}"]) for expert in range(4)])
 
 
-def test_run_folder_has_a_page_with_curves_and_alarms(folder):
+def test_run_folder_has_a_page_with_curves_and_alarms(capfd, folder):
     (alarm,) = read_table(folder / "alarms.csv")
+    assert f"warning: update 3: collapse: blocks.1.mlp: {alarm['message']}" in capfd.readouterr().err
     assert (alarm["update"], alarm["kind"], alarm["layer"]) == ("3", "collapse", "blocks.1.mlp")
     page = (folder / "summary.html").read_text(encoding="utf-8")
     for text in ("Loss", "Accuracy", "Learning rate", "Images per second", "Load per expert over time", "dropped"):
@@ -71,6 +74,14 @@ def test_page_opens_in_a_browser(folder, tmp_path):
     with open(folder / "alarms.csv", "a") as file:
         file.write(f"9,broken image,,image {'long/' * 60}1.png cannot be read\n")
     check_page(write_summary(folder), tmp_path, 7)
+
+
+def test_meter_tells_of_the_images_since_it_was_last_asked():
+    meter = Meter(torch.device("cpu"))
+    for loss, label in ((1.0, 0), (3.0, 1)):
+        meter.add(torch.tensor([[1.0, 0.0]]), torch.tensor([label]), torch.tensor(loss), torch.tensor(0.5))
+        assert meter.recent() == {"loss": loss, "auxiliary": 0.5, "accuracy": 1.0 - label}
+    assert meter.results()["loss"] == 2.0
 
 
 def test_table_drops_what_comes_later_and_what_a_full_disk_cut_off(tmp_path):

@@ -318,12 +318,13 @@ class _Run:
         """Trains up to the one before this update, and says what in this one is the first that is not finite."""
         state = self.state
         state.model.train()
-        while True:
+        while state.update < update:
             for batches in self._updates():
                 if state.update + 1 == update:
                     return explain(self.update_once, state.model, batches)
                 self.update_once(batches)
                 state.update += 1
+        return None
 
     def _end_epoch(self, logs: Logs, stop: Sigterm, stopped: bool) -> dict[str, Any] | None:
         """Validates, logs, saves; returns the epoch's row, or None if it was told to stop before."""

@@ -59,16 +59,15 @@ def explain(update: Callable[[list], Any], model: nn.Module, batches: list[tuple
         return f"{_some(broken)} is not finite before it"
     if not all(images.isfinite().all() for images, _ in batches):
         return "its images are not finite"
-    with _modules_not_finite(model) as found:
+    with _modules_not_finite(model) as found, _gradients_not_finite(model) as gradients:
         update(batches)
     if found:
         return f"the output of {found[0]} is the first that is not finite"
-    # The backward comes from the head: the last parameter that is not finite had its gradient first.
-    gradients = [
-        name for name, p in model.named_parameters() if p.grad is not None and not _local(p.grad).isfinite().all()
-    ]
     if gradients:
-        return f"its loss is finite, the gradient of {gradients[-1]} is the first that is not"
+        return f"its loss is finite, the gradient of {gradients[0]} is the first that is not"
+    # FSDP's parameters get theirs from others, without hooks, and clipping has since spread a NaN to all.
+    if not all(_local(p.grad).isfinite().all() for p in model.parameters() if p.grad is not None):
+        return "its loss is finite, its gradients are not"
     broken = weights_not_finite(model)
     return f"its gradients are finite, {_some(broken)} is not after it" if broken else None
 
@@ -86,6 +85,26 @@ def _modules_not_finite(model: nn.Module) -> Iterator[list[str]]:
         return look
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _gradients_not_finite(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the parameters whose gradient is not finite, in the order of the backward, before any clipping."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable:
+        def look(gradient: Tensor) -> None:
+            if not _local(gradient).isfinite().all():
+                found.append(name)
+
+        return look
+
+    handles = [p.register_hook(hook(name)) for name, p in model.named_parameters() if p.requires_grad]
     try:
         yield found
     finally:
