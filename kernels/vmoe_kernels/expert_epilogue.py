@@ -85,7 +85,7 @@ def tile_rows(choices_ptr, expert, tile_row, num_rows, BLOCK_ROWS: tl.constexpr)
 
 @triton.jit
 def tile_mask(row_mask, cols, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of a tile that count, and columns that exist; whole columns need no mask, which would cost registers."""
+    """Rows that count and columns that exist; whole tiles of BLOCK columns need no mask, which would cost registers."""
     mask = row_mask[:, None]
     if WIDTH % BLOCK != 0:
         mask = mask & (cols < WIDTH)[None, :]
@@ -116,20 +116,22 @@ def store_hidden(
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Adds the bias to a tile that starts at a column, stores it where asked, and stores its activation.
 
-    PARTS, a power of two, are done one after the other: a whole wide tile does not fit in registers.
+    PARTS, a power of two, are done one after the other: a whole wide tile does not fit in registers. TILE is the width
+    of the whole: a part may lie past the last column though its own width divides it.
     """
     if PARTS > 1:
         left, right = _halves(tile, BLOCK_ROWS, BLOCK)
         store_hidden(
             left, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, expert, place, num_rows, held,
-            start, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2,
+            start, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
         )  # fmt: skip
         store_hidden(
             right, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, expert, place, num_rows, held,
-            start + BLOCK // 2, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2,
+            start + BLOCK // 2, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
         )  # fmt: skip
         return
     cols = start + tl.arange(0, BLOCK)
@@ -137,7 +139,7 @@ def store_hidden(
         tile += tl.load(bias_ptr + expert * WIDTH + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)[None, :]
     first = place * WIDTH
     offsets = tl.arange(0, BLOCK_ROWS)[:, None] * WIDTH + cols[None, :]
-    mask = tile_mask(held, cols, WIDTH, BLOCK)
+    mask = tile_mask(held, cols, WIDTH, TILE)
     if pre_ptr is not None:
         tl.store(pre_ptr + first + offsets, tile.to(pre_ptr.dtype.element_ty), mask=mask)
     hidden = _activate(tile, ACTIVATION)
@@ -167,6 +169,7 @@ def store_hidden_gradient(
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Recomputes a tile of the hidden activations; stores gate * hidden, d_pre and the column sums of d_pre.
 
@@ -177,18 +180,18 @@ def store_hidden_gradient(
         left, right = _halves(d_hidden, BLOCK_ROWS, BLOCK)
         left_dots = store_hidden_gradient(
             left, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, expert, place, num_rows, count,
-            held, start, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2,
+            held, start, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
         )  # fmt: skip
         right_dots = store_hidden_gradient(
             right, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, expert, place, num_rows,
-            count, held, start + BLOCK // 2, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2,
+            count, held, start + BLOCK // 2, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
         )  # fmt: skip
         return left_dots + right_dots
     rows = tl.arange(0, BLOCK_ROWS)
     cols = start + tl.arange(0, BLOCK)
     first = place * WIDTH
     offsets = rows[:, None] * WIDTH + cols[None, :]
-    mask = tile_mask(held, cols, WIDTH, BLOCK)
+    mask = tile_mask(held, cols, WIDTH, TILE)
     pre = tl.load(pre_ptr + first + offsets, mask=mask, other=0.0).to(tl.float32)
     # A weight that is not finite must not reach the gradients through rows that hold nothing.
     d_hidden = tl.where(mask, d_hidden, 0.0)
@@ -202,7 +205,7 @@ def store_hidden_gradient(
     if gates is not None:
         hidden *= gates[:, None]
         d_pre *= gates[:, None]
-    inside = tile_mask(rows < count, cols, WIDTH, BLOCK)
+    inside = tile_mask(rows < count, cols, WIDTH, TILE)
     tl.store(gated_ptr + first + offsets, hidden.to(gated_ptr.dtype.element_ty), mask=inside)
     tl.store(d_pre_ptr + first + offsets, d_pre.to(d_pre_ptr.dtype.element_ty), mask=inside)
     if column_sums_ptr is not None:

@@ -40,7 +40,7 @@ def _activation_kernel(
     raw = tl.load(raw_ptr + offsets, mask=tile_mask(held, cols, WIDTH, BLOCK_COLS), other=0.0).to(tl.float32)
     store_hidden(
         raw, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, expert, place, num_rows, held, start,
-        ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK_COLS, 1,
+        ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK_COLS, 1, BLOCK_COLS,
     )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def _activation_backward_kernel(
         column_sums_ptr += (expert * row_tiles + tile_row) * WIDTH
     row_dots = store_hidden_gradient(
         d_hidden, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, expert, place, num_rows, count,
-        held, tile_col * BLOCK_COLS, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK_COLS, 1,
+        held, tile_col * BLOCK_COLS, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK_COLS, 1, BLOCK_COLS,
     )  # fmt: skip
     if row_dots_ptr is not None:
         tl.store(row_dots_ptr + tile_col * num_experts * num_rows + place + rows, row_dots, mask=rows < count)

@@ -132,7 +132,7 @@ def _linear_kernel(
         )  # fmt: skip
         store_hidden(
             acc, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, expert, place, num_rows, held,
-            start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS,
+            start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS, BLOCK_COLS,
         )  # fmt: skip
 
 

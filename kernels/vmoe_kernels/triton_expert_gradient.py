@@ -96,7 +96,7 @@ def _hidden_gradient_kernel(
             sums_ptr = column_sums_ptr + (expert * row_tiles + tile_row) * OUT
         row_dots = store_hidden_gradient(
             acc, gates, pre_ptr, d_pre_ptr, gated_ptr, sums_ptr, seed_ptr, drop, expert, place, num_rows, count,
-            held, start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS,
+            held, start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS, BLOCK_COLS,
         )  # fmt: skip
         if row_dots_ptr is not None:
             dots_ptr = row_dots_ptr + tile_col.to(tl.int64) * num_experts * num_rows

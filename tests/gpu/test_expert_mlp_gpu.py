@@ -40,7 +40,9 @@ def _inputs(shape, dtype, bias=True, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", FORWARD)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 70, 8, 65, 130), (4, 0, 8, 8, 8), ODD, LARGE], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1), (2, 70, 8, 65, 130), (4, 0, 8, 8, 8), (2, 300, 192, 160, 192), ODD, LARGE], ids=str
+)
 def test_expert_mlp_matches_eager(shape, activation, dtype):
     op, reference = (partial(fn, activation=activation) for fn in (TRITON, expert_mlp_reference))
     with poisoned_memory():
@@ -60,7 +62,7 @@ def test_expert_mlp_matches_eager_with_the_library_gemms(dtype):
 @pytest.mark.parametrize("op", GEMMS)
 def test_expert_mlp_is_right_with_every_tile(op):
     # Rows of whole 16-byte units, as TMA wants them.
-    inputs = _inputs((4, 300, 96, 136, 96), torch.bfloat16)
+    inputs = _inputs((4, 300, 96, 160, 96), torch.bfloat16)
     for config in launch.candidates(op):
         with launch.override(op, config):
             assert_matches_eager(TRITON, expert_mlp_reference, inputs, ulps=ULPS)

@@ -66,6 +66,15 @@ def test_expert_mlp_takes_any_size(dtype, shape):
         assert_matches_eager(TRITON, expert_mlp_reference, _inputs(shape, dtype), ulps=ULPS)
 
 
+@pytest.mark.parametrize("width", [32, 64, 96, 192])
+def test_expert_mlp_keeps_parts_of_a_tile_inside_their_rows(width):
+    # Tiles of 128 columns are stored in parts of 32 or 16, which divide these widths where the tile does not.
+    with poisoned_memory():
+        assert_matches_eager(
+            TRITON, expert_mlp_reference, _inputs((2, 13, width, 160, width), torch.float16), ulps=ULPS
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_expert_mlp_needs_no_bias(dtype):
     assert_matches_eager(TRITON, expert_mlp_reference, _inputs(ODD, dtype, bias=False), ulps=ULPS)
@@ -83,15 +92,17 @@ def test_expert_mlp_without_rows_has_zero_weight_gradients():
 @pytest.mark.parametrize("bias", [True, False])
 def test_expert_mlp_matches_eager_with_the_library_gemms(bias, dtype):
     tables = [f"{op}/fp32" if dtype == torch.float32 else op for op in GEMMS]
-    with _library(*tables), poisoned_memory():
-        assert_matches_eager(TRITON, expert_mlp_reference, _inputs(ODD, dtype, bias=bias), ulps=ULPS)
+    # The second has several tiles of rows and of columns in the kernels that follow the library's.
+    for shape in (ODD, (2, 40, 8, 300, 8)):
+        with _library(*tables), poisoned_memory():
+            assert_matches_eager(TRITON, expert_mlp_reference, _inputs(shape, dtype, bias=bias), ulps=ULPS)
 
 
 @pytest.mark.parametrize("ops", [LINEAR_OPS, ("expert_d_hidden",), WEIGHT_OPS], ids=lambda ops: ops[0])
 def test_expert_mlp_is_right_with_every_tile(ops):
-    # More tiles than a persistent grid has programs in the interpreter, a last column tile with one full half, and rows
-    # of weights that TMA takes.
-    inputs = _inputs((4, 5, 16, 136, 16), torch.float16)
+    # More tiles than a persistent grid has programs in the interpreter, a last column tile with one full half, parts of
+    # a tile past the last column that divide the width, and rows of weights that TMA takes.
+    inputs = _inputs((4, 5, 16, 160, 16), torch.float16)
     tiles = [config for config in launch.candidates(ops[0]) if config != CUBLAS]
     assert len(tiles) > 1
     want = outputs_and_gradients(expert_mlp_reference, {name: value.double() for name, value in inputs.items()})
