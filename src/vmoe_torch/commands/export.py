@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -67,16 +68,17 @@ def run(options: argparse.Namespace) -> int:
     dynamic = options.batch == "dynamic"
     shape = (2 if dynamic else options.batch, *source.transform(Image.new(source.mode, (64, 64))).shape)
     program = export_program(model, torch.zeros(shape), dynamic_batch=dynamic)
-    SAVE[suffix](program, options.out)
-    try:
+    out = Path(options.out)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        # Only what gives the model's logits takes the place of what is there.
+        path = Path(folder) / out.name
+        SAVE[suffix](program, path)
         # A batch of its own size shows that a dynamic one is taken.
-        difference = check_file(options.out, model, (3 if dynamic else options.batch, *shape[1:]))
-    except Exception:
-        # Nobody shall use it.
-        for file in files_of(options.out):
-            file.unlink()
-        raise
-    size = sum(file.stat().st_size for file in files_of(options.out))
+        difference = check_file(path, model, (3 if dynamic else options.batch, *shape[1:]))
+        files = files_of(path)
+        size = sum(file.stat().st_size for file in files)
+        for file in files:
+            file.replace(out.parent / file.name)
     print(f"{options.out}: images ({options.batch}, {', '.join(map(str, shape[1:]))}) to logits, {size / 1e6:.1f} MB")
     print(f"its logits are the model's: largest difference {difference:.1e} of the largest logit")
     if options.compile:
