@@ -64,12 +64,12 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.look()
+        self.last = time.perf_counter()
 
     def look(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        before, self.last = getattr(self, "last", 0.0), time.perf_counter()
+        before, self.last = self.last, time.perf_counter()
         return self.last - before
 
 

@@ -181,6 +181,20 @@ def assert_matches_eager(
         assert_within_budget(name, tensor, eager[name], exact[name], ulps)
 
 
+def assert_compiles_and_exports(op: Callable[..., Tensor], inputs: Mapping[str, Any]) -> None:
+    """Asserts that an op is one graph, bitwise its own: compiled in output and every gradient, exported in output."""
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    got, want = outputs_and_gradients(compiled, inputs), outputs_and_gradients(op, inputs)
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+    class Op(torch.nn.Module):
+        def forward(self, *arguments):
+            return op(*arguments)
+
+    program = torch.export.export(Op(), tuple(inputs.values()))
+    assert torch.equal(program.module()(*inputs.values()), want["output"])
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fills every new allocation with NaN (integers: their largest value), so that an element left unwritten shows."""

@@ -5,6 +5,7 @@ are neither read nor written, and a tile without any costs a load of its map. We
 says so, by descriptors (TMA on chips that have it), which take no registers for addresses.
 
 Dims: E experts, R rows per expert, T tokens, K choices per token, IN and OUT columns of a GEMM.
+Over 400 lines: a kernel stands in one file with its launch table and its compile cases, candidates included.
 """
 
 from dataclasses import dataclass

@@ -68,9 +68,8 @@ def test_combine_never_waits_for_the_gpu():
         outputs_and_gradients(TRITON, inputs, d_output)
 
 
-def test_combine_takes_more_than_2_to_the_31_elements():
-    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
-        pytest.skip("needs 16 GiB of free GPU memory")
+def test_combine_takes_more_than_2_to_the_31_elements(needs_free_memory):
+    needs_free_memory(16)
     num_rows = 2**31 // 768 + 10
     buffer = torch.zeros(num_rows, 768, device="cuda", dtype=torch.bfloat16)
     assert buffer.numel() > 2**31

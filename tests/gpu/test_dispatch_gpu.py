@@ -70,9 +70,8 @@ def test_dispatch_never_waits_for_the_gpu():
         outputs_and_gradients(TRITON, inputs, d_output)
 
 
-def test_dispatch_takes_more_than_2_to_the_31_elements():
-    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
-        pytest.skip("needs 12 GiB of free GPU memory")
+def test_dispatch_takes_more_than_2_to_the_31_elements(needs_free_memory):
+    needs_free_memory(12)
     num_rows = 2**31 // 768 + 10
     x = torch.randn(3, 768, device="cuda", dtype=torch.bfloat16)
     slots = torch.tensor([[num_rows - 1], [0], [num_rows - 5]], device="cuda", dtype=torch.int32)

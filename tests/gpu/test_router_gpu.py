@@ -5,6 +5,7 @@ import torch
 
 import vmoe_kernels as vk
 from tests.routing_checks import ROUTER_SIZES, check_router, eager_router, router_inputs, run_router
+from vmoe_kernels.testing import forbidden_synchronisation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -49,16 +50,12 @@ def test_router_never_synchronises():
         (out.gates.sum() + out.importance.square().sum() + out.load.square().sum()).backward()
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with forbidden_synchronisation():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
-def test_router_takes_more_than_2_to_the_31_elements():
-    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
-        pytest.skip("needs 16 GiB of free GPU memory")
+def test_router_takes_more_than_2_to_the_31_elements(needs_free_memory):
+    needs_free_memory(16)
     tokens = 2**31 // 768 + 10
     x = torch.zeros(tokens, 768, device="cuda", dtype=torch.bfloat16)
     assert x.numel() > 2**31

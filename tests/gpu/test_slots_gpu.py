@@ -6,6 +6,7 @@ import torch
 import vmoe_kernels as vk
 from tests.routing_checks import check_slots, make_choices
 from vmoe_kernels.launch import Config, override
+from vmoe_kernels.testing import forbidden_synchronisation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -59,8 +60,5 @@ def test_slots_never_synchronise():
     for design in ("sort", "select"):
         with override("slots", Config({"DESIGN": design}, num_warps=4)):
             _assign(experts, gates, **options)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with forbidden_synchronisation():
                 _assign(experts, gates, **options)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")

@@ -10,6 +10,7 @@ from vmoe_kernels import combine, combine_reference, launch
 from vmoe_kernels.testing import (
     ROUTED_SHAPES,
     ROUTINGS,
+    assert_compiles_and_exports,
     assert_matches_eager,
     make_routed,
     outputs_and_gradients,
@@ -128,16 +129,7 @@ def test_combine_passes_opcheck():
 
 def test_combine_compiles_and_exports_as_one_graph():
     inputs = _inputs("random", ODD)
-    compiled = torch.compile(TRITON, fullgraph=True, backend="aot_eager")
-    got, want = outputs_and_gradients(compiled, inputs), outputs_and_gradients(TRITON, inputs)
-    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
-
-    class Combine(torch.nn.Module):
-        def forward(self, buffer, slots, gates):
-            return TRITON(buffer, slots, gates)
-
-    program = torch.export.export(Combine(), tuple(inputs.values()))
-    assert torch.equal(program.module()(*inputs.values()), want["output"])
+    assert_compiles_and_exports(TRITON, inputs)
 
 
 def test_combine_rejects_float64():

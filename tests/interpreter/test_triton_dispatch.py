@@ -11,6 +11,7 @@ from vmoe_kernels.dispatch import choice_of_row
 from vmoe_kernels.testing import (
     ROUTED_SHAPES,
     ROUTINGS,
+    assert_compiles_and_exports,
     assert_matches_eager,
     make_routed,
     outputs_and_gradients,
@@ -116,16 +117,7 @@ def test_dispatch_passes_opcheck():
 
 def test_dispatch_compiles_and_exports_as_one_graph():
     inputs = _inputs("random", ODD)
-    compiled = torch.compile(TRITON, fullgraph=True, backend="aot_eager")
-    got, want = outputs_and_gradients(compiled, inputs), outputs_and_gradients(TRITON, inputs)
-    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
-
-    class Dispatch(torch.nn.Module):
-        def forward(self, x, slots):
-            return TRITON(x, slots, inputs["num_rows"])
-
-    program = torch.export.export(Dispatch(), (inputs["x"], inputs["slots"]))
-    assert torch.equal(program.module()(inputs["x"], inputs["slots"]), want["output"])
+    assert_compiles_and_exports(TRITON, inputs)
 
 
 def test_dispatch_rejects_float64():

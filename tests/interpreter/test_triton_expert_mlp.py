@@ -11,7 +11,13 @@ from torch.library import opcheck
 from vmoe_kernels import expert_mlp, expert_mlp_reference, launch
 from vmoe_kernels.activations import FORWARD
 from vmoe_kernels.philox import _uniform, philox_bits
-from vmoe_kernels.testing import assert_matches_eager, make_experts, outputs_and_gradients, poisoned_memory
+from vmoe_kernels.testing import (
+    assert_compiles_and_exports,
+    assert_matches_eager,
+    make_experts,
+    outputs_and_gradients,
+    poisoned_memory,
+)
 from vmoe_kernels.triton_expert_gemm import CUBLAS, LINEAR_OPS, gemm_tile, weight_operand
 from vmoe_kernels.triton_expert_gradient import WEIGHT_OPS
 from vmoe_kernels.triton_expert_mlp import expert_mlp_backward_triton, expert_mlp_triton
@@ -166,11 +172,9 @@ def test_expert_mlp_takes_strided_inputs():
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
 
 
-def test_expert_mlp_compiles_as_one_graph():
+def test_expert_mlp_compiles_and_exports_as_one_graph():
     inputs = _inputs(ODD)
-    compiled = torch.compile(TRITON, fullgraph=True, backend="aot_eager")
-    got, want = outputs_and_gradients(compiled, inputs), outputs_and_gradients(TRITON, inputs)
-    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+    assert_compiles_and_exports(TRITON, inputs)
 
 
 # opcheck itself reads .grad of tensors that are no leaves.

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 import vmoe_kernels as vk
-from vmoe_kernels.testing import assert_matches_eager, make_experts, outputs_and_gradients, poisoned_memory
+from vmoe_kernels.testing import (
+    assert_compiles_and_exports,
+    assert_matches_eager,
+    make_experts,
+    poisoned_memory,
+)
 
 # (T, S, D, H, E, K, capacity factor): nothing, one token, a smaller last group, every token of 8 images in one group.
 SHAPES = (
@@ -97,16 +102,7 @@ def test_layer_keeps_a_broken_token_alone(value):
 def test_layer_compiles_and_exports_as_one_graph():
     inputs = _inputs(ODD)
     op = partial(_layer, shape=ODD, impl="triton", everything=True)
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    got, want = outputs_and_gradients(compiled, inputs), outputs_and_gradients(op, inputs)
-    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
-
-    class Layer(torch.nn.Module):
-        def forward(self, *tensors):
-            return op(*tensors)
-
-    program = torch.export.export(Layer(), tuple(inputs.values()))
-    assert torch.equal(program.module()(*inputs.values()), want["output"])
+    assert_compiles_and_exports(op, inputs)
 
 
 def test_layer_runs_under_vmap():

@@ -13,6 +13,7 @@ from vmoe_kernels import launch, moe_mlp, moe_mlp_reference
 from vmoe_kernels.philox import _uniform, philox_bits
 from vmoe_kernels.testing import (
     ROUTINGS,
+    assert_compiles_and_exports,
     assert_matches_eager,
     make_experts,
     make_routed,
@@ -179,16 +180,7 @@ def test_moe_mlp_takes_strided_inputs():
 
 def test_moe_mlp_compiles_and_exports_as_one_graph():
     inputs, op = _inputs("random", ODD), _ops(ODD)[0]
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    got, want = outputs_and_gradients(compiled, inputs), outputs_and_gradients(op, inputs)
-    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
-
-    class Layer(torch.nn.Module):
-        def forward(self, *tensors):
-            return op(*tensors)
-
-    program = torch.export.export(Layer(), tuple(inputs.values()))
-    assert torch.equal(program.module()(*inputs.values()), want["output"])
+    assert_compiles_and_exports(op, inputs)
 
 
 # opcheck itself reads .grad of tensors that are no leaves.

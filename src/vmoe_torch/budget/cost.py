@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from vmoe_torch.evaluate.settings import eval_mode
 REPEATS = 7
 
 
-class Cost:
+class Cost(ABC):
     """Costs per image of one batch; a subclass says how.
 
     Attributes:
@@ -37,9 +38,9 @@ class Cost:
         """The sum of what is fixed and of each layer's option."""
         return self.fixed + sum(self.layers[name][option] for name, option in options.items())
 
+    @abstractmethod
     def measure(self, assignments: Sequence[Assignment]) -> list[float]:
         """The cost of the whole model at each of these settings."""
-        raise NotImplementedError
 
 
 class FlopCost(Cost):

@@ -2,13 +2,11 @@
 
 import argparse
 
-from vmoe_torch.commands.options import integers, numbers, progress, words, writable
+from vmoe_torch.commands.options import ORDERS, integers, numbers, progress, words, writable
 from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model
 from vmoe_torch.control import moe_layers
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.evaluate import RoutingSetting, evaluate, format_table, setting_grid, write_csv, write_json
-
-ORDERS = {"vanilla": False, "bpr": True}
 
 
 def add(commands) -> None:

@@ -10,13 +10,12 @@ from PIL import Image
 
 from vmoe_torch.budget import LayerSetting
 from vmoe_torch.budget.settings import assign
-from vmoe_torch.commands.options import writable
+from vmoe_torch.commands.options import ORDERS, writable
 from vmoe_torch.commands.sources import MODEL_HELP, open_model
 from vmoe_torch.control import moe_layers, set_routing
 from vmoe_torch.export import check_compiled, check_file, export_program, files_of, save_onnx, save_pt2
 
 SAVE = {".pt2": save_pt2, ".onnx": save_onnx}
-ORDERS = {"vanilla": False, "bpr": True}
 
 
 def add(commands) -> None:

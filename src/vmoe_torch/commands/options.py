@@ -7,6 +7,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+# Who claims slots first, as options call it, to batch_priority.
+ORDERS = {"vanilla": False, "bpr": True}
+
 
 def integers(text: str) -> tuple[int, ...]:
     """Numbers "2,1" as argparse wants them."""

@@ -1,6 +1,7 @@
 """MoeMlp: the sparse MLP of V-MoE (arXiv 2106.05974, section 2), a drop-in for timm's `Mlp`.
 
 Dims: B images, L tokens per image, D width, H hidden width, E experts, K selected, G groups of S tokens, C slots.
+Over 400 lines: a module's settings, their checks and the paths that read them, TorchScript's included, change together.
 """
 
 import math

@@ -59,10 +59,10 @@ def explain(update: Callable[[list], Any], model: nn.Module, batches: list[tuple
         return f"{_some(broken)} is not finite before it"
     if not all(images.isfinite().all() for images, _ in batches):
         return "its images are not finite"
-    with _modules_not_finite(model) as found, _gradients_not_finite(model) as gradients:
+    with _not_finite(model) as (modules, gradients):
         update(batches)
-    if found:
-        return f"the output of {found[0]} is the first that is not finite"
+    if modules:
+        return f"the output of {modules[0]} is the first that is not finite"
     if gradients:
         return f"its loss is finite, the gradient of {gradients[0]} is the first that is not"
     # FSDP's parameters get theirs from others, without hooks, and clipping has since spread a NaN to all.
@@ -73,40 +73,30 @@ def explain(update: Callable[[list], Any], model: nn.Module, batches: list[tuple
 
 
 @contextmanager
-def _modules_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Descriptions of the modules whose output is not finite, in the order in which they finish."""
-    found: list[str] = []
+def _not_finite(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
+    """Modules whose output is not finite, in the order in which they finish, and parameters whose gradient is not, in
+    the order of the backward, before any clipping."""
+    modules: list[str] = []
+    gradients: list[str] = []
 
-    def hook(name: str) -> Callable:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not all(tensor.isfinite().all() for tensor in _tensors(output)):
-                found.append(f"{name or 'the model'} ({type(module).__name__})")
+    def look_at_last(found: list[str], name: str) -> Callable[..., None]:
+        """A hook of a module or of a tensor: what it is about, an output or a gradient, is its last argument."""
 
-        return look
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _gradients_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Names of the parameters whose gradient is not finite, in the order of the backward, before any clipping."""
-    found: list[str] = []
-
-    def hook(name: str) -> Callable:
-        def look(gradient: Tensor) -> None:
-            if not _local(gradient).isfinite().all():
+        def hook(*arguments: Any) -> None:
+            if not all(tensor.isfinite().all() for tensor in _tensors(arguments[-1])):
                 found.append(name)
 
-        return look
+        return hook
 
-    handles = [p.register_hook(hook(name)) for name, p in model.named_parameters() if p.requires_grad]
+    handles = [
+        module.register_forward_hook(look_at_last(modules, f"{name or 'the model'} ({type(module).__name__})"))
+        for name, module in model.named_modules()
+    ]
+    handles += [
+        p.register_hook(look_at_last(gradients, name)) for name, p in model.named_parameters() if p.requires_grad
+    ]
     try:
-        yield found
+        yield modules, gradients
     finally:
         for handle in handles:
             handle.remove()
