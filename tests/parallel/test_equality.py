@@ -21,7 +21,7 @@ def _model(dtype, **kwargs):
         img_size=16,
         patch_size=4,
         embed_dim=32,
-        depth=2,
+        depth=4,
         num_heads=2,
         num_classes=5,
         num_experts=4,
@@ -75,6 +75,8 @@ def _compare(dp, ep, dtype, budget, kwargs, model_kwargs, all_dropped):
     rank, world = dist.get_rank(), dist.get_world_size()
     single = _model(dtype, **model_kwargs)
     spread = parallelize(copy.deepcopy(single), mesh, **kwargs)
+    # Process groups are few: the layers share theirs.
+    assert len({id(layer.exchange) for layer in vmoe_torch.moe_layers(spread).values()}) == 1
     x, y = _data(dtype, all_dropped)
     mine = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
     max_norm = 0.5

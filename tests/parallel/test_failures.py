@@ -17,7 +17,7 @@ import vmoe_torch
 from tests.parallel.processes import enter, run
 from tests.parallel.test_plan import Wire
 from vmoe_kernels import route
-from vmoe_torch.parallel import build_mesh, parallelize, shared_errors
+from vmoe_torch.parallel import ExpertExchange, build_mesh, parallelize, shared_errors
 
 TIMEOUT = 20.0  # seconds; it also bounds how far apart two processes may start on a busy machine
 PATIENCE = 120.0
@@ -55,6 +55,28 @@ def _drop_everything(*args, **kwargs):
     return routing._replace(slots=torch.full_like(routing.slots, -1))
 
 
+def _refusals():
+    mesh = build_mesh(1, 2, "cpu")
+    with pytest.raises(ValueError, match="the model must be on one device, got one that is parallelised already"):
+        parallelize(_model(), mesh)
+    with pytest.raises(ValueError, match="the model must have blocks, got Linear"):
+        parallelize(torch.nn.Linear(1, 1), mesh)
+    with pytest.raises(ValueError, match="ranks_per_node must divide the 2 ranks of the experts, got -1"):
+        ExpertExchange(dist.group.WORLD, ranks_per_node=-1)
+
+
+def _timeouts(want):
+    """Every group that ranks exchange over gives up when the group of all does, not after torch's default."""
+    inside, between, _ = ExpertExchange(dist.group.WORLD, ranks_per_node=2).levels
+    for group in (*build_mesh(2, 2, "cpu").get_all_groups(), inside, between):
+        assert group.size() == 2
+        assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == want
+
+
+def test_groups_of_some_ranks_keep_the_timeout(tmp_path):
+    mp.spawn(enter, args=(4, str(tmp_path / "meeting"), _timeouts, (PATIENCE,), PATIENCE), nprocs=4)
+
+
 def _drops():
     """Rank 0 drops all its tokens, rank 1 most of its own: both run the same collectives, and all gradients agree."""
     model = _model()
@@ -81,8 +103,14 @@ def _drops():
     assert gradient.abs().sum() > 0
 
 
+def _drops_and_refusals():
+    # In one set of processes.
+    _drops()
+    _refusals()
+
+
 def test_ranks_that_drop_all_tokens_run_every_collective(tmp_path):
-    run(2, tmp_path, _drops)
+    run(2, tmp_path, _drops_and_refusals)
 
 
 def _fail(folder, who, way):

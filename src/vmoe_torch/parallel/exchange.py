@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from vmoe_torch.parallel.mesh import keep_timeout
+
 
 class ExpertExchange:
     """All-to-all over the ranks of one set of experts.
@@ -38,7 +40,7 @@ class ExpertExchange:
         size = dist.get_world_size(group)
         if chunks < 1:
             raise ValueError(f"chunks must be at least 1, got {chunks}")
-        if ranks_per_node > 1 and size % ranks_per_node:
+        if ranks_per_node < 0 or (ranks_per_node > 1 and size % ranks_per_node):
             raise ValueError(f"ranks_per_node must divide the {size} ranks of the experts, got {ranks_per_node}")
         self.group, self.size = group, size
         self.wire_dtype, self.chunks = wire_dtype, chunks
@@ -135,4 +137,4 @@ def _two_levels(group: dist.ProcessGroup, per_node: int) -> tuple[dist.ProcessGr
         for column in table.t().tolist():
             created = dist.new_group(column)
             between = created if dist.get_rank() in column else between
-    return inside, between, per_node
+    return keep_timeout(inside), keep_timeout(between), per_node

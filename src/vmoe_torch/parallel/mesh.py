@@ -1,5 +1,6 @@
 """The device mesh: `dp` replicas of the experts, each spread over `ep` ranks; data is sharded over both axes."""
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -18,4 +19,17 @@ def build_mesh(dp: int, ep: int, device_type: str) -> DeviceMesh:
     world = dist.get_world_size()
     if dp < 1 or ep < 1 or dp * ep != world:
         raise ValueError(f"dp * ep must be the number of ranks {world}, got dp={dp} and ep={ep}")
-    return init_device_mesh(device_type, (dp, ep), mesh_dim_names=("dp", "ep"))
+    mesh = init_device_mesh(device_type, (dp, ep), mesh_dim_names=("dp", "ep"))
+    for group in mesh.get_all_groups():
+        keep_timeout(group)
+    return mesh
+
+
+def keep_timeout(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Gives a group of some ranks the timeout of the group of all; torch gives it 10 (NCCL) or 30 (gloo) minutes."""
+    device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
+    everyone = dist.group.WORLD._get_backend(device).options
+    # The fake group of tests has no options, and never waits.
+    if everyone is not None:
+        group._get_backend(device)._set_default_timeout(everyone._timeout)
+    return group

@@ -50,11 +50,16 @@ def parallelize(
         The model.
 
     Raises:
-        ValueError: if the mesh lacks an axis, the experts do not divide among its ranks, or a MoeMlp is not a block's.
+        ValueError: if the mesh lacks an axis, the model has no blocks or is parallelised already, the experts do not
+            divide among the ranks, or a MoeMlp is not a block's.
     """
     names = mesh.mesh_dim_names or ()
     if names != ("dp", "ep"):
         raise ValueError(f"mesh must have the axes ('dp', 'ep'), got {names}")
+    if not hasattr(model, "blocks"):
+        raise ValueError(f"the model must have blocks, got {type(model).__name__}")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError("the model must be on one device, got one that is parallelised already")
     ep = mesh["ep"].size()
     layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoeMlp)]
     if len(layers) != sum(isinstance(module, MoeMlp) for module in model.modules()):
@@ -62,9 +67,11 @@ def parallelize(
     for layer in layers:
         if layer.num_experts % ep:
             raise ValueError(f"ep must divide num_experts={layer.num_experts}, got ep={ep}")
+    # One for all layers: each has process groups of its own where it has two levels.
+    exchange = ExpertExchange(mesh["ep"].get_group(), wire_dtype, chunks, ranks_per_node)
     for layer in layers:
         _spread_experts(layer, mesh["ep"])
-        layer.exchange = ExpertExchange(mesh["ep"].get_group(), wire_dtype, chunks, ranks_per_node)
+        layer.exchange = exchange
     for block in model.blocks:
         if recompute:
             recompute_block(block)
