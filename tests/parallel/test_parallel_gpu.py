@@ -13,6 +13,11 @@ from vmoe_torch.parallel import ShardedCheckpoints, build_mesh, clip_grad_norm, 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # The compiler's: what it says of float32 products, and its looks at the parameters that FSDP has gathered and, in
+    # torch 2.11, at autograd functions.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
 ]
 
 
