@@ -127,6 +127,23 @@ def test_exchange_sees_the_buffer_and_may_move_it():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_parts_of_an_exchange_drop_other_activations():
+    class Halves:
+        """Stands for an all-to-all in two parts."""
+
+        def local(self, weight):
+            return weight
+
+        def run(self, buffer, experts):
+            return torch.cat([experts(part) for part in buffer.chunk(2, dim=1)], dim=1)
+
+    layer = _layer(expert_drop=0.5, num_selected_experts=1, num_experts=1, group_size="image", capacity_multiple_of=1)
+    layer.exchange = Halves()
+    # Equal tokens of one expert: their outputs differ by the masks alone.
+    y = layer(torch.ones(1, 8, 16))
+    assert len({tuple(token.tolist()) for token in y[0]}) == 8
+
+
 @pytest.mark.parametrize("dispatch_dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("renormalize_gates", [False, True])
 def test_scripted_layer_computes_the_same(dispatch_dtype, renormalize_gates):

@@ -4,6 +4,7 @@ Dims: B images, L tokens per image, D width, H hidden width, E experts, K select
 Over 400 lines: a module's settings, their checks and the paths that read them, TorchScript's included, change together.
 """
 
+import itertools
 import math
 
 import torch
@@ -275,7 +276,12 @@ class MoeMlp(nn.Module):
         buffer = kernels.dispatch(sent, slots, self.num_experts * rows, impl=self.impl)
         buffer = buffer.view(self.num_experts, rows, tokens.shape[1])
 
+        part = itertools.count()
+
         def experts(rows: Tensor) -> Tensor:
+            if drop > 0:
+                # An exchange may bring the rows in parts: each has a mask of its own, from E keys of its own.
+                options["seed"] = seed + next(part) * self.num_experts
             return kernels.expert_mlp(rows.to(tokens.dtype), *weights, **options).to(wire)
 
         out = experts(buffer) if self.exchange is None else self.exchange.run(buffer, experts)
