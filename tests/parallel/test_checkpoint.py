@@ -1,5 +1,6 @@
 """Checkpoints that know no number of ranks, weights made part by part, and the one-file export."""
 
+import errno
 import json
 import warnings
 
@@ -8,6 +9,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint import FileSystemWriter
 
 import vmoe_torch
 from tests.parallel.processes import run
@@ -15,6 +17,7 @@ from vmoe_torch.parallel import (
     ShardedCheckpoints,
     build_mesh,
     export_safetensors,
+    load_checkpoint,
     materialize,
     parallelize,
     parameter_groups,
@@ -137,6 +140,28 @@ def _damage(folder, model, optimizer):
         assert checkpoints.load(model, optimizer) == {"update": 3}
 
 
+def _no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _full_disk(folder, model, optimizer):
+    """The disk of rank 1 is full: every rank hears of it, and the checkpoint before stays."""
+    checkpoints = ShardedCheckpoints(folder, keep=1)
+    checkpoints.save(1, model, optimizer, {})
+    checkpoints.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(FileSystemWriter, "write_data", _no_space)
+        checkpoints.save(2, model, optimizer, {})
+        with pytest.raises(OSError, match=r"cannot be written: rank 1: OSError: .*No space left on device"):
+            checkpoints.wait()
+    assert [path.name for path in checkpoints.usable()] == ["update_00000001"]
+    dist.barrier()
+    checkpoints.save(3, model, optimizer, {})
+    checkpoints.wait()
+    assert [path.name for path in folder.iterdir()] == ["update_00000003"]
+
+
 def _made_in_parts(folder):
     with torch.device("meta"):
         model = vmoe_torch.VMoE(**OPTIONS, **MOE)
@@ -152,6 +177,9 @@ def _two_ranks(folder):
     spread, optimizer = _save_spread(folder)
     _resume_all(folder, [(1, 2), (2, 1)])
     _damage(folder / "damaged", spread, optimizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="checkpoint .* is half-written")
+        _full_disk(folder / "full", spread, optimizer)
     _made_in_parts(folder)
 
 
@@ -214,3 +242,45 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     other = vmoe_torch.VMoE(**{**OPTIONS, "num_classes": 6}, **MOE)
     with pytest.raises(ValueError, match=r"must hold head.weight of shape \(6, 32\), got \(5, 32\)"):
         checkpoints.load(other)
+    smaller = vmoe_torch.VMoE(**{**OPTIONS, "depth": 1}, **MOE)
+    with pytest.raises(ValueError, match=r"must hold the model's weights only, got blocks\.1\..* and others"):
+        checkpoints.load(smaller)
+    (tmp_path / "update_00000001" / ".metadata").write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match=r"checkpoint .*update_00000001 cannot be read"):
+        load_checkpoint(tmp_path / "update_00000001", model)
+
+
+def test_damaged_checkpoint_pushes_no_later_one_out(tmp_path):
+    model = _model()
+    optimizer = _optimizer(model)
+    checkpoints = ShardedCheckpoints(tmp_path, keep=1)
+    checkpoints.save(10, model, optimizer, {"update": 10})
+    (tmp_path / "update_00000010" / "state.pt").write_bytes(b"half of it")
+    with pytest.warns(UserWarning, match="update_00000010 is damaged, skipped"):
+        assert checkpoints.load(model, optimizer) is None
+    checkpoints.save(2, model, optimizer, {"update": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["update_00000002"]
+    # Nor does a later one that somebody else has put there.
+    checkpoints.save(20, model, optimizer, {"update": 20})
+    checkpoints.save(4, model, optimizer, {"update": 4})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update_00000004", "update_00000020"]
+
+
+def test_checkpoint_holds_the_options_of_the_optimiser(tmp_path):
+    model = _model()
+
+    def optimizer(lr):
+        decayed = [{"params": [model.head.weight]}, {"params": [model.cls_token, model.pos_embed], "weight_decay": 0.0}]
+        return torch.optim.AdamW(decayed, lr=lr, weight_decay=0.05)
+
+    saved = optimizer(1e-3)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(saved, 0.5)
+    saved.step()
+    schedule.step()
+    checkpoints = ShardedCheckpoints(tmp_path, keep=1)
+    checkpoints.save(1, model, saved, {})
+    loaded = optimizer(7.0)
+    checkpoints.load(model, loaded)
+    assert [group["lr"] for group in loaded.param_groups] == [5e-4, 5e-4]
+    assert [group["weight_decay"] for group in loaded.param_groups] == [0.05, 0.0]
+    assert loaded.param_groups[1]["initial_lr"] == 1e-3

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, and refused before they change anything."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +94,50 @@ def test_checkpoint_folder_keeps_the_last(tmp_path):
         folder.save({"update": update}, best=update == 10)
     assert sorted(p.name for p in folder.folder.iterdir()) == ["best.pt", "update_00000010.pt", "update_00000100.pt"]
     assert folder.last().name == "update_00000100.pt"
+
+
+def test_damaged_checkpoints_are_skipped_and_push_no_later_one_out(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    kept = CheckpointFolder(tmp_path, keep=3)
+    for update in (1, 10, 20):
+        kept.save({"update": update, "weight": torch.ones(1000)})
+    content = bytearray((tmp_path / "update_00000010.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "update_00000010.pt").write_bytes(content)
+    (tmp_path / "update_00000020.pt").write_bytes(content[:100])
+    with pytest.warns(UserWarning, match="is damaged, skipped") as caught:
+        assert folder.usable().name == "update_00000001.pt"
+    assert [f"update_000000{number}.pt" in str(w.message) for number, w in zip((20, 10), caught)] == [True, True]
+    folder.save({"update": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["update_00000002.pt"]
+    kept.save({"update": 30})
+    folder.save({"update": 3})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update_00000003.pt", "update_00000030.pt"]
+
+
+def test_run_resumes_from_the_checkpoint_before_a_damaged_one(tiny, tmp_path):
+    config = tiny.override("schedule.epochs=1", "run.checkpoint_every=2")
+    whole = train(config.override(f"run.output={tmp_path}/whole"))
+    train(config.override("run.max_updates=4"))
+    newest = tmp_path / "run" / "checkpoints" / "update_00000004.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match=r"update_00000004\.pt is damaged, skipped"):
+        again = train(config, resume=True)
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(tensor, whole.model.state_dict()[name]), name
+
+
+def test_kill_between_a_checkpoint_and_the_best_one_loses_none(tiny, monkeypatch):
+    """The numbered one says which accuracy is the best, so the best one is there before it."""
+
+    def die(path, state):
+        write_atomically(path, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vmoe_torch.train.checkpoint.write_atomically", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny.override("schedule.epochs=1"))
+    assert [path.name for path in (Path(tiny.run.output) / "checkpoints").iterdir()] == ["best.pt"]
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,16 @@ def test_one_process_runs_the_path_of_many(tiny, tmp_path):
         ]
         assert result.history[0]["train_loss"] == pytest.approx(plain.history[0]["train_loss"], rel=1e-4)
         # Adam turns the smallest difference of a tiny gradient into a step of the learning rate.
+        want = plain.model.state_dict()
         for name, tensor in full_state_dict(result.model, keep=True).items():
-            want = plain.model.state_dict()[name]
-            torch.testing.assert_close(tensor, want, rtol=1e-2, atol=2e-3, msg=name)
+            torch.testing.assert_close(tensor, want[name], rtol=1e-2, atol=2e-3, msg=name)
+        # A run that was not spread goes on spread, from where it was.
+        moved = config.override(f"run.output={tmp_path}/moved")
+        train(moved.override("run.max_updates=2"))
+        ended = train(moved.override("parallel.fsdp=true"), resume=True)
+        assert ended.history[0]["train_loss"] == pytest.approx(plain.history[0]["train_loss"], rel=1e-4)
+        for name, tensor in full_state_dict(ended.model, keep=True).items():
+            torch.testing.assert_close(tensor, want[name], rtol=1e-2, atol=2e-3, msg=name)
     finally:
         dist.destroy_process_group()
 

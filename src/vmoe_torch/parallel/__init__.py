@@ -1,6 +1,12 @@
 """Expert parallelism, applied to a finished model from outside: DeviceMesh, DTensor, FSDP2, all-to-all."""
 
-from vmoe_torch.parallel.checkpoint import ShardedCheckpoints, export_safetensors, full_state_dict, load_checkpoint
+from vmoe_torch.parallel.checkpoint import (
+    ShardedCheckpoints,
+    export_safetensors,
+    full_state_dict,
+    load_checkpoint,
+    part_of,
+)
 from vmoe_torch.parallel.clip import clip_grad_norm
 from vmoe_torch.parallel.exchange import ExpertExchange
 from vmoe_torch.parallel.failures import RankError, shared_errors
@@ -28,6 +34,7 @@ __all__ = [
     "materialize",
     "parallelize",
     "parameter_groups",
+    "part_of",
     "plan",
     "shared_errors",
 ]

@@ -10,7 +10,9 @@ import os
 import shutil
 import warnings
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 _STATE, _COMPLETE = "state.pt", "complete.json"
+# What an optimiser's group holds beside options.
+_NOT_OPTIONS = ("params", "param_names")
 
 
 class ShardedCheckpoints:
@@ -45,6 +49,7 @@ class ShardedCheckpoints:
         self.group = dist.new_group(backend="gloo") if self.distributed else None
         self.first = not self.distributed or dist.get_rank() == 0
         self.writing: Future | None = None
+        self.damaged: list[Path] = []
 
     def save(self, update: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Copies the tensors and returns; a thread writes them, and completes the checkpoint when all ranks are done.
@@ -56,24 +61,26 @@ class ShardedCheckpoints:
             state: everything else, equal on all ranks: plain tensors, numbers, strings, and lists and dicts of them.
 
         Raises:
-            RuntimeError: if the one before could not be written.
+            OSError: if it, or the one before, could not be written.
         """
         self.wait()
         partial = self.folder / f".update_{update:08d}"
         tensors, numbers = _tensors_and_numbers(model, optimizer)
         if self.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for old in self.folder.glob(".update_*"):
-                shutil.rmtree(old)
-            partial.mkdir()
-            torch.save({"state": state, "optimizer": numbers}, partial / _STATE)
+            with self._writes():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for old in self.folder.glob(".update_*"):
+                    shutil.rmtree(old)
+                partial.mkdir()
+                options = _options(model, optimizer)
+                torch.save({"state": state, "optimizer": numbers, "options": options}, partial / _STATE)
         self._barrier()
         if not self.distributed:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), self._writes():
                 # That there is one process is what we want to say.
                 warnings.simplefilter("ignore", UserWarning)
                 dcp.save(tensors, checkpoint_id=partial, no_dist=True)
-            self._complete(partial, update)
+                self._complete(partial, update)
             return
         self.writing = dcp.async_save(tensors, checkpoint_id=partial, process_group=self.group)
         if self.first:
@@ -92,7 +99,7 @@ class ShardedCheckpoints:
             finished.set_result(None)
 
     def _complete(self, partial: Path, update: int) -> None:
-        """Lists the files, renames the folder, and removes those beyond `keep`."""
+        """Lists the files, renames the folder, and removes those beyond `keep` and those found damaged."""
         files = sorted(path for path in partial.iterdir())
         (partial / _COMPLETE).write_text(json.dumps({path.name: [path.stat().st_size, _crc(path)] for path in files}))
         for path in (*files, partial / _COMPLETE, partial):
@@ -102,22 +109,33 @@ class ShardedCheckpoints:
             shutil.rmtree(final)
         os.rename(partial, final)
         _sync(self.folder)
-        for old in self._numbered()[: -self.keep]:
+        while self.damaged:
+            if (damaged := self.damaged.pop()) != final:
+                shutil.rmtree(damaged, ignore_errors=True)
+        # Later ones, of another try, must not push this one out.
+        for old in [path for path in self._numbered() if path <= final][: -self.keep]:
             shutil.rmtree(old)
 
     def wait(self) -> None:
         """Until the checkpoint being written is complete, on all ranks.
 
         Raises:
-            RuntimeError: if it could not be written.
+            OSError: if it could not be written.
         """
         if self.writing is not None:
             writing, self.writing = self.writing, None
-            try:
+            with self._writes():
                 writing.result()
-            except Exception as error:
-                raise RuntimeError(f"checkpoint in {self.folder} could not be written: {error}") from error
             self._barrier()
+
+    @contextmanager
+    def _writes(self) -> Iterator[None]:
+        """Makes one error of all that writing may raise."""
+        try:
+            yield
+        # DCP's is no Exception.
+        except (Exception, CheckpointException) as error:
+            raise OSError(f"checkpoint in {self.folder} cannot be written: {_reason(error)}") from error
 
     def any(self) -> bool:
         """Whether there is a checkpoint, whole or not."""
@@ -138,6 +156,7 @@ class ShardedCheckpoints:
                 if problem is None:
                     found[0].append(path)
                 else:
+                    self.damaged.append(path)
                     warnings.warn(f"checkpoint {path} is damaged, skipped: {problem}", stacklevel=2)
         if self.distributed:
             dist.broadcast_object_list(found, group=self.group, group_src=0)
@@ -177,10 +196,14 @@ def load_checkpoint(
         ValueError: if it cannot be read or does not fit the model.
     """
     path = Path(path)
-    saved = _read_state(path)
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    saved, metadata = _read_state(path), _read_metadata(path)
     wanted, moments = {}, {}
-    for name, tensor in model.state_dict().items():
+    weights = model.state_dict()
+    held = (key.removeprefix("model.") for key in metadata if key.startswith("model."))
+    others = [name for name in held if name not in weights]
+    if others:
+        raise ValueError(f"checkpoint {path} must hold the model's weights only, got {others[0]} and others")
+    for name, tensor in weights.items():
         entry = metadata.get(f"model.{name}")
         if entry is None or entry.size != tensor.shape:
             got = "none" if entry is None else tuple(entry.size)
@@ -205,10 +228,11 @@ def load_checkpoint(
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(wanted, checkpoint_id=path, process_group=group, no_dist=not dist.is_initialized())
     except CheckpointException as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
+        raise ValueError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
     if optimizer is not None:
         optimizer.state.clear()
         optimizer.state.update({parameter: state for parameter, state in moments.items() if state})
+        _set_options(model, optimizer, saved["options"])
     return saved["state"]
 
 
@@ -226,6 +250,14 @@ def export_safetensors(model: nn.Module, path: Path | str) -> None:
         os.replace(partial, path)
     if dist.is_initialized():
         dist.barrier()
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has, spread as another of its shape; itself where that is whole."""
+    if not isinstance(like, DTensor):
+        return whole.to(like.device)
+    whole = whole.to(like.to_local().device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def full_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]:
@@ -251,11 +283,45 @@ def _tensors_and_numbers(model: nn.Module, optimizer: Optimizer) -> tuple[dict[s
     return tensors, numbers
 
 
+def _options(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """The options of each parameter's group, as its learning rate: groups differ with the number of ranks."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {}
+    for group in optimizer.param_groups:
+        options = {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+        found |= {names[parameter]: options for parameter in group["params"] if parameter in names}
+    return found
+
+
+def _set_options(model: nn.Module, optimizer: Optimizer, saved: dict[str, dict[str, Any]]) -> None:
+    """Gives every group the options that its parameters had; a group that mixes options keeps its own."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        found = [saved[names[parameter]] for parameter in group["params"] if names.get(parameter) in saved]
+        if found and all(options == found[0] for options in found):
+            group.update(found[0])
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path / _STATE, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """One line: of DCP's error, what the first failing rank says."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        return f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _problem(path: Path) -> str | None:

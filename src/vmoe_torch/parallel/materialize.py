@@ -4,7 +4,8 @@ import hashlib
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from vmoe_torch.parallel.checkpoint import part_of
 
 
 def materialize(model: nn.Module, seed: int, device: str | torch.device = "cpu") -> nn.Module:
@@ -59,13 +60,8 @@ def _replace(module: nn.Module, parameters: dict[str, nn.Parameter], device: str
 
 @torch.no_grad()
 def _fill(parameter: nn.Parameter, whole: torch.Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        # Every rank has drawn the same, so each takes its part of its own.
-        mesh, placements = parameter.device_mesh, parameter.placements
-        part = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-        parameter.to_local().copy_(part.to_local())
-    else:
-        parameter.copy_(whole)
+    # Every rank has drawn the same, so each takes its part of its own.
+    parameter.copy_(part_of(whole, parameter))
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -5,6 +5,8 @@ A checkpoint file holds plain tensors, numbers and strings only, so it loads wit
 
 import os
 import random
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -54,25 +56,49 @@ class CheckpointFolder:
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
         self.keep = keep
+        self.damaged: list[Path] = []
 
     def last(self) -> Path | None:
         """The newest checkpoint, if there is any."""
         paths = self._numbered()
         return paths[-1] if paths else None
 
+    def usable(self) -> Path | None:
+        """The newest checkpoint that is whole, if there is any; newer ones are named in warnings."""
+        for path in reversed(self._numbered()):
+            problem = _problem(path)
+            if problem is None:
+                return path
+            self.damaged.append(path)
+            warnings.warn(f"checkpoint {path} is damaged, skipped: {problem}", stacklevel=2)
+        return None
+
     def save(self, state: dict[str, Any], best: bool = False) -> Path:
-        """Writes a checkpoint, also as the best if it is, and removes those beyond `keep`."""
+        """Writes a checkpoint, also as the best if it is; removes those beyond `keep` and those found damaged."""
+        self._prepare()
+        if best:
+            self.save_best(state)
+        path = self.folder / f"update_{state['update']:08d}.pt"
+        write_atomically(path, state)
+        while self.damaged:
+            if (damaged := self.damaged.pop()) != path:
+                damaged.unlink(missing_ok=True)
+        # Later ones, of another try, must not push this one out.
+        for old in [other for other in self._numbered() if other <= path][: -self.keep]:
+            old.unlink()
+        return path
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Writes the best checkpoint. To be done before the numbered one of that moment, which says that it is there:
+        a run that is killed in between does both again."""
+        self._prepare()
+        write_atomically(self.folder / BEST, state)
+
+    def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         # Left by a process that was killed while it wrote.
         for partial in self.folder.glob(".*.pt.*"):
             partial.unlink(missing_ok=True)
-        path = self.folder / f"update_{state['update']:08d}.pt"
-        write_atomically(path, state)
-        if best:
-            write_atomically(self.folder / BEST, state)
-        for old in self._numbered()[: -self.keep]:
-            old.unlink()
-        return path
 
     def _numbered(self) -> list[Path]:
         return sorted(self.folder.glob("update_*.pt"))
@@ -102,6 +128,16 @@ def write_atomically(path: Path, state: dict[str, Any]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a file, if anything; torch's own reader does not look at the checksums."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            changed = file.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        return str(error)
+    return None if changed is None else f"{changed} has changed"
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:

@@ -8,20 +8,19 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from vmoe_torch.parallel import ShardedCheckpoints, full_state_dict, load_checkpoint
+from vmoe_torch.parallel import ShardedCheckpoints, full_state_dict, load_checkpoint, part_of
 from vmoe_torch.train.checkpoint import (
-    BEST,
     FORMAT,
     CheckpointFolder,
     load_weights,
     random_states,
     read_checkpoint,
     set_random_states,
-    write_atomically,
 )
 from vmoe_torch.train.config import Config
 from vmoe_torch.train.determinism import seed_everything
 from vmoe_torch.train.meter import Meter
+from vmoe_torch.train.optimizer import build_optimizer
 from vmoe_torch.train.processes import Processes
 
 
@@ -72,12 +71,13 @@ class RunCheckpoints:
             self.sharded = None
         if (last is not None or any_sharded) and not resume:
             raise ValueError(f"run.output must be a new folder, or be resumed; {output} holds checkpoints already")
-        if self.sharded is not None:
-            last = next(iter(self.sharded.usable()), None)
-        self.path = last
+        self.path = None if self.sharded is None else next(iter(self.sharded.usable()), None)
+        if self.path is None and last is not None:
+            # A run that is spread may go on from one that was not.
+            self.path = group.gather(self.files.usable() if group.is_first else None)[0]
         self.found = None
-        if last is not None:
-            self.found = read_checkpoint(last) if self.sharded is None else self.sharded.state(last)
+        if self.path is not None:
+            self.found = self.sharded.state(self.path) if self.path.is_dir() else read_checkpoint(self.path)
             _check_same_run(config, self.found["config"])
 
     def restore(self, run: RunState) -> None:
@@ -92,8 +92,13 @@ class RunCheckpoints:
             raise ValueError(
                 f"data must have the classes of the run to resume, {_shown(names)}, got {_shown(run.class_names)}"
             )
-        if self.sharded is not None:
+        if self.path.is_dir():
             load_checkpoint(self.path, run.model, run.optimizer, self.sharded.group)
+        elif self.config.parallel.enabled:
+            spread, whole = run.model.state_dict(), found["model"]
+            parts = {name: part_of(value, spread[name]) if name in spread else value for name, value in whole.items()}
+            load_weights(run.model, parts)
+            _load_moments(run, found["optimizer"]["state"], build_optimizer(run.model, self.config.optim))
         else:
             load_weights(run.model, found["model"])
             if run.ema is not None:
@@ -125,12 +130,11 @@ class RunCheckpoints:
             "processes": self.group.gather(own),
         }
         if self.sharded is not None:
-            self.sharded.save(run.update, run.model, run.optimizer, state)
             if best:
                 weights = full_state_dict(run.model, keep=self.group.is_first)
                 if self.group.is_first:
-                    whole = {**state, "model": weights, "ema": None, "optimizer": None}
-                    write_atomically(self.files.folder / BEST, whole)
+                    self.files.save_best({**state, "model": weights, "ema": None, "optimizer": None})
+            self.sharded.save(run.update, run.model, run.optimizer, state)
             return
         if self.group.is_first:
             whole = {
@@ -145,6 +149,24 @@ class RunCheckpoints:
         """Until what is being written is on the disk."""
         if self.sharded is not None:
             self.sharded.wait()
+
+
+def _load_moments(run: RunState, states: dict[int, dict[str, Any]], order: torch.optim.Optimizer) -> None:
+    """The moments that an optimiser over a whole model had, into one over its parts.
+
+    Args:
+        run: with the optimiser, whose groups are split by mesh.
+        states: by number of the parameter.
+        order: one over the same parameters, whose groups are not split, so that it numbers them as that one did.
+    """
+    parameters = [parameter for group in order.param_groups for parameter in group["params"]]
+    run.optimizer.state.clear()
+    for number, state in states.items():
+        parameter = parameters[number]
+        run.optimizer.state[parameter] = {
+            key: part_of(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+            for key, value in state.items()
+        }
 
 
 def _shown(names: tuple[str, ...]) -> str:
