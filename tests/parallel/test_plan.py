@@ -40,7 +40,7 @@ def _model(**kwargs):
     return vmoe_torch.VMoE(**{**options, "num_experts": 4, "group_size": 2, "capacity_factor": CAPACITY, **kwargs})
 
 
-def _held_after(model, x, y):
+def _held_after(model, x, y, autocast):
     """Bytes that autograd keeps at the end of a forward, each storage once, parameters not counted; and the wire."""
     held = {}
 
@@ -54,7 +54,9 @@ def _held_after(model, x, y):
     wire = Wire()
     with wire:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = F.cross_entropy(model(x).float(), y)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), y)
         forward = wire.bytes, wire.calls
         # The gathered ones, which FSDP leaves in the modules here.
         locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
@@ -64,18 +66,18 @@ def _held_after(model, x, y):
     return size, forward, (wire.bytes, wire.calls)
 
 
-def _compare(dtype, chunks, kwargs):
+def _compare(dtype, chunks, kwargs, autocast=False):
     rank, world = dist.get_rank(), dist.get_world_size()
     model = _model(**kwargs)
     size = torch.empty((), dtype=dtype).element_size()
-    settings = Settings(world, world, IMAGES * world, compute_bytes=size, wire_bytes=2)
+    settings = Settings(world, world, IMAGES * world, compute_bytes=size, wire_bytes=2, autocast=autocast)
     want = plan(model, settings)
     # Gathered parameters stay, so that what autograd keeps of them can be told from activations.
     options = {"wire_dtype": torch.bfloat16, "chunks": chunks, "reshard_after_forward": False}
-    parallelize(model, build_mesh(1, world, "cpu"), param_dtype=dtype, **options)
+    parallelize(model, build_mesh(1, world, "cpu"), param_dtype=None if autocast else dtype, **options)
     generator = torch.Generator().manual_seed(rank)
     x, y = torch.randn(IMAGES, 3, 32, 32, generator=generator), torch.zeros(IMAGES, dtype=torch.long)
-    held, (forward, calls), (step, all_calls) = _held_after(model, x, y)
+    held, (forward, calls), (step, all_calls) = _held_after(model, x, y, autocast)
 
     assert abs(held / want.activations - 1) <= 0.02, f"activations: held {held}, planned {want.activations}"
     # The layer's formula, by hand: 2 * E * G * C * D * (R - 1) / R * 2 bytes.
@@ -101,6 +103,8 @@ def _compare_all():
     _compare(torch.float32, 1, {})
     _compare(torch.float32, 2, {"num_selected_experts": 1, "init_values": 0.1})
     _compare(torch.bfloat16, 1, {})
+    # As `vmoe train` computes.
+    _compare(torch.bfloat16, 1, {"representation_size": True}, autocast=True)
 
 
 def test_plan_is_what_two_ranks_hold_and_move(tmp_path):
@@ -164,7 +168,9 @@ def test_plan_command_prints_the_table(capsys):
     assert "all-to-all per layer" in out
     assert main(["plan", "--model", "vmoe_15b", "--gpus", "64", "--ep", "48", "--batch", "1024"]) == 2
     assert "ep must divide" in capsys.readouterr().err
-    assert main(["plan", "--model", "resnet18", "--gpus", "8", "--ep", "8", "--batch", "1024"]) == 2
+    for other in ("resnet18", "vit_base_patch16_224", "beit_base_patch16_224"):
+        assert main(["plan", "--model", other, "--gpus", "8", "--ep", "8", "--batch", "1024"]) == 2
+        assert "the model must be a VMoE, got" in capsys.readouterr().err
     assert main(["plan", "--model", "vmoe_99b", "--gpus", "8", "--ep", "8", "--batch", "1024"]) == 2
 
 

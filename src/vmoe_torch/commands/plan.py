@@ -14,8 +14,8 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "plan",
         help="plan a training run on many GPUs",
-        description="Bytes that each GPU holds and sends, the estimated time of a step, and what to change if it does "
-        "not fit. No GPU and no weights are needed.",
+        description="Bytes that each GPU holds and sends in vmoe train with run.precision=bfloat16, the estimated time "
+        "of a step, and what to change if it does not fit. No GPU and no weights are needed.",
         epilog="example: vmoe plan --model vmoe_15b --gpus 64 --ep 32 --gpu h200 --batch 1024",
     )
     parser.add_argument("--model", required=True, metavar="NAME", help="a model of ours, as vmoe_15b")
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     with torch.device("meta"):
         model = build_model(ModelConfig(options.model), num_classes=1000)
-    settings = Settings(options.gpus, options.ep, options.batch, options.gpu, options.recompute)
+    settings = Settings(options.gpus, options.ep, options.batch, options.gpu, options.recompute, autocast=True)
     result = plan(model, settings)
     print(describe(result, [] if result.fits else changes_that_fit(model, settings)))
     return 0

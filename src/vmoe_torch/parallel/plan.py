@@ -55,6 +55,9 @@ class Settings:
     # Bytes of an activation and of a gathered parameter, and of a value on the wire: 2 is bfloat16.
     compute_bytes: int = 2
     wire_bytes: int = 2
+    # Whether autocast computes in these bytes, as `vmoe train` does, over parameters, norms and a residual stream in
+    # float32; or FSDP casts the parameters as it gathers them (`parallelize(param_dtype=...)`), and all is in them.
+    autocast: bool = False
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError if the run cannot be set up."""
@@ -64,8 +67,8 @@ class Settings:
             raise ValueError(f"ep must divide the number of GPUs, got ep={self.ep} and gpus={self.gpus}")
         if self.batch < 1 or self.batch % self.gpus:
             raise ValueError(f"batch must be a positive multiple of gpus={self.gpus}, got {self.batch}")
-        if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
-            raise ValueError(f"the model must have patch_embed and blocks, got {type(model).__name__}")
+        if not all(hasattr(model, part) for part in ("patch_embed", "blocks", "pre_logits")):
+            raise ValueError(f"the model must be a VMoE, got {type(model).__name__}")
         for block in model.blocks:
             if isinstance(block.mlp, MoeMlp) and block.mlp.num_experts % self.ep:
                 raise ValueError(f"ep must divide num_experts={block.mlp.num_experts}, got ep={self.ep}")
@@ -74,6 +77,11 @@ class Settings:
     def dp(self) -> int:
         """Replicas of the experts."""
         return self.gpus // self.ep
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of a value between the blocks, and of a gathered parameter."""
+        return MASTER if self.autocast else self.compute_bytes
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ def plan(model: nn.Module, settings: Settings) -> Plan:
         ValueError: if the numbers do not divide, or the GPU is unknown.
     """
     settings.check(model)
-    gpu, a = GPUS[settings.gpu], settings.compute_bytes
+    gpu, stream = GPUS[settings.gpu], settings.stream_bytes
     images = settings.batch // settings.gpus
     tokens = images * (model.patch_embed.num_patches + model.num_prefix_tokens)
     layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoeMlp)]
@@ -143,17 +151,18 @@ def plan(model: nn.Module, settings: Settings) -> Plan:
     parameters = MASTER * _local_parameters(model, settings)
     units = _unit_sizes(model, settings)
     largest = max(size for size, _ in units)
-    per_block = [_block_activations(block, images, tokens, a) for block in model.blocks]
+    per_block = [_block_activations(block, images, tokens, settings) for block in model.blocks]
     if settings.recompute:
         width = model.embed_dim
-        kept = sum(tokens * width * a + _routing_bytes(block.mlp, tokens) for block in model.blocks) + max(per_block)
+        inputs = sum(tokens * width * stream + _routing_bytes(block.mlp, tokens) for block in model.blocks)
+        kept = inputs + max(per_block)
     else:
         kept = sum(per_block)
 
     buffers = [layer.num_experts * _rows(layer, images, tokens) * layer.fc1.weight.shape[2] for layer in layers]
     sent = [2 * size * settings.wire_bytes * (settings.ep - 1) // settings.ep for size in buffers]
     passes = 3 if settings.recompute else 2
-    gathers = 2 * a + MASTER
+    gathers = 2 * stream + MASTER
     shards = int(sum(size * gathers * (ranks - 1) / ranks for size, ranks in units))
     flops = (4 if settings.recompute else 3) * forward_flops(model, images)
     return Plan(
@@ -161,8 +170,8 @@ def plan(model: nn.Module, settings: Settings) -> Plan:
         parameters=parameters,
         gradients=parameters,
         optimizer=2 * parameters,
-        activations=kept + _ends_activations(model, images, tokens, a),
-        gathered=largest * (2 * a + a + MASTER) if settings.gpus > 1 else 0,
+        activations=kept + _ends_activations(model, images, tokens, settings),
+        gathered=largest * (2 * stream + stream + MASTER) if settings.gpus > 1 else 0,
         exchange_buffers=2 * settings.wire_bytes * max(buffers, default=0),
         exchange_per_layer=max(sent, default=0),
         exchange_per_step=passes * sum(sent),
@@ -234,16 +243,27 @@ def _routing_bytes(mlp: nn.Module, tokens: int) -> int:
     return LABEL * tokens * (mlp.num_experts + 3 * mlp.num_selected_experts)
 
 
-def _block_activations(block: nn.Module, images: int, tokens: int, a: int) -> int:
+def _block_activations(block: nn.Module, images: int, tokens: int, settings: Settings) -> int:
     """Bytes that autograd keeps of one block: each tensor once, however many ops keep it."""
     width, heads = block.norm1.weight.shape[0], block.attn.num_heads
-    # Input of norm1, norm1's output, q, k, v, attention's output, input of norm2, norm2's output.
-    kept = 8 * tokens * width * a
+    a, stream = settings.compute_bytes, settings.stream_bytes
+    mlp = block.mlp
+    sparse = isinstance(mlp, MoeMlp)
+    # norm1's output, q, k, v, attention's output; the inputs of both norms.
+    kept = tokens * width * (5 * a + 2 * stream)
+    # norm2's output, which a router takes as it is.
+    kept += tokens * width * (stream if sparse else a)
+    if settings.autocast:
+        # Its copies of the weights, and of the experts' biases.
+        copied = mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
+        if sparse:
+            biases = sum(fc.bias.numel() for fc in (mlp.fc1, mlp.fc2) if fc.bias is not None)
+            copied = (copied + biases) // settings.ep
+        kept += a * (block.attn.qkv.weight.numel() + block.attn.proj.weight.numel() + copied)
     # Mean and deviation of two norms, and the attention's logsumexp, in float32.
     kept += 4 * tokens * (4 + heads)
     kept += sum(tokens * width * a for scale in (block.ls1, block.ls2) if not isinstance(scale, nn.Identity))
-    mlp = block.mlp
-    if not isinstance(mlp, MoeMlp):
+    if not sparse:
         # Before and after the activation.
         return kept + 2 * tokens * mlp.fc1.weight.shape[0] * a
     rows = mlp.num_experts * _rows(mlp, images, tokens)
@@ -254,10 +274,18 @@ def _block_activations(block: nn.Module, images: int, tokens: int, a: int) -> in
     return kept + _routing_bytes(mlp, tokens)
 
 
-def _ends_activations(model: nn.Module, images: int, tokens: int, a: int) -> int:
+def _ends_activations(model: nn.Module, images: int, tokens: int, settings: Settings) -> int:
     """Images, the last norm's input and output, and the log-probabilities of the loss in float32."""
+    a = settings.compute_bytes
     pixels = model.patch_embed.proj.weight[0].numel() * model.patch_embed.num_patches
-    return images * pixels * a + 2 * tokens * model.embed_dim * a + 8 * tokens + 4 * images * model.num_classes
+    kept = images * pixels * a + tokens * model.embed_dim * settings.stream_bytes
+    kept += 8 * tokens + 4 * images * model.num_classes
+    if not settings.autocast:
+        return kept + tokens * model.embed_dim * a
+    # Of the output the head's copy only; and copies of the weights.
+    parts = (model.patch_embed.proj, *model.pre_logits.modules(), model.head)
+    weights = sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear | nn.Conv2d))
+    return kept + a * (images * model.embed_dim + weights)
 
 
 def _part(shape: Size, dim: int, ranks: int) -> int:
