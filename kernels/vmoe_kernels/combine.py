@@ -59,16 +59,16 @@ def _combine_backward_op(d_y: Tensor, buffer: Tensor, slots: Tensor, gates: Tens
     filled = (choices >= 0).nonzero().squeeze(1)
     choices = choices[filled]
     d_rows = d_y.index_select(0, choices // num_choices).to(dtype)
-    d_gates = torch.zeros_like(gates)
+    d_gates = gates.new_zeros(gates.shape)
     d_gates.view(-1)[choices] = (d_rows * buffer.index_select(0, filled).to(dtype)).sum(1).to(gates.dtype)
     d_rows *= gates.reshape(-1)[choices].to(dtype).unsqueeze(1)
-    d_buffer = torch.zeros_like(buffer).index_copy_(0, filled, d_rows.to(buffer.dtype))
+    d_buffer = buffer.new_zeros(buffer.shape).index_copy_(0, filled, d_rows.to(buffer.dtype))
     return d_buffer, d_gates
 
 
 @_combine_backward_op.register_fake
 def _(d_y, buffer, slots, gates):
-    return torch.empty_like(buffer), torch.empty_like(gates)
+    return buffer.new_empty(buffer.shape), gates.new_empty(gates.shape)
 
 
 def _setup_context(ctx, inputs, output):

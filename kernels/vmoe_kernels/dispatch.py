@@ -19,7 +19,7 @@ def dispatch_reference(x: Tensor, slots: Tensor, num_rows: int) -> Tensor:
 
 def choice_of_row(slots: Tensor, num_rows: int) -> Tensor:
     """(N,) int64: the flat choice t * K + k that holds each row, or -1 where the row is empty."""
-    rows = torch.where(slots < 0, num_rows, slots).long().view(-1)
+    rows = torch.where(slots < 0, num_rows, slots).long().reshape(-1)
     choices = torch.full((num_rows + 1,), -1, device=slots.device, dtype=torch.int64)
     choices[rows] = torch.arange(rows.numel(), device=slots.device)
     return choices[:num_rows]

@@ -98,7 +98,8 @@ class ExpertGradients:
         self.weights = weights
         self.activation, self.drop = activation, drop
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-        self.d_fc1_weight, self.d_fc2_weight = torch.empty_like(fc1_weight), torch.empty_like(fc2_weight)
+        self.d_fc1_weight = fc1_weight.new_empty(fc1_weight.shape)
+        self.d_fc2_weight = fc2_weight.new_empty(fc2_weight.shape)
         self.d_fc1_bias = fc1_weight.new_zeros(0 if fc1_bias is None else fc1_bias.shape)
         self.d_fc2_bias = fc2_weight.new_zeros(0 if fc2_bias is None else fc2_bias.shape)
         self.scratch: Tensor | None = None
@@ -241,7 +242,7 @@ def _expert_mlp_backward_op(
     num_experts, rows, _ = x.shape
     width = fc1_weight.shape[1]
     gradients = ExpertGradients((fc1_weight, fc1_bias, fc2_weight, fc2_bias), activation, drop)
-    d_x = torch.empty_like(x)
+    d_x = x.new_empty(x.shape)
     for e in range(num_experts):
         if rows == 0:
             gradients.no_rows(e)
@@ -255,15 +256,15 @@ def _expert_mlp_backward_op(
 
 @_expert_mlp_backward_op.register_fake
 def _(d_out, x, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed):
-    return (torch.empty_like(x), *fake_weight_gradients(fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+    return (x.new_empty(x.shape), *fake_weight_gradients(fc1_weight, fc1_bias, fc2_weight, fc2_bias))
 
 
 def fake_weight_gradients(fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     """Shapes of `ExpertGradients.results`."""
     return (
-        torch.empty_like(fc1_weight),
+        fc1_weight.new_empty(fc1_weight.shape),
         fc1_weight.new_empty(0 if fc1_bias is None else fc1_bias.shape),
-        torch.empty_like(fc2_weight),
+        fc2_weight.new_empty(fc2_weight.shape),
         fc2_weight.new_empty(0 if fc2_bias is None else fc2_bias.shape),
     )
 

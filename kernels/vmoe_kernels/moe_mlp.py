@@ -145,7 +145,7 @@ def _moe_mlp_backward_op(
     num_experts, width, _ = fc1_weight.shape
     gradients = ExpertGradients((fc1_weight, fc1_bias, fc2_weight, fc2_bias), activation, drop)
     d_x = torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device)
-    d_gates = torch.zeros_like(gates)
+    d_gates = gates.new_zeros(gates.shape)
     weight = gates.reshape(-1, 1).to(x.dtype)
     for e, rows, choices in _filled_rows(slots, num_experts, rows_per_expert):
         if rows.numel() == 0:
@@ -170,8 +170,8 @@ def _moe_mlp_backward_op(
 @_moe_mlp_backward_op.register_fake
 def _(d_y, x, slots, gates, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows_per_expert, activation, drop, seed):
     return (
-        torch.empty_like(x),
-        torch.empty_like(gates),
+        x.new_empty(x.shape),
+        gates.new_empty(gates.shape),
         *fake_weight_gradients(fc1_weight, fc1_bias, fc2_weight, fc2_bias),
     )
 

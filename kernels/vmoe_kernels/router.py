@@ -194,7 +194,7 @@ def _softmax_backward(d_probs: Tensor, probs: Tensor) -> Tensor:
 
 @_router_backward_op.register_fake
 def _(x, weight, logits, experts, seed, d_gates, d_logits, d_importance, d_load, d_mean_gates, group_size, noise_std):
-    return torch.empty_like(x), torch.empty_like(weight)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx, inputs, output):

@@ -54,7 +54,7 @@ def assign_slots_reference(
         row = torch.where(position < slots, index * rows + start + position, -1)
         parts.append(row.reshape(last - first, -1))
     if not parts:
-        return torch.empty_like(experts)
+        return experts.new_empty(experts.shape)
     return torch.cat(parts).to(torch.int32)
 
 
@@ -110,7 +110,7 @@ def _assign_slots_op(
 
 @_assign_slots_op.register_fake
 def _(experts, gates, num_experts, group_size, capacity, last_capacity, batch_priority, priority):
-    return torch.empty_like(experts)
+    return experts.new_empty(experts.shape)
 
 
 def assign_slots(

@@ -87,7 +87,7 @@ def combine_backward_triton(d_y: Tensor, buffer: Tensor, slots: Tensor, gates: T
     check_dtype("buffer", buffer)
     num_rows, width = buffer.shape
     if slots.numel() == 0 or buffer.numel() == 0:
-        return torch.zeros_like(buffer), torch.zeros_like(gates)
+        return buffer.new_zeros(buffer.shape), gates.new_zeros(gates.shape)
     d_buffer = buffer.new_empty(num_rows, width)
     d_gates = gates.new_empty(gates.shape)
     config = look_up("combine_backward", buffer.device, width_bucket(width))

@@ -221,7 +221,7 @@ def experts_backward(
     """
     buffer = x.buffer
     d_pre, gated, row_dots, column_sums = hidden_gradient(
-        d_out, fc2_weight.contiguous(), pre, contiguous(gates),
+        d_out, fc2_weight.contiguous(), pre.contiguous(), contiguous(gates),
         biased=fc1_bias is not None, activation=activation, drop=drop, seed=seed,
     )  # fmt: skip
     bias_dots, d_fc2_bias = None, fc2_weight.new_empty(0)

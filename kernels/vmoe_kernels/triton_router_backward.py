@@ -229,12 +229,12 @@ def router_backward_triton(
     num_selected_experts = experts.shape[1]
     check_router_limits(x, weight, num_selected_experts)
     (num_tokens, width), num_experts = x.shape, weight.shape[0]
-    d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    d_x = x.new_empty(x.shape)
     if num_tokens == 0:
-        return d_x, torch.zeros_like(weight)
+        return d_x, weight.new_zeros(weight.shape)
     noisy = noise_std > 0
     block_e = expert_block(num_experts)
-    weight = weight.contiguous()
+    weight, logits, experts = weight.contiguous(), logits.contiguous(), experts.contiguous()
     grad = torch.empty_like(logits)
     config = look_up(f"router_backward_tokens_{_bucket_of(x.dtype, num_experts)}", x.device).kwargs()
     _router_tokens_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]),)](

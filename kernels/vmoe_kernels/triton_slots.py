@@ -181,7 +181,7 @@ def assign_slots_triton(
     if num_experts * rows_per_expert >= 2**31:
         raise ValueError(f"the buffer must have fewer than 2**31 rows, got {num_experts * rows_per_expert}")
     if num_tokens == 0:
-        return torch.empty_like(experts)
+        return experts.new_empty(experts.shape)
     experts, gates = experts.contiguous(), gates.contiguous()
     use_sum = priority == "sum"
     if _design(num_tokens, group_size, experts.device) == "sort":

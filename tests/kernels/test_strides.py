@@ -1,0 +1,10 @@
+"""The CPU implementations take tensors of any strides."""
+
+import pytest
+
+from tests.stride_checks import OPS, check_strides
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_takes_any_strides(op):
+    check_strides(op)
