@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.utils.data import DataLoader, TensorDataset
 
 from vmoe_torch.parallel import full_state_dict
@@ -111,6 +113,29 @@ def test_one_process_runs_the_path_of_many(tiny, tmp_path):
         assert ended.history[0]["train_loss"] == pytest.approx(plain.history[0]["train_loss"], rel=1e-4)
         for name, tensor in full_state_dict(ended.model, keep=True).items():
             torch.testing.assert_close(tensor, want[name], rtol=1e-2, atol=2e-3, msg=name)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_nan_waits_for_the_checkpoint_on_its_way(tiny, tmp_path, monkeypatch):
+    config = tiny.override("optim.ema_decay=none", "run.checkpoint_every=2", "run.log_every=1", "parallel.fsdp=true")
+    original_write, original_loss = FileSystemWriter.write_data, nn.CrossEntropyLoss.forward
+    losses = []
+
+    def write(*arguments):
+        time.sleep(1)
+        return original_write(*arguments)
+
+    def loss(self, logits, labels):
+        losses.append(original_loss(self, logits, labels))
+        return losses[-1] * (float("nan") if len(losses) == 3 else 1)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write)
+    monkeypatch.setattr(nn.CrossEntropyLoss, "forward", loss)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with pytest.raises(FloatingPointError, match=r"in update 3.*; the last good checkpoint is .*update_00000002"):
+            train(config.override("data.mixup=0"))
     finally:
         dist.destroy_process_group()
 

@@ -223,6 +223,10 @@ class _Run:
                 if not ended:
                     self._save()
             self.checkpoints.wait()
+        except NonFiniteError:
+            # All processes raise it together; what they are still writing is from before, and good.
+            self.checkpoints.wait()
+            raise
         finally:
             logs.close()
             set_auxiliary_gradient_scale(1.0, self.group.device)
