@@ -249,7 +249,9 @@ def export_safetensors(model: nn.Module, path: Path | str) -> None:
         save_file(weights, partial, metadata={"format": "pt"})
         os.replace(partial, path)
     if dist.is_initialized():
-        dist.barrier()
+        # Without its number, NCCL warns that it takes the current device.
+        on_gpu = dist.get_backend() == dist.Backend.NCCL
+        dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ class Processes:
     def wait(self) -> None:
         """Until all are here."""
         if self.world_size > 1:
-            dist.barrier()
+            # Without its number, NCCL warns that it takes the current device.
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
 @contextmanager
