@@ -181,7 +181,7 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
     text = str(data)
     named_by_timm = text.startswith((WDS, *NUMBERED, *STREAMS))
     name, _, root = text.partition("=")
-    if text.startswith(WDS):
+    if name == WDS:
         dataset = TarShards(root, split or "validation", mode=source.mode)
     elif named_by_timm:
         dataset = NamedDataset(name, root, split or "validation", source.mode)

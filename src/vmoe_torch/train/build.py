@@ -40,7 +40,7 @@ def build_data(config: DataConfig, mode: str = "RGB") -> Data:
     """
     if config.name == "fashion_mnist":
         train, val = (FashionMnist(split, config.root, mode) for split in ("train", "test"))
-    elif config.name.startswith(WDS):
+    elif config.name == WDS:
         train = TarShards(config.root, config.train_split, mode=mode)
         val = TarShards(config.root, config.val_split, train.class_names, mode)
     elif "/" in config.name:

@@ -276,7 +276,7 @@ class Config:
     def check(self) -> None:
         """Raises ValueError if a value is out of its range; the model and the data check their own."""
         data, optim, schedule, run = self.data, self.optim, self.schedule, self.run
-        if not data.name.startswith((WDS, *NUMBERED, *STREAMS)):
+        if not data.name.startswith((*NUMBERED, *STREAMS)):
             names = ("folder", "fashion_mnist", WDS, *(f"{prefix}NAME" for prefix in NUMBERED))
             _one_of("data.name", data.name, names)
         _one_of("loss.kind", self.loss.kind, ("softmax", "sigmoid"))
