@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from timm.models import adapt_input_conv
 
 from tests.checkpoints.test_golden_checkpoints import FOLDER, VARIANTS, expected, raw
 from tests.conftest import golden_arrays, relative_error
 from tests.models.test_golden_models import _model
 from vmoe_torch.checkpoints import CheckpointError, convert, export_original, load_original, read_original
 from vmoe_torch.checkpoints.convert import read_converted
-from vmoe_torch.models.weights import from_original, to_original, zoom_position
+from vmoe_torch.models.weights import adapt_channels, from_original, to_original, zoom_position
 
 PARAMS = [name for name in VARIANTS if name.startswith(("params", "unknown"))]
 
@@ -118,6 +119,14 @@ def test_load_adapts_resolution_channels_and_classes():
     features = type(other)(img_size=32, num_classes=0, moe_layers=(1, 3), **kwargs)
     features.load_pretrained(str(FOLDER / "params_1shard" / "ckpt"))
     assert torch.equal(features.norm.weight, torch.from_numpy(want["Encoder/encoder_norm/scale"]))
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 3, 7])
+def test_channels_adapt_as_in_timm(in_chans):
+    kernel = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(adapt_channels(kernel, in_chans), adapt_input_conv(in_chans, kernel))
+    grey = kernel[:, :1]
+    assert torch.equal(adapt_channels(grey, 4), grey.expand(-1, 4, -1, -1) / 4)
 
 
 def test_load_refuses_what_does_not_fit_and_changes_nothing():

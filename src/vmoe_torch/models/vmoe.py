@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import get_device_dtype, lecun_normal_
+from timm.layers import lecun_normal_
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -180,7 +180,7 @@ class VMoE(vit.VisionTransformer):
         # The head stays the last module, as timm's tools expect.
         head, head_drop = self.head, self.head_drop
         del self.head, self.head_drop
-        dd = get_device_dtype(self)
+        dd = _device_and_dtype(self)
         width = self.embed_dim if representation_size is True else representation_size
         self.pre_logits = nn.Sequential(nn.Linear(self.embed_dim, width, **dd), nn.Tanh()) if width else nn.Identity()
         if width:
@@ -257,8 +257,8 @@ class VMoE(vit.VisionTransformer):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head on top of the pre-logits layer, where there is one; initialised as the first one was."""
         super().reset_classifier(num_classes, global_pool)
-        if num_classes > 0 and self.head_hidden_size != self.embed_dim:
-            self.head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
+        if num_classes > 0:
+            self.head = nn.Linear(self.head_hidden_size, num_classes, **_device_and_dtype(self))
             self.head.train(self.training)
         if num_classes > 0 and not self.weight_init_mode:
             nn.init.zeros_(self.head.weight)
@@ -286,6 +286,12 @@ class VMoE(vit.VisionTransformer):
         x = self.pre_logits(self.fc_norm(self.pool(x)))
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
+
+
+def _device_and_dtype(module: nn.Module) -> dict[str, Any]:
+    """Those of a module's first parameter, as the keyword arguments of a layer that joins it."""
+    parameter = next(module.parameters())
+    return {"device": parameter.device, "dtype": parameter.dtype}
 
 
 def _init_module_as_original(module: nn.Module, name: str = "", needs_reset: bool = True) -> None:

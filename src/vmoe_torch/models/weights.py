@@ -28,7 +28,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models import adapt_input_conv
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
@@ -285,6 +284,25 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return filtered
 
 
+def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
+    """A patch embedding's kernel for other images, as timm adapts it from 3 channels (before 1.0.31 from 3 alone).
+
+    Args:
+        kernel: (D, channels, height, width).
+        in_chans: channels of the images to come.
+
+    Returns:
+        (D, in_chans, height, width): one channel is the sum of all, several repeat them and keep the sum's scale.
+    """
+    channels = kernel.shape[1]
+    if in_chans == channels:
+        return kernel
+    if in_chans == 1:
+        return kernel.float().sum(1, keepdim=True).to(kernel.dtype)
+    repeated = kernel.float().repeat(1, -(-in_chans // channels), 1, 1)[:, :in_chans]
+    return (repeated * (channels / in_chans)).to(kernel.dtype)
+
+
 def load_adapted(model: nn.Module, state: Mapping[str, Tensor], source: str, *, drop_head: bool = False) -> None:
     """Loads a state dict, adapting resolution, patches, channels and head; all else must fit exactly.
 
@@ -305,10 +323,8 @@ def load_adapted(model: nn.Module, state: Mapping[str, Tensor], source: str, *, 
     head = state.get("head.weight")
     state = checkpoint_filter_fn(dict(state), model)
     kernel = state.get("patch_embed.proj.weight")
-    if kernel is not None and kernel.dim() == 4 and kernel.shape[1] != own["patch_embed.proj.weight"].shape[1]:
-        state["patch_embed.proj.weight"] = adapt_input_conv(
-            own["patch_embed.proj.weight"].shape[1], kernel, kernel.shape[1]
-        )
+    if kernel is not None and kernel.dim() == 4:
+        state["patch_embed.proj.weight"] = adapt_channels(kernel, own["patch_embed.proj.weight"].shape[1])
     if model.fixed_pos_embed:
         state["pos_embed"] = own["pos_embed"]
     same_head = not drop_head and head is not None and head.shape[0] == model.num_classes

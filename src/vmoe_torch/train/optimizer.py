@@ -78,6 +78,7 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, updates_per_epo
         raise ValueError(f"the schedule's warm-up must be shorter than its {total} updates, got {warmup:g}")
     linear = config.name == "linear"
     prefix = config.warmup_prefix or linear
+    steps = {"decay_epochs": config.decay_epochs * updates_per_epoch} if config.name == "step" else {}
     scheduler, _ = create_scheduler_v2(
         optimizer,
         # The power of timm's polynomial is its decay rate.
@@ -89,7 +90,7 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, updates_per_epo
         warmup_prefix=prefix,
         warmup_lr=config.warmup_lr,
         min_lr=config.min_lr,
-        decay_epochs=config.decay_epochs * updates_per_epoch if config.name == "step" else None,
+        **steps,
         # Its epochs are our updates.
         step_on_epochs=False,
         updates_per_epoch=1,
