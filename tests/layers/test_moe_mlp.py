@@ -230,6 +230,8 @@ def test_failed_change_leaves_every_layer_alone():
     [
         ({"num_selected_experts": 5}, r"num_selected_experts must be in 1\.\.num_experts=4, got 5"),
         ({"num_experts": 0}, r"num_experts must be at least 1, got 0"),
+        ({"num_selected_experts": 1.5}, r"num_selected_experts must be in 1\.\.num_experts=4, got 1\.5"),
+        ({"capacity_factor": None}, r"capacity_factor must be above 0, got None"),
         ({"capacity_factor": 0.0}, r"capacity_factor must be above 0, got 0\.0"),
         ({"eval_capacity_factor": -1.0}, r"eval_capacity_factor must be above 0, got -1\.0"),
         ({"group_size": 0}, r"group_size must be 'batch', 'image' or at least 1 image, got 0"),

@@ -155,18 +155,20 @@ class MoeMlp(nn.Module):
         group_size,
     ) -> None:
         """Checks and sets everything that may change after training; on an error nothing changes."""
-        if not 1 <= num_selected_experts <= self.num_experts:
+        if not 1 <= num_selected_experts <= self.num_experts or num_selected_experts != int(num_selected_experts):
             raise ValueError(
                 f"num_selected_experts must be in 1..num_experts={self.num_experts}, got {num_selected_experts}"
             )
+        if eval_capacity_factor is None:
+            eval_capacity_factor = capacity_factor
         for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is not None and not 0 < factor < math.inf:
+            if factor is None or not 0 < factor < math.inf:
                 raise ValueError(f"{name} must be above 0, got {factor}")
         one_of("priority", priority, ("max", "sum"))
         images = group_images(group_size)
         self.num_selected_experts = int(num_selected_experts)
         self.capacity_factor = float(capacity_factor)
-        self.eval_capacity_factor = float(capacity_factor if eval_capacity_factor is None else eval_capacity_factor)
+        self.eval_capacity_factor = float(eval_capacity_factor)
         self.batch_priority = bool(batch_priority)
         self.priority = priority
         # Images per group; 0 is the whole batch.

@@ -210,7 +210,7 @@ def load_checkpoint(
             raise ValueError(f"checkpoint {path} must hold {name} of shape {tuple(tensor.shape)}, got {got}")
         wanted[f"model.{name}"] = tensor
     if optimizer is not None:
-        ours = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        ours = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in model.named_parameters():
             if parameter not in ours:
                 continue
@@ -221,7 +221,10 @@ def load_checkpoint(
                 if entry.size == parameter.shape:
                     tensor = torch.empty_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
                 else:
-                    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+                    # A count of steps, which such optimisers want beside the parameter, and others on the CPU.
+                    beside = ours[parameter].get("fused") or ours[parameter].get("capturable")
+                    device = parameter.device if beside else "cpu"
+                    tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
                 wanted[key] = moments[parameter][key.removeprefix(prefix)] = tensor
     try:
         with warnings.catch_warnings():
