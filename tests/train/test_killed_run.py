@@ -18,6 +18,7 @@ from vmoe_torch.parallel import full_state_dict
 from vmoe_torch.train import load_model, train
 from vmoe_torch.train.processes import Processes
 from vmoe_torch.train.spread import EvenShares
+from vmoe_torch.train.step import Update
 from vmoe_torch.train.table import read_table
 from vmoe_torch.train.validation import validate
 
@@ -85,7 +86,7 @@ def test_spread_run_without_torchrun_is_refused(tiny):
             train(config.override("parallel.ep=2", "parallel.materialize=true", change))
 
 
-def test_one_process_runs_the_path_of_many(tiny, tmp_path):
+def test_one_process_runs_the_path_of_many(tiny, tmp_path, monkeypatch):
     config = tiny.override("optim.ema_decay=none", "schedule.epochs=1")
     plain = train(config)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
@@ -109,7 +110,10 @@ def test_one_process_runs_the_path_of_many(tiny, tmp_path):
         # A run that was not spread goes on spread, from where it was.
         moved = config.override(f"run.output={tmp_path}/moved")
         train(moved.override("run.max_updates=2"))
+        updates, update = [], Update.__call__
+        monkeypatch.setattr(Update, "__call__", lambda self, batches: updates.append(1) or update(self, batches))
         ended = train(moved.override("parallel.fsdp=true"), resume=True)
+        assert len(updates) == 3
         assert ended.history[0]["train_loss"] == pytest.approx(plain.history[0]["train_loss"], rel=1e-4)
         for name, tensor in full_state_dict(ended.model, keep=True).items():
             torch.testing.assert_close(tensor, want[name], rtol=1e-2, atol=2e-3, msg=name)
