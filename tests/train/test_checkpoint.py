@@ -155,6 +155,12 @@ def test_read_checkpoint_names_what_it_cannot_read(tmp_path, name, content, mess
         read_checkpoint(tmp_path / name)
 
 
+def test_read_checkpoint_of_a_spread_run_needs_the_best(tmp_path):
+    (tmp_path / "checkpoints" / "update_00000002").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"must hold checkpoints/best\.pt, which a spread run writes at the end of an"):
+        read_checkpoint(tmp_path)
+
+
 def test_read_checkpoint_refuses_other_files(tmp_path):
     torch.save({"weight": torch.ones(1)}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="must be a checkpoint of vmoe train"):

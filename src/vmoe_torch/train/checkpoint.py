@@ -150,6 +150,11 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         found = folder / BEST if (folder / BEST).is_file() else CheckpointFolder(folder, 1).last()
+        if found is None and any(other.is_dir() for other in folder.glob("update_*")):
+            raise ValueError(
+                f"run folder {path} must hold checkpoints/{BEST}, which a spread run writes at the end of an epoch, got "
+                "checkpoints of its processes only"
+            )
         if found is None:
             raise ValueError(f"run folder {path} must hold a checkpoint, got none")
         path = found
