@@ -1,5 +1,6 @@
 """Damaged and hostile files: one clear error, whatever the bytes, and no memory that they do not pay for."""
 
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -163,6 +164,18 @@ def test_chunks_of_another_size_are_refused(tmp_path, count, box):
     _refused(tmp_path, "leaf 'w': a chunk ", "x")
 
 
+def test_pieces_of_many_dims_are_refused_at_once(tmp_path):
+    """Their product alone, numbers of 64 bits each, would take minutes."""
+    dims = 1_000_000
+    inner = array_header(3) + array_header(dims) + (b"\xcf" + b"\xff" * 8) * dims + pack("float32") + b"\xc4\x00"
+    slices = index.pack_box(((0, 3),))
+    chunk = array_header(2) + array_header(1) + extension_header(index.NDARRAY, len(inner)) + inner
+    chunk += extension_header(index.SLICE_ND, len(slices)) + slices
+    shard = map_header(2) + pack(index.CHUNKS_KEY) + pack(True) + pack("0") + array_header(1) + chunk
+    _write(tmp_path, _one("w", _info((3,))), shard)
+    _refused(tmp_path, "leaf 'w': pieces must have at most 16 dims, got 1000000", "x")
+
+
 def test_bytes_that_are_no_bool_are_refused(tmp_path):
     write_original(tmp_path / "x", {"w": torch.tensor([True, False])})
     path = tmp_path / "x.data-00000-of-00001"
@@ -181,6 +194,31 @@ def test_declared_sizes_allocate_nothing(tmp_path):
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             assert peak < 8 << 20
+
+
+def test_short_names_below_a_long_one_allocate_little(tmp_path):
+    """A node of 6 bytes has a path of 500."""
+    nodes = map_header(100_000) + b"".join(pack(f"{number:x}") + b"\xc0" for number in range(100_000))
+    _write(tmp_path, _one("a" * 250, _one("b" * 250, nodes)))
+    tracemalloc.start()
+    _refused(tmp_path, "the tree must have at most 65536 nodes", "x")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 48 << 20
+
+
+@pytest.mark.parametrize("name", ["ckpt.index", SHARD])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "dangling"])
+def test_what_is_no_regular_file_is_refused(folder, name, kind):
+    path = folder / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else folder / "none")
+    _refused(folder, f"{name} must be a readable file, got")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,9 @@ VERSION = "20220622"
 CHUNKS_KEY = "__msgpack_array_chunk_a87ca2__"
 # Fields of the original's train state, in the order in which files without a version number their leaves.
 _STATE_FIELDS = ("step", "params", "opt_state", "rngs")
-MAX_DEPTH, MAX_PATH, MAX_DIMS = 32, 512, 16
+MAX_DEPTH, MAX_PATH, MAX_DIMS, MAX_SHARDS = 32, 512, 16, 99_999
+# A path takes a hundred times the bytes that a short name below a long one takes in the file.
+MAX_NODES = 1 << 16
 
 # numpy's name of a dtype -> how its bytes are held, and torch's dtype.
 DTYPES = {
@@ -135,8 +137,8 @@ def parse_index(data: bytes, name: str) -> Index:
         raise cursor.fail("the index file must have shard_count and index", sorted(seen))
     if "version" in seen and version != VERSION:
         raise cursor.fail(f"version must be {VERSION!r} or absent", version)
-    if not 1 <= shard_count <= 99_999:
-        raise cursor.fail("shard_count must be in 1..99999", shard_count)
+    if not 1 <= shard_count <= MAX_SHARDS:
+        raise cursor.fail(f"shard_count must be in 1..{MAX_SHARDS}", shard_count)
     leaves, empty = tree
     for _, leaf in leaves:
         if any(not 0 <= shard < shard_count for shard in leaf.shards):
@@ -164,6 +166,8 @@ def _parse_tree(cursor: Cursor, keys: tuple[str, ...], leaves: list, empty: dict
     if count == 0:
         empty[path] = {}
     for _ in range(count):
+        if len(leaves) + len(empty) >= MAX_NODES:
+            raise cursor.fail(f"the tree must have at most {MAX_NODES} nodes without others below", "more")
         cursor.about = path
         key = cursor.text("a key of the tree")
         if key in ("", ".", "..") or not key.isprintable() or "/" in key or "\\" in key:

@@ -7,10 +7,12 @@ by reading straight into it: the peak is the result, plus a chunk per thread whe
 
 import math
 import os
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from vmoe_torch.checkpoints.fetch import is_remote, local_copy, progress_bar
 from vmoe_torch.checkpoints.index import (
     CHUNKS_KEY,
     DTYPES,
+    MAX_DIMS,
     NDARRAY,
     SLICE_ND,
     Box,
@@ -64,9 +67,19 @@ def read_index(prefix: str) -> Index:
 
 
 def _parse(path: str) -> Index:
+    with _opened(path) as file:
+        return parse_index(file.read(), path)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """The file, unbuffered."""
     try:
-        with open(path, "rb") as file:
-            return parse_index(file.read(), path)
+        # What a pipe or a device gives might never come, or never end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("what is no regular file")
+        with open(path, "rb", buffering=0) as file:
+            yield file
     except OSError as error:
         raise CheckpointError(f"{path} must be a readable file, got {error}") from None
 
@@ -138,17 +151,14 @@ def scan_shard(path: str, shard: int, index: Index) -> list[Chunk]:
     Raises:
         CheckpointError: naming the file and the leaf.
     """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
+    with _opened(path) as file:
+        size = file.seek(0, os.SEEK_END)
 
-            def read(offset: int, count: int) -> bytes:
-                file.seek(offset)
-                return file.read(count)
+        def read(offset: int, count: int) -> bytes:
+            file.seek(offset)
+            return file.read(count)
 
-            return _scan(Cursor(Window(read, size, path)), shard, index)
-    except OSError as error:
-        raise CheckpointError(f"{path} must be a readable file, got {error}") from None
+        return _scan(Cursor(Window(read, size, path)), shard, index)
 
 
 def _scan(cursor: Cursor, shard: int, index: Index) -> list[Chunk]:
@@ -191,7 +201,10 @@ def _scan_chunk(cursor: Cursor, number: int, leaf: Leaf) -> Chunk:
     for _ in range(cursor.count("array", "a chunk's pieces")):
         piece = cursor.extension(NDARRAY, "a piece")
         piece.count("array", "a piece", exactly=3)
-        shape = tuple(piece.integer("a dim of a piece") for _ in range(piece.count("array", "shape of a piece")))
+        dims = piece.count("array", "shape of a piece")
+        if dims > MAX_DIMS:
+            raise piece.fail(f"pieces must have at most {MAX_DIMS} dims", dims)
+        shape = tuple(piece.integer("a dim of a piece") for _ in range(dims))
         dtype = piece.text("dtype of a piece")
         if dtype != leaf.dtype:
             raise piece.fail(f"dtype of a piece must be the leaf's {leaf.dtype}", dtype)
@@ -223,7 +236,7 @@ def _tasks(chunks: list[Chunk]) -> Iterator[list[Chunk]]:
 def _fill(path: str, chunks: list[Chunk], leaves: list[Leaf], arrays: list[np.ndarray | None]) -> int:
     """Reads chunks into their arrays; returns how many bytes."""
     total = 0
-    with open(path, "rb", buffering=0) as file:
+    with _opened(path) as file:
         for chunk in chunks:
             leaf, array = leaves[chunk.leaf], arrays[chunk.leaf]
             # The ellipsis keeps a scalar's part a view.
