@@ -34,7 +34,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if begin and begin >= len(data):
             return self.send_error(416)
         self.send_response(206 if begin else 200)
-        self.send_header("Content-Length", str(len(data) - begin))
+        self.send_header("Content-Length", server.length or str(len(data) - begin))
+        if begin:
+            begin -= server.back
+            self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
         if server.etag:
             self.send_header("ETag", server.etag)
         self.end_headers()
@@ -54,6 +57,7 @@ def server(tmp_path):
     """A server of the small released-layout checkpoint in its folder."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.folder, server.requests, server.cut, server.ranges, server.etag = tmp_path / "bucket", [], 0, True, '"a"'
+        server.length, server.back = None, 0
         server.url = f"http://127.0.0.1:{server.server_address[1]}/bucket/small"
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -114,6 +118,31 @@ def test_interrupted_download_goes_on_in_the_next_call(server, source, tmp_path,
         "data-00000-of-00002",
         "data-00001-of-00002",
     ]
+
+
+def test_part_from_another_byte_than_asked_for_is_not_appended(server, source, tmp_path):
+    path = server.folder / "small.data-00000-of-00002"
+    server.cut, server.back = 1, 100
+    fetch.download(f"{server.url}.data-00000-of-00002", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == path.read_bytes()
+    # The whole, what is missing (and was not), the whole.
+    assert [asked is not None for _, asked in server.requests] == [False, True, False]
+
+
+def test_length_that_is_no_number_is_not_believed(server, source, tmp_path):
+    server.length = "many"
+    fetch.download(f"{server.url}.index", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == (server.folder / "small.index").read_bytes()
+
+
+@pytest.mark.parametrize("end", ["..%2F..%2Fx", "%2Ftmp%2Fx", "..%5Cx"])
+def test_escaped_slashes_lead_nowhere(server, end, tmp_path):
+    name = fetch.file_name(f"{server.url}/{end}")
+    assert Path(name).name == name
+    with pytest.raises(CheckpointError, match="HTTP 404"):
+        cached_checkpoint(f"{server.url}/{end}", tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
 def test_file_that_changed_in_between_is_fetched_anew(server, source, tmp_path):

@@ -6,6 +6,7 @@ the file is still the same (an ETag or a date, kept in NAME.part.tag), and begin
 
 import http.client
 import os
+import re
 import tempfile
 import time
 import urllib.error
@@ -30,6 +31,11 @@ def is_remote(path: str) -> bool:
     return "://" in str(path)
 
 
+def file_name(url: str) -> str:
+    """The last part of a URL as the name of a file, which an escaped slash in it does not lead elsewhere."""
+    return urllib.parse.unquote(url.rstrip("/").rpartition("/")[2]).replace("/", "_").replace("\\", "_")
+
+
 @contextmanager
 def local_copy(url: str, progress: bool = False) -> Iterator[str]:
     """A temporary local copy of a remote file.
@@ -42,7 +48,7 @@ def local_copy(url: str, progress: bool = False) -> Iterator[str]:
         CheckpointError: if it cannot be had.
     """
     with tempfile.TemporaryDirectory(prefix="vmoe-") as folder:
-        path = Path(folder) / urllib.parse.unquote(url.rpartition("/")[2])
+        path = Path(folder) / file_name(url)
         download(url, path, progress=progress)
         yield str(path)
 
@@ -113,9 +119,14 @@ def _fetch_http(url: str, part: Path, progress: bool) -> None:
         return _fetch_http(url, part, progress)
     with response:
         resumed = response.status == 206
+        begins = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", f"bytes {have}-"))
+        if resumed and (begins is None or int(begins[1]) != have):
+            # The next try has nothing to go on from.
+            tag.unlink(missing_ok=True)
+            raise ConnectionError(f"the server must go on at byte {have}, got {response.headers['Content-Range']!r}")
         have = have if resumed else 0
-        length = response.headers.get("Content-Length")
-        total = None if length is None else have + int(length)
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdecimal() else None
         with open(part, "ab" if resumed else "wb") as file:
             tag.unlink(missing_ok=True)
             validator = response.headers.get("ETag") or response.headers.get("Last-Modified")

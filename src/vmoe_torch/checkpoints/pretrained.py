@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +11,10 @@ import torch
 from filelock import FileLock
 
 from vmoe_torch.checkpoints.convert import convert
-from vmoe_torch.checkpoints.fetch import download
+from vmoe_torch.checkpoints.fetch import download, file_name
 from vmoe_torch.checkpoints.reader import read_index, shard_name
 from vmoe_torch.checkpoints.wire import CheckpointError
+from vmoe_torch.checkpoints.writer import replacing
 
 
 def cached_checkpoint(url: str, cache_dir: str | os.PathLike | None = None, *, progress: bool = False) -> Path:
@@ -36,9 +36,8 @@ def cached_checkpoint(url: str, cache_dir: str | os.PathLike | None = None, *, p
     """
     folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
-    name = urllib.parse.unquote(url.rstrip("/").rpartition("/")[2])
     # Prefixes of one name in two places are two checkpoints.
-    stem = f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+    stem = f"{file_name(url)}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
     path = folder / f"{stem}.safetensors"
     with FileLock(f"{path}.lock"):
         if not path.exists():
@@ -86,7 +85,8 @@ def _check(path: Path) -> None:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not record.exists():
-        record.write_text(f"{found}  {path.name}\n")
+        with replacing(str(record)) as part:
+            Path(part).write_text(f"{found}  {path.name}\n")
     first = record.read_text().split()[:1]
     if first != [found]:
         raise CheckpointError(
