@@ -1,5 +1,7 @@
 """Weights into models and safetensors and back: the original's logits, every bit, and what loading adapts."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,16 @@ from timm.models import adapt_input_conv
 from tests.checkpoints.test_golden_checkpoints import FOLDER, VARIANTS, expected, raw
 from tests.conftest import golden_arrays, relative_error
 from tests.models.test_golden_models import _model
-from vmoe_torch.checkpoints import CheckpointError, convert, export_original, load_original, read_original
-from vmoe_torch.checkpoints.convert import read_converted
+from vmoe_torch.checkpoints import (
+    CheckpointError,
+    convert,
+    export_original,
+    load_original,
+    read_original,
+    write_original,
+)
+from vmoe_torch.checkpoints.architecture import model_arguments
+from vmoe_torch.checkpoints.convert import Origin, read_converted
 from vmoe_torch.models.weights import adapt_channels, from_original, to_original, zoom_position
 
 PARAMS = [name for name in VARIANTS if name.startswith(("params", "unknown"))]
@@ -162,3 +172,50 @@ def test_conversion_refuses_unknown_parameters():
         to_original({"blocks.0.ls1.gamma": torch.zeros(2)}, 1)
     with pytest.raises(ValueError, match="num_heads must be given"):
         export_original({"cls_token": torch.zeros(1, 1, 2)}, "x")
+
+
+@pytest.mark.parametrize(
+    ("path", "array", "said"),
+    [
+        ("cls", torch.zeros(32), "'cls' must have 3 dims, got \\(32,\\)"),
+        ("cls", torch.zeros(1, 1, 32, dtype=torch.int64), "'cls' must be of floating point, got torch.int64"),
+        ("head/kernel", torch.zeros(()), "'head/kernel' must have 2 dims, got \\(\\)"),
+        ("embedding/kernel", torch.zeros(3, 4), "'embedding/kernel' must have 4 dims"),
+        ("Encoder/encoderblock_1/Moe/Router/dense/kernel", torch.zeros(3), "must have 2 or 3 dims"),
+        ("Encoder/encoderblock_1/Moe/Mlp/Dense_0/bias", torch.zeros(64), "must have 2 dims"),
+        ("Encoder/encoderblock_0/SelfAttention/key/kernel", torch.zeros(31, 4, 8), "must be of one width"),
+    ],
+)
+def test_parameters_of_another_shape_or_kind_name_file_and_leaf(path, array, said, tmp_path):
+    arrays = read_original(str(FOLDER / "params_1shard" / "ckpt"))
+    write_original(tmp_path / "x", arrays | {path: array})
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/x: .*{said}"):
+        convert(tmp_path / "x", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_patch_embedding_of_no_pixels_is_refused(tmp_path):
+    _, model = _empty_model()
+    arrays = read_original(str(FOLDER / "params_1shard" / "ckpt"))
+    for shape in ((0, 0, 3, 32), (8, 8, 0, 32)):
+        write_original(tmp_path / "x", arrays | {"embedding/kernel": torch.zeros(shape)})
+        with pytest.raises(ValueError, match=r"x: patch_embed.proj.weight must be \(D, C, P, P\), got \(32,"):
+            load_original(tmp_path / "x", model)
+
+
+def test_dtypes_that_safetensors_lacks_are_named(tmp_path):
+    arrays = read_original(str(FOLDER / "train_state" / "ckpt"))
+    write_original(tmp_path / "x", arrays | {"opt_state/z": torch.zeros(1, dtype=torch.complex128)})
+    convert(tmp_path / "x", tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"dtypes must be those of safetensors, got torch\.complex128"):
+        convert(tmp_path / "x", tmp_path / "y.safetensors", train_state=True)
+
+
+def test_hidden_widths_survive_the_ratio():
+    """488 / 56 * 56 is below 488."""
+    state = {"patch_embed.proj.weight": torch.zeros(56, 3, 8, 8), "blocks.0.mlp.fc1.weight": torch.zeros(488, 56)}
+    ratio = model_arguments(state, Origin(7))["mlp_ratio"]
+    assert int(56 * (488 / 56)) == 487
+    assert int(56 * ratio) == 488
+    pairs = [(hidden, width) for width in range(8, 2049, 72) for hidden in range(8, 8193, 24)]
+    assert all(int(width * math.nextafter(hidden / width, math.inf)) == hidden for hidden, width in pairs)

@@ -129,7 +129,31 @@ def test_writer_refuses_paths_that_collide(tmp_path):
     with pytest.raises(ValueError, match="paths must end in one array each, got 'a/b'"):
         write_original(tmp_path / "x", {"a": torch.zeros(1), "a/b": torch.zeros(1)})
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="num_shards must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"num_shards must be in 1\.\.99999, got 0"):
         write_original(tmp_path / "x", {}, num_shards=0)
     with pytest.raises(ValueError, match="leaf 'a': dtype must be one of"):
         write_original(tmp_path / "x", {"a": torch.empty(1, dtype=torch.float8_e5m2fnuz)})
+
+
+@pytest.mark.parametrize("prefix", ["", "http://localhost/x", "gs://bucket/x"])
+def test_writer_refuses_what_is_no_local_name(prefix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="prefix must be a local path that ends in what the files' names begin with"):
+        write_original(prefix, {"a": torch.zeros(1)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_write_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    write_original(tmp_path / "x", {"a": torch.zeros(4), "b": torch.zeros(4)}, num_shards=2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    real = writer._write_shard
+
+    def full(file, shard, *rest):
+        if shard == 1:
+            raise OSError(28, "No space left on device")
+        real(file, shard, *rest)
+
+    monkeypatch.setattr(writer, "_write_shard", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_original(tmp_path / "x", {"a": torch.ones(4), "b": torch.ones(4)}, num_shards=2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import vmoe_torch
-from vmoe_torch.checkpoints import export_original, load_original, read_original, write_original
-from vmoe_torch.models import VMoEEnsemble
+from vmoe_torch.checkpoints import convert, export_original, load_original, read_original, write_original
+from vmoe_torch.checkpoints.architecture import open_original
+from vmoe_torch.models import VMoE, VMoEEnsemble
 from vmoe_torch.models.ensemble import EnsembleMoeMlp, average_members
 
 TINY = {
@@ -146,3 +148,29 @@ def test_ensembles_are_refused_where_they_cannot_be():
         VMoEEnsemble(**{**TINY, "moe_layers": ()})
     with pytest.raises(ValueError, match="ensemble_output must be one of"):
         VMoEEnsemble(**TINY, ensemble_output="logits")
+
+
+def test_converted_ensembles_have_the_names_of_the_model(tmp_path):
+    model = _model()
+    export_original(model, tmp_path / "x")
+    convert(tmp_path / "x", tmp_path / "x.safetensors")
+    assert safetensors.torch.load_file(tmp_path / "x.safetensors").keys() == model.state_dict().keys()
+    opened = open_original(tmp_path / "x.safetensors")
+    assert all(torch.equal(value, opened.state_dict()[name]) for name, value in model.state_dict().items())
+    # Heads that are given where the file says them cost nothing.
+    export_original(tmp_path / "x.safetensors", tmp_path / "y", num_heads=2)
+    want, got = read_original(str(tmp_path / "x")), read_original(str(tmp_path / "y"))
+    assert {name: a.shape for name, a in got.items()} == {name: a.shape for name, a in want.items()}
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("members", [1, 4])
+def test_ensemble_checkpoints_are_refused_by_other_models(members, converted, tmp_path):
+    """Experts of two groups that become those of one, or of four, would compute something else."""
+    export_original(_model(), tmp_path / "x")
+    convert(tmp_path / "x", tmp_path / "x.safetensors")
+    other = VMoE(**TINY) if members == 1 else _model(ensemble_size=members)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match=f"must be loaded into an ensemble of 2 members, got {members}"):
+        load_original(tmp_path / ("x.safetensors" if converted else "x"), other)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())

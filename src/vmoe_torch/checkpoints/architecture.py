@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vmoe_torch.checkpoints.convert import Origin, read_converted, read_state
 from vmoe_torch.checkpoints.wire import CheckpointError
-from vmoe_torch.models.weights import load_adapted
+from vmoe_torch.models.weights import join_members, load_adapted
 
 
 def open_original(source: str | os.PathLike) -> nn.Module:
@@ -33,7 +33,7 @@ def open_original(source: str | os.PathLike) -> nn.Module:
         raise CheckpointError(f"{source} must be a file that vmoe convert wrote, got one without its metadata")
     weights = {name: value for name, value in state.items() if not name.startswith("original/")}
     try:
-        arguments = model_arguments(weights, origin)
+        arguments = model_arguments(join_members(weights), origin)
     except KeyError as error:
         raise ValueError(f"{source} must hold the weights of a V-MoE, missing {error}") from None
     model = timm.create_model("vmoe_s32" if origin.ensemble_size == 1 else "eee_s32_last2_e8", **arguments)
@@ -65,7 +65,8 @@ def model_arguments(state: Mapping[str, Tensor], origin: Origin) -> dict[str, An
         "patch_size": patch,
         "depth": 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1),
         "num_heads": origin.num_heads,
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[-2] / width,
+        # A hair more, as timm rounds down what may come out just below.
+        "mlp_ratio": math.nextafter(state["blocks.0.mlp.fc1.weight"].shape[-2] / width, math.inf),
         "class_token": class_token,
         "global_pool": "map" if "attn_pool.latent" in state else "token" if class_token else "avg",
         "representation_size": len(state["pre_logits.0.weight"]) if "pre_logits.0.weight" in state else 0,

@@ -11,10 +11,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
+from vmoe_torch.checkpoints.fetch import is_remote
 from vmoe_torch.checkpoints.reader import read_index, read_original
 from vmoe_torch.checkpoints.wire import CheckpointError
 from vmoe_torch.checkpoints.writer import MAX_CHUNK_BYTES, replacing, write_original
-from vmoe_torch.models.weights import from_original, load_adapted, to_original
+from vmoe_torch.models.weights import from_original, load_adapted, split_members, to_original
 
 _METADATA = "vmoe_torch"
 # What else a train state holds keeps its path, behind this.
@@ -53,7 +54,11 @@ def load_original(prefix: str | os.PathLike, model: nn.Module, *, progress: bool
         ValueError: if a parameter does not fit the model.
     """
     prefix = os.fspath(prefix)
-    state = read_converted(prefix)[0] if prefix.endswith(".safetensors") else read_state(prefix, progress=progress)[0]
+    state, origin = read_converted(prefix) if prefix.endswith(".safetensors") else read_state(prefix, progress=progress)
+    size = 1 if origin is None else origin.ensemble_size
+    # Files without the members' dim may be an ensemble's too, as those that fine-tuning begins from.
+    if size not in (1, model.ensemble_size):
+        raise ValueError(f"{prefix} must be loaded into an ensemble of {size} members, got {model.ensemble_size}")
     load_adapted(model, {name: value for name, value in state.items() if not name.startswith(_REST)}, prefix)
 
 
@@ -69,8 +74,7 @@ def read_state(prefix: str, *, train_state: bool = False, progress: bool = False
         The state dict, and what is needed for the way back.
 
     Raises:
-        CheckpointError: if a file is damaged or missing.
-        ValueError: if a parameter is not one of the original's.
+        CheckpointError: if a file is damaged or missing, or a parameter is not one of the original's.
     """
     index = read_index(prefix)
     root = "params/" if any(leaf.path.startswith("params/") for leaf in index.leaves) else ""
@@ -87,7 +91,13 @@ def read_state(prefix: str, *, train_state: bool = False, progress: bool = False
     origin = Origin(heads.pop(), members.pop() if members else 1)
     if train_state:
         origin.root, origin.empty = root, index.empty
-    return from_original(params) | {_REST + path: value for path, value in arrays.items()}, origin
+    try:
+        state = from_original(params)
+        if origin.ensemble_size > 1:
+            state = split_members(state, origin.ensemble_size)
+    except ValueError as error:
+        raise CheckpointError(f"{prefix}: {error}") from None
+    return state | {_REST + path: value for path, value in arrays.items()}, origin
 
 
 def convert(
@@ -104,15 +114,27 @@ def convert(
         progress: whether to show a bar.
 
     Raises:
-        CheckpointError: if a file is damaged or missing.
-        ValueError: if a parameter is not one of the original's.
+        CheckpointError: if a file is damaged or missing, or a parameter is not one of the original's.
+        OSError: if the file cannot be written.
+        ValueError: if it is not a local one, or safetensors has no such dtype (complex128).
     """
+    if is_remote(out):
+        raise ValueError(f"the file to write must be a local one, got {out}")
     state, origin = read_state(os.fspath(prefix), train_state=train_state, progress=progress)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with replacing(os.fspath(out)) as part:
+        Path(part).touch()
+        mode = os.stat(part).st_mode
         # One key, as the order of several is not fixed.
         metadata = {_METADATA: json.dumps(asdict(origin), sort_keys=True)}
-        safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, part, metadata)
+        try:
+            safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, part, metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{out} could not be written: {error}") from None
+        except KeyError as error:
+            raise ValueError(f"{prefix}: dtypes must be those of safetensors, got {error}") from None
+        # Safetensors' own is for its owner alone.
+        os.chmod(part, mode)
 
 
 def read_converted(path: str | os.PathLike) -> tuple[dict[str, Tensor], Origin | None]:
@@ -149,9 +171,10 @@ def export_original(
 
     Raises:
         CheckpointError: if the file is damaged.
-        ValueError: if the number of heads is not known, or the original has no such parameter.
+        ValueError: if the number of heads is not known, does not divide the width or is not that of the model or file,
+            or the original has no such parameter.
     """
-    origin = None if num_heads is None else Origin(num_heads)
+    origin = None
     if isinstance(source, nn.Module):
         state = source.state_dict()
         # Fixed positions are computed, in the original too.
@@ -161,10 +184,12 @@ def export_original(
     elif isinstance(source, Mapping):
         state = dict(source)
     else:
-        state, found = read_converted(source)
-        origin = origin or found
-    if origin is None:
+        state, origin = read_converted(source)
+    if origin is None and num_heads is None:
         raise ValueError("num_heads must be given for weights that do not say it, got None")
+    origin = origin or Origin(num_heads)
+    if num_heads not in (None, origin.num_heads):
+        raise ValueError(f"num_heads must be {origin.num_heads} or not given for these weights, got {num_heads}")
     members = {int(name[1]) for key in state if (name := re.match(r"blocks\.\d+\.mlp\.members\.(\d+)\.", key))}
     size = max(origin.ensemble_size, len(members))
     rest = {name.removeprefix(_REST): state.pop(name) for name in list(state) if name.startswith(_REST)}

@@ -4,16 +4,18 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vmoe_torch.checkpoints.fetch import is_remote
 from vmoe_torch.checkpoints.index import (
     CHUNKS_KEY,
     DTYPE_NAMES,
     DTYPES,
+    MAX_SHARDS,
     SLICE_ND,
     Box,
     Index,
@@ -42,7 +44,7 @@ def write_original(
     """Writes PREFIX.index and PREFIX.data-nnnnn-of-NNNNN.
 
     Args:
-        prefix: local path that the files' names begin with; files of that name are replaced, each at once.
+        prefix: local path that the files' names begin with; files of that name are replaced when all are written.
         arrays: path such as "params/Encoder/encoderblock_1/Moe/Mlp/Dense_0/kernel" -> tensor.
         num_shards: number of data files; chunks go to the one that is smallest so far.
         max_chunk_bytes: arrays above this are cut; None never cuts.
@@ -50,10 +52,13 @@ def write_original(
 
     Raises:
         CheckpointError: if two paths collide or a dtype is not one that the format has.
-        ValueError: if num_shards or max_chunk_bytes is below 1.
+        ValueError: if num_shards or max_chunk_bytes is out of range, or the prefix is no local one.
     """
-    if num_shards < 1:
-        raise ValueError(f"num_shards must be at least 1, got {num_shards}")
+    prefix = os.fspath(prefix)
+    if is_remote(prefix) or not os.path.basename(prefix):
+        raise ValueError(f"prefix must be a local path that ends in what the files' names begin with, got {prefix!r}")
+    if not 1 <= num_shards <= MAX_SHARDS:
+        raise ValueError(f"num_shards must be in 1..{MAX_SHARDS}, got {num_shards}")
     if max_chunk_bytes is not None and max_chunk_bytes < 1:
         raise ValueError(f"max_chunk_bytes must be at least 1, got {max_chunk_bytes}")
     sizes = [0] * num_shards
@@ -71,11 +76,14 @@ def write_original(
     index = Index(num_shards, leaves, dict(empty or {}))
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     content = pack_index(index)
-    for shard in range(num_shards):
-        with replacing(shard_name(str(prefix), shard, num_shards)) as part, open(part, "wb") as file:
-            _write_shard(file, shard, leaves, arrays)
-    with replacing(f"{prefix}.index") as part:
+    with ExitStack() as stack:
+        # Entered first, so replaced last.
+        part = stack.enter_context(replacing(f"{prefix}.index"))
         Path(part).write_bytes(content)
+        for shard in range(num_shards):
+            part = stack.enter_context(replacing(shard_name(prefix, shard, num_shards)))
+            with open(part, "wb") as file:
+                _write_shard(file, shard, leaves, arrays)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ MultiHeadDotProductAttention_n) are read as well.
 
 import math
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -66,6 +68,8 @@ _JOINED = {
 }
 _PARTS = {path: (name, order) for name, paths in _JOINED.items() for order, path in enumerate(paths)}
 _NORMS = ("LayerNorm_0", "LayerNorm_1", "LayerNorm", "encoder_norm")
+# What numpy raises of a damaged archive, beside the usual; a file that is none it takes for an array, without names.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, AttributeError, MemoryError)
 _NUMBER = re.compile(r"(?<=encoderblock_)\d+(?=/)|(?<=^blocks\.)\d+(?=\.)")
 # The plain ViT's names, whose numbers depend on the version that wrote them.
 _PLAIN = (
@@ -97,7 +101,9 @@ def from_original(arrays: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor
     state: dict[str, Tensor] = {}
     joined: dict[str, dict[int, Tensor]] = {}
     for path, array in arrays.items():
-        value = array if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
+        value = array if isinstance(array, Tensor) else _tensor(array)
+        if not value.is_floating_point():
+            raise ValueError(f"parameter {path!r} must be of floating point, got {value.dtype}")
         plain = path
         if path.startswith("Transformer/"):
             for old, new in _PLAIN:
@@ -115,24 +121,53 @@ def from_original(arrays: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor
         missing = [path.rpartition("/")[2] for order, path in enumerate(paths) if order not in parts]
         if missing:
             raise ValueError(f"{module} must have query, key and value, missing {missing}")
-        state[name] = torch.cat([parts[order] for order in range(len(paths))])
+        ordered = [parts[order] for order in range(len(paths))]
+        if len({part.shape[1:] for part in ordered}) > 1:
+            shapes = [tuple(part.shape) for part in ordered]
+            raise ValueError(f"query, key and value of {module} must be of one width, got {shapes} of {_leaf}")
+        state[name] = torch.cat(ordered)
     return state
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    array = np.array(array)
+    # Numpy, which has no bfloat16, writes it as two bytes of no type.
+    if array.dtype == np.dtype("V2"):
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"parameters must be of floating point, got {array.dtype}")
+    return torch.from_numpy(array)
+
+
+def _dims(module: str, leaf: str) -> tuple[int, ...]:
+    """Numbers of dims that a parameter of the original may have."""
+    if module.endswith("Router/dense"):
+        return (2, 3)
+    if module == "embedding" and leaf == "kernel":
+        return (4,)
+    # One more for the heads or the experts.
+    more = module in _PARTS or "/Moe/Mlp/" in module or (module.endswith("/out") and leaf == "kernel")
+    return ((2 if leaf == "kernel" else 1) + more,)
 
 
 def _to_ours(path: str, value: Tensor, given: str) -> tuple[str, int | None, Tensor]:
     """Our name, the order in a joined parameter or None, and the value in our layout."""
     if path in _TOP:
+        if value.dim() != 3:
+            raise ValueError(f"parameter {given!r} must have 3 dims, got {tuple(value.shape)}")
         return _TOP[path], None, value
     pattern, number = _pattern(path)
     module, _, leaf = pattern.rpartition("/")
-    if leaf not in _LEAF or (leaf == "scale") != (leaf != "bias" and module.rpartition("/")[2] in _NORMS):
+    known = (module in _PARTS or module in _MODULES) and leaf in _LEAF
+    if not known or (leaf == "scale") != (leaf != "bias" and module.rpartition("/")[2] in _NORMS):
         raise ValueError(f"parameter path must be one of the original's, got {given!r}")
+    dims = _dims(module, leaf)
+    if value.dim() not in dims:
+        raise ValueError(f"parameter {given!r} must have {' or '.join(map(str, dims))} dims, got {tuple(value.shape)}")
     if module in _PARTS:
         name, order = _PARTS[module]
         value = value.flatten(1).t() if leaf == "kernel" else value.flatten()
         return f"{name.format(number)}.{_LEAF[leaf]}", order, value
-    if module not in _MODULES:
-        raise ValueError(f"parameter path must be one of the original's, got {given!r}")
     name = f"{_MODULES[module].format(number)}.{_LEAF[leaf]}"
     if leaf != "kernel":
         return name, None, value
@@ -250,6 +285,8 @@ def zoom_position(source: Tensor, target: Tensor, grid: tuple[int, int], prefix:
     """
     if source.shape == target.shape:
         return source
+    if source.dim() != 3:
+        raise ValueError(f"pos_embed must be (1, positions, D), got {tuple(source.shape)}")
     for tokens in dict.fromkeys((prefix, 0, 1)):
         side = math.isqrt(max(source.shape[1] - tokens, 0))
         if side and side * side == source.shape[1] - tokens:
@@ -320,10 +357,12 @@ def load_adapted(model: nn.Module, state: Mapping[str, Tensor], source: str, *, 
     """
     own = model.state_dict()
     had_pre_logits = "pre_logits.0.weight" in state
-    head = state.get("head.weight")
+    head, kernel = state.get("head.weight"), state.get("patch_embed.proj.weight")
+    if kernel is not None and (kernel.dim() != 4 or kernel.numel() == 0):
+        raise ValueError(f"{source}: patch_embed.proj.weight must be (D, C, P, P), got {tuple(kernel.shape)}")
     state = checkpoint_filter_fn(dict(state), model)
     kernel = state.get("patch_embed.proj.weight")
-    if kernel is not None and kernel.dim() == 4:
+    if kernel is not None:
         state["patch_embed.proj.weight"] = adapt_channels(kernel, own["patch_embed.proj.weight"].shape[1])
     if model.fixed_pos_embed:
         state["pos_embed"] = own["pos_embed"]
@@ -357,10 +396,18 @@ def load_original_npz(model: nn.Module, path: str, prefix: str = "") -> None:
         prefix: what the names of the wanted arrays begin with, e.g. "params/".
 
     Raises:
-        ValueError: if no array has the prefix, a name is unknown, or a shape does not fit.
+        ValueError: if the file is damaged, no array has the prefix, a name is unknown, or a shape does not fit.
     """
-    with np.load(path) as file:
-        arrays = {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
+    try:
+        # Opened here, as numpy leaves a damaged archive open.
+        with open(path, "rb") as raw, np.load(raw) as file:
+            arrays = {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
+    except (*_DAMAGED, OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} must be a readable .npz file, got: {error}") from None
     if not arrays:
         raise ValueError(f"{path} must hold arrays named {prefix}..., found none")
-    load_adapted(model, from_original(arrays), path)
+    try:
+        state = from_original(arrays)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    load_adapted(model, state, path)
