@@ -1,5 +1,8 @@
 """Dense models turned sparse: the same function at first, the original's own upcycling, and optimizer moments."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import timm
@@ -20,6 +23,12 @@ def _dense(name: str, **kwargs) -> nn.Module:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
     return model.eval()
+
+
+def _tiny_vit() -> vmoe_torch.VMoE:
+    """The shape of the golden .npz files."""
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "mlp_ratio": 2}
+    return vmoe_torch.VMoE(**shape, num_classes=10, moe_layers=()).eval()
 
 
 @pytest.mark.parametrize(
@@ -85,8 +94,12 @@ def test_other_arguments_are_refused():
         vmoe_torch.upcycle(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="must go with a model's name, got a Linear"):
         vmoe_torch.upcycle(nn.Linear(2, 2), pretrained=True)
-    with pytest.raises(ValueError, match="expert_noise must be at least 0, got -1"):
-        vmoe_torch.upcycle("vit_tiny_patch16_224", expert_noise=-1)
+    for noise in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"expert_noise must be finite and at least 0, got {noise}"):
+            vmoe_torch.upcycle("vit_tiny_patch16_224", expert_noise=noise)
+    parallel = timm.create_model("vit_small_patch16_18x2_224", img_size=32, depth=2)
+    with pytest.raises(ValueError, match="got a VisionTransformer with ParallelThingsBlock as block 0"):
+        vmoe_torch.upcycle(parallel)
     sparse = vmoe_torch.upcycle("vit_tiny_patch16_224", model_args={"depth": 2})
     with pytest.raises(ValueError, match="got MoeMlp"):
         vmoe_torch.upcycle(sparse)
@@ -97,16 +110,7 @@ def test_other_arguments_are_refused():
 @pytest.mark.parametrize("file", ["tiny_vit.npz", "tiny_vit_released_names.npz"])
 def test_plain_vit_upcycles_as_the_original_does(file, tmp_path):
     want = golden_arrays("initialization", "upcycle_from_vit_npz")
-    dense = vmoe_torch.VMoE(
-        img_size=32,
-        patch_size=8,
-        num_classes=10,
-        embed_dim=32,
-        depth=4,
-        num_heads=4,
-        mlp_ratio=2,
-        moe_layers=(),
-    ).eval()
+    dense = _tiny_vit()
     dense.load_pretrained(str(FOLDER / file))
     x = torch.from_numpy(want["inputs"]).permute(0, 3, 1, 2)
     assert relative_error(dense(x), want["vit_logits"]) <= 1e-5
@@ -154,3 +158,62 @@ def test_moments_are_copied_to_every_expert(kind):
         assert first.state[dense.cls_token]["step"] == 1
     with pytest.raises(ValueError, match=r"cls_token must be \(1, 1, 24\) or a number of them"):
         upcycle_optimizer(first, dense, second, vmoe_torch.upcycle(_dense("vit_tiny_patch16_224", depth=2)))
+
+
+def test_moments_that_cannot_be_copied_are_refused():
+    dense = _dense("vit_tiny_patch16_224", depth=2, embed_dim=24, img_size=32)
+    sparse = vmoe_torch.upcycle(dense, num_experts=3)
+    first = torch.optim.Adafactor(dense.parameters())
+    dense(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    first.step()
+    second = torch.optim.Adafactor(sparse.parameters())
+    with pytest.raises(ValueError, match=r"row_var of blocks\.1\.mlp\.fc1\.weight must be \(96, 24\).*got \(96, 1\)"):
+        upcycle_optimizer(first, dense, second, sparse)
+    assert not second.state
+    with pytest.raises(ValueError, match="both optimizers must be of one kind, got Adafactor and SGD"):
+        upcycle_optimizer(first, dense, torch.optim.SGD(sparse.parameters(), 0.1), sparse)
+
+
+def test_experts_biases_are_not_decayed():
+    """They are 2-D, which timm's groups by layer take for weights."""
+    dense = _dense("vit_tiny_patch16_224", depth=2, embed_dim=24, img_size=32)
+    sparse = pickle.loads(pickle.dumps(copy.deepcopy(vmoe_torch.upcycle(dense, num_experts=3))))
+    assert sparse.no_weight_decay() > dense.no_weight_decay()
+    optimizer = timm.optim.create_optimizer_v2(sparse, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.7)
+    names = {parameter: name for name, parameter in sparse.named_parameters()}
+    decayed = {names[p] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert "blocks.1.mlp.fc1.weight" in decayed
+    assert not any(name.endswith(".bias") for name in decayed)
+
+
+def test_plain_vit_of_bfloat16_is_loaded(tmp_path):
+    """Numpy writes bfloat16 as bytes without a type."""
+    with np.load(FOLDER / "tiny_vit.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]).bfloat16() for name in file.files}
+    np.savez(tmp_path / "x.npz", **{name: a.view(torch.uint16).numpy().view("V2") for name, a in arrays.items()})
+    model = _tiny_vit()
+    model.load_pretrained(str(tmp_path / "x.npz"))
+    assert torch.equal(model.head.weight, arrays["head/kernel"].t().float())
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped", "no archive"])
+def test_damaged_npz_files_are_named(damage, tmp_path):
+    path, data = tmp_path / "x.npz", (FOLDER / "tiny_vit.npz").read_bytes()
+    half = len(data) // 2
+    contents = {
+        "empty": b"",
+        "cut": data[:half],
+        "flipped": data[:half] + bytes([data[half] ^ 255]) + data[half + 1 :],
+        "no archive": b"hello",
+    }
+    if damage != "missing":
+        path.write_bytes(contents[damage])
+    with pytest.raises(ValueError, match=r"x\.npz must be a readable \.npz file, got"):
+        _tiny_vit().load_pretrained(str(path))
+
+
+def test_hybrid_vit_is_refused(tmp_path):
+    with np.load(FOLDER / "tiny_vit.npz") as file:
+        np.savez(tmp_path / "x.npz", **{name: file[name] for name in file.files}, **{"conv_root/kernel": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"x\.npz: parameter path must be one .*, got 'conv_root/kernel'"):
+        _tiny_vit().load_pretrained(str(tmp_path / "x.npz"))

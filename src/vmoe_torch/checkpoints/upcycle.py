@@ -1,6 +1,8 @@
 """Sparse upcycling (arXiv 2212.05055): some MLPs of a dense model become E copies of themselves behind a router."""
 
 import copy
+import math
+from functools import partial
 from typing import Any
 
 import timm
@@ -48,15 +50,19 @@ def upcycle(
     Raises:
         ValueError: if the model has no blocks, or a chosen block's MLP is of a kind that experts are not.
     """
-    if expert_noise < 0:
-        raise ValueError(f"expert_noise must be at least 0, got {expert_noise}")
+    if not 0 <= expert_noise < math.inf:
+        raise ValueError(f"expert_noise must be finite and at least 0, got {expert_noise}")
     if isinstance(model, str):
         model = timm.create_model(model, pretrained=pretrained, **(model_args or {}))
     elif pretrained or model_args:
         raise ValueError(f"pretrained and model_args must go with a model's name, got a {type(model).__name__}")
     blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not all(hasattr(block, "mlp") for block in blocks):
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         raise ValueError(f"model must have blocks with an mlp each, as a VisionTransformer, got {type(model).__name__}")
+    for index, block in enumerate(blocks):
+        if not hasattr(block, "mlp"):
+            kinds = f"{type(model).__name__} with {type(block).__name__}"
+            raise ValueError(f"model must have blocks with an mlp each, got a {kinds} as block {index}")
     chosen = parse_moe_layers(moe_layers, len(blocks))
     for index in chosen:
         _check_mlp(f"blocks.{index}.mlp", blocks[index].mlp)
@@ -65,6 +71,10 @@ def upcycle(
         block = model.blocks[index]
         options = {"num_experts": num_experts, "renormalize_gates": renormalize_gates, **moe}
         block.mlp = _experts(block.mlp, expert_noise, options)
+    # Experts' biases are 2-D, so that timm would take them for weights. A partial is copied and pickled as any value.
+    spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    spared |= {f"blocks.{index}.mlp.{layer}.bias" for index in chosen for layer in ("fc1", "fc2")}
+    model.no_weight_decay = partial(set, sorted(spared))
     return model
 
 
@@ -124,8 +134,12 @@ def upcycle_optimizer(
         sparse: what `upcycle` returned.
 
     Raises:
-        ValueError: if a parameter's shape is neither the dense one nor E copies of it; then nothing has changed.
+        ValueError: if the optimizers are of two kinds, a parameter's shape is neither the dense one nor E copies of it,
+            or what is known of one that is copied is not of its shape (as in Adafactor); then nothing has changed.
     """
+    if type(sparse_optimizer) is not type(dense_optimizer):
+        kinds = (type(dense_optimizer).__name__, type(sparse_optimizer).__name__)
+        raise ValueError(f"both optimizers must be of one kind, got {kinds[0]} and {kinds[1]}")
     own = dict(dense.named_parameters())
     state = {}
     for name, parameter in sparse.named_parameters():
@@ -138,15 +152,19 @@ def upcycle_optimizer(
             )
         if before in dense_optimizer.state:
             past = dense_optimizer.state[before]
-            state[parameter] = {key: _copied(value, before, parameter) for key, value in past.items()}
+            state[parameter] = {
+                key: _copied(f"{key} of {name}", value, before, parameter) for key, value in past.items()
+            }
     for parameter in sparse.parameters():
         sparse_optimizer.state.pop(parameter, None)
     sparse_optimizer.state.update(state)
 
 
-def _copied(value, before: Tensor, after: Tensor):
+def _copied(name: str, value, before: Tensor, after: Tensor):
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
-    if value.shape != before.shape or value.dim() == 0:
+    if value.dim() == 0 or before.shape == after.shape:
         return value.clone()
+    if value.shape != before.shape:
+        raise ValueError(f"{name} must be {tuple(before.shape)} to be copied to every expert, got {tuple(value.shape)}")
     return value.expand_as(after).clone()
