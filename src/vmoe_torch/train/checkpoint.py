@@ -152,8 +152,8 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         found = folder / BEST if (folder / BEST).is_file() else CheckpointFolder(folder, 1).last()
         if found is None and any(other.is_dir() for other in folder.glob("update_*")):
             raise ValueError(
-                f"run folder {path} must hold checkpoints/{BEST}, which a spread run writes at the end of an epoch, got "
-                "checkpoints of its processes only"
+                f"run folder {path} must hold checkpoints/{BEST}, which a spread run writes at the end of an epoch, "
+                "got checkpoints of its processes only"
             )
         if found is None:
             raise ValueError(f"run folder {path} must hold a checkpoint, got none")
