@@ -188,7 +188,8 @@ def assign_slots_triton(
         limits = (capacity, last_capacity, rows_per_expert)
         return sort_slots(experts, gates, num_experts, group_size, *limits, batch_priority, use_sum)
     slots = torch.empty_like(experts)
-    block = max(16, triton.next_power_of_2(min(group_size, num_tokens)))
+    # A token at least for each lane of the one warp.
+    block = max(32, triton.next_power_of_2(min(group_size, num_tokens)))
     shape = (num_tokens, group_size, capacity, last_capacity, rows_per_expert)
     launch = {"K": num_choices, "BLOCK_S": block, "num_warps": _select_warps(block, num_choices)}
     if batch_priority:
