@@ -47,7 +47,9 @@ _SUMS_BLOCK_B, _SUMS_BLOCK_E = 64, 16
 def dot_fp32(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b with float32 accumulation; no operand is rounded to less than its own precision."""
     if a.dtype == tl.float32 and b.dtype == tl.float32:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        # Each block's product is summed on its own: in one running sum every term would be rounded at the size of the
+        # whole, several times the error of a library's product. Triton folds a `+` into the product, hence `fma`.
+        acc = tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
     elif a.dtype == b.dtype:
         acc = tl.dot(a, b, acc)
     else:
