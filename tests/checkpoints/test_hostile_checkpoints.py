@@ -238,7 +238,7 @@ def tiny(tmp_path_factory) -> dict[str, bytes]:
 _EDIT = st.tuples(st.integers(0, 2), st.floats(0, 1), st.integers(0, 8), st.binary(max_size=8))
 
 
-@settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edits=st.lists(_EDIT, min_size=1, max_size=4))
 def test_edited_files_never_crash(tiny, tmp_path, edits):
     """Cuts and insertions anywhere: an error of ours, or arrays that the files' bytes fill."""
