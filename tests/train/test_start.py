@@ -8,7 +8,7 @@ import torch
 
 from tests.checkpoints.test_golden_checkpoints import FOLDER
 from vmoe_torch.checkpoints import convert, read_original
-from vmoe_torch.models.weights import zoom_position
+from vmoe_torch.models.position import zoom_position
 from vmoe_torch.train import build_model, load_model, train
 from vmoe_torch.train.config import ModelConfig
 from vmoe_torch.train.start import build_starting_model

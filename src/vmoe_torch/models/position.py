@@ -1,11 +1,14 @@
-"""Fixed 2-D sine-cosine position embedding, as the original's "sincos2d" (after MoCo v3, arXiv 2104.02057)."""
+"""Position embeddings as in the original: fixed sine-cosine ones (after MoCo v3, arXiv 2104.02057), and resizing."""
+
+import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def sincos2d(height: int, width: int, dim: int, temperature: float = 10_000.0) -> Tensor:
-    """Position embedding of a grid of patches, in the order sin x, cos x, sin y, cos y.
+    """The original's "sincos2d": position embedding of a grid of patches, in the order sin x, cos x, sin y, cos y.
 
     Args:
         height: rows of the grid.
@@ -25,3 +28,37 @@ def sincos2d(height: int, width: int, dim: int, temperature: float = 10_000.0) -
     omega = temperature ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4 - 1))
     angle_x, angle_y = x.flatten().unsqueeze(1) * omega, y.flatten().unsqueeze(1) * omega
     return torch.cat([angle_x.sin(), angle_x.cos(), angle_y.sin(), angle_y.cos()], 1).unsqueeze(0).float()
+
+
+def zoom_position(source: Tensor, target: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """Resizes a position embedding as the original does: bilinear, corners on corners.
+
+    Args:
+        source: (1, L, D), a square grid with or without prefix tokens before it.
+        target: (1, prefix + rows * columns, D), the model's own; lends what the source has no position for.
+        grid: rows and columns of the result.
+        prefix: tokens before the grid in the target.
+
+    Returns:
+        (1, prefix + rows * columns, D) in source.dtype.
+
+    Raises:
+        ValueError: if the source has no square grid.
+    """
+    if source.shape == target.shape:
+        return source
+    if source.dim() != 3:
+        raise ValueError(f"pos_embed must be (1, positions, D), got {tuple(source.shape)}")
+    for tokens in dict.fromkeys((prefix, 0, 1)):
+        side = math.isqrt(max(source.shape[1] - tokens, 0))
+        if side and side * side == source.shape[1] - tokens:
+            break
+    else:
+        raise ValueError(f"pos_embed must hold a square grid to be resized, got {source.shape[1]} positions")
+    image = source[:, tokens:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if (side, side) != tuple(grid):
+        # Float16 and bfloat16 have no bilinear resize of their own everywhere.
+        image = F.interpolate(image.float(), size=tuple(grid), mode="bilinear", align_corners=True).to(source.dtype)
+    own = target[:, :prefix].to(source)
+    first = torch.cat([source[:, : min(tokens, prefix)], own[:, tokens:]], 1)
+    return torch.cat([first, image.permute(0, 2, 3, 1).flatten(1, 2)], 1)

@@ -21,7 +21,6 @@ Biases keep their name and are joined where kernels are. The plain ViT's names (
 MultiHeadDotProductAttention_n) are read as well.
 """
 
-import math
 import re
 import zipfile
 import zlib
@@ -29,9 +28,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
+
+from vmoe_torch.models.position import zoom_position
 
 _LEAF = {"kernel": "weight", "bias": "bias", "scale": "weight"}
 _TOP = {
@@ -266,40 +266,6 @@ def join_members(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             members.setdefault(found[1] + found[3], {})[int(found[2])] = value
     return result | {name: torch.cat([parts[m] for m in sorted(parts)]) for name, parts in members.items()}
-
-
-def zoom_position(source: Tensor, target: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
-    """Resizes a position embedding as the original does: bilinear, corners on corners.
-
-    Args:
-        source: (1, L, D), a square grid with or without prefix tokens before it.
-        target: (1, prefix + rows * columns, D), the model's own; lends what the source has no position for.
-        grid: rows and columns of the result.
-        prefix: tokens before the grid in the target.
-
-    Returns:
-        (1, prefix + rows * columns, D) in source.dtype.
-
-    Raises:
-        ValueError: if the source has no square grid.
-    """
-    if source.shape == target.shape:
-        return source
-    if source.dim() != 3:
-        raise ValueError(f"pos_embed must be (1, positions, D), got {tuple(source.shape)}")
-    for tokens in dict.fromkeys((prefix, 0, 1)):
-        side = math.isqrt(max(source.shape[1] - tokens, 0))
-        if side and side * side == source.shape[1] - tokens:
-            break
-    else:
-        raise ValueError(f"pos_embed must hold a square grid to be resized, got {source.shape[1]} positions")
-    image = source[:, tokens:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    if (side, side) != tuple(grid):
-        # Float16 and bfloat16 have no bilinear resize of their own everywhere.
-        image = F.interpolate(image.float(), size=tuple(grid), mode="bilinear", align_corners=True).to(source.dtype)
-    own = target[:, :prefix].to(source)
-    first = torch.cat([source[:, : min(tokens, prefix)], own[:, tokens:]], 1)
-    return torch.cat([first, image.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from vmoe_torch.parallel.clip import clip_grad_norm
 from vmoe_torch.parallel.exchange import ExpertExchange
 from vmoe_torch.parallel.failures import RankError, shared_errors
 from vmoe_torch.parallel.materialize import materialize
-from vmoe_torch.parallel.meeting import join
+from vmoe_torch.parallel.meeting import join, wait_for_all
 from vmoe_torch.parallel.mesh import build_mesh
 from vmoe_torch.parallel.parallelize import parallelize, parameter_groups
 from vmoe_torch.parallel.plan import GPUS, Plan, Settings, changes_that_fit, describe, plan
@@ -37,4 +37,5 @@ __all__ = [
     "part_of",
     "plan",
     "shared_errors",
+    "wait_for_all",
 ]

@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from vmoe_torch.parallel.meeting import wait_for_all
+
 _STATE, _COMPLETE = "state.pt", "complete.json"
 # What an optimiser's group holds beside options.
 _NOT_OPTIONS = ("params", "param_names")
@@ -252,9 +254,7 @@ def export_safetensors(model: nn.Module, path: Path | str) -> None:
         save_file(weights, partial, metadata={"format": "pt"})
         os.replace(partial, path)
     if dist.is_initialized():
-        # Without its number, NCCL warns that it takes the current device.
-        on_gpu = dist.get_backend() == dist.Backend.NCCL
-        dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
+        wait_for_all()
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import datetime
 import time
 import uuid
 
+import torch
 import torch.distributed as dist
 
 from vmoe_torch.parallel.failures import RankError, list_ranks
@@ -35,6 +36,13 @@ def join(backend: str, timeout: float = 600.0) -> None:
     dist.init_process_group(
         backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world_size, timeout=wait
     )
+
+
+def wait_for_all() -> None:
+    """Until all ranks are here; one that waits for long gives up as `join` was told."""
+    # Without its number, NCCL warns that it takes the current device.
+    on_gpu = dist.get_backend() == dist.Backend.NCCL
+    dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
 
 def _hello(store: dist.Store, rank: int, timeout: float) -> str:

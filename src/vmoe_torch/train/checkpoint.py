@@ -75,9 +75,10 @@ class CheckpointFolder:
 
     def save(self, state: dict[str, Any], best: bool = False) -> Path:
         """Writes a checkpoint, also as the best if it is; removes those beyond `keep` and those found damaged."""
-        self._prepare()
         if best:
             self.save_best(state)
+        else:
+            self._prepare()
         path = self.folder / f"update_{state['update']:08d}.pt"
         write_atomically(path, state)
         while self.damaged:

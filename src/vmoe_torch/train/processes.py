@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vmoe_torch.parallel import join, shared_errors
+from vmoe_torch.parallel import join, shared_errors, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Processes:
     def wait(self) -> None:
         """Until all are here."""
         if self.world_size > 1:
-            # Without its number, NCCL warns that it takes the current device.
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+            wait_for_all()
 
 
 @contextmanager
