@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vmoe_kernels.transforms import carries_tangent, differentiating
+
 IMPLS = ("auto", "triton", "reference")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -29,12 +31,21 @@ def register_triton(op, launcher: Callable) -> None:
         op.register_kernel("cpu")(launcher)
 
 
-def use_reference(impl: str, x: Tensor) -> bool:
-    """Decides whether a call on `x` runs the eager twin; an explicit request never falls back in silence."""
+def use_reference(impl: str, x: Tensor, *others: Tensor | None) -> bool:
+    """Decides whether a call on `x` runs the eager twin; an explicit request never falls back in silence.
+
+    `others` are the remaining inputs that may be differentiated: what the registered ops cannot do is the twin's.
+    """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     if impl == "reference":
         return True
+    if differentiating() or carries_tangent(x, *others):
+        if impl == "auto":
+            return True
+        raise ValueError(
+            f"impl must be 'reference' or 'auto' under forward-mode AD and torch.func's gradients, got {impl!r}"
+        )
     on_triton = x.device.type == "cuda" or (INTERPRET and x.device.type == "cpu")
     if impl == "triton":
         if not HAS_TRITON or not on_triton:

@@ -16,6 +16,7 @@ from vmoe_kernels._impl import (
     use_reference,
 )
 from vmoe_kernels.dispatch import choice_of_row
+from vmoe_kernels.transforms import differs_backward, twin_gradients
 
 
 @no_autocast
@@ -77,6 +78,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, d_y):
     buffer, slots, gates = ctx.saved_tensors
+    if differs_backward():
+        d_buffer, d_gates = twin_gradients(lambda b, g: combine_reference(b, slots, g), (buffer, gates), (d_y,))
+        return d_buffer, None, d_gates
     d_buffer, d_gates = torch.ops.vmoe.combine_backward(d_y.contiguous(), buffer, slots, gates)
     return d_buffer, None, d_gates
 
@@ -106,7 +110,7 @@ def combine(buffer: Tensor, slots: Tensor, gates: Tensor, *, impl: str = "auto")
     if gates.shape != slots.shape:
         raise ValueError(f"gates must have the shape of slots {tuple(slots.shape)}, got {tuple(gates.shape)}")
     check_slots(slots, gates.shape[0], buffer.device)
-    if use_reference(impl, buffer):
+    if use_reference(impl, buffer, gates):
         return combine_reference(buffer, slots, gates)
     return torch.ops.vmoe.combine(buffer, slots, gates)
 

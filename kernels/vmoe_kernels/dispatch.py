@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vmoe_kernels._impl import HAS_TRITON, check_floating, check_slots, no_autocast, register_triton, use_reference
+from vmoe_kernels.transforms import differs_backward, twin_gradients
 
 
 @no_autocast
@@ -60,6 +61,11 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, d_buffer):
     (slots,) = ctx.saved_tensors
+    if differs_backward():
+        # Dispatch is linear: its gradient is the same at any x.
+        x = d_buffer.new_zeros(slots.shape[0], d_buffer.shape[1], requires_grad=True)
+        (d_x,) = twin_gradients(lambda x: dispatch_reference(x, slots, d_buffer.shape[0]), (x,), (d_buffer,))
+        return d_x, None, None
     return torch.ops.vmoe.dispatch_backward(d_buffer.contiguous(), slots), None, None
 
 

@@ -22,6 +22,7 @@ from vmoe_kernels._impl import (
 )
 from vmoe_kernels.activations import FORWARD, activate, chain, check_activation
 from vmoe_kernels.philox import dropout_keep
+from vmoe_kernels.transforms import differs_backward, twin_gradients
 
 # Floats of the hidden block that stays in a core's cache between the two GEMMs; benchmarks/bench_moe_layer.py chose it.
 _BLOCK_FLOATS = 1 << 20
@@ -282,6 +283,11 @@ def _backward(ctx, d_out, _pre):
     if d_out is None:
         return (None,) * 9
     x, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed = ctx.saved_tensors
+    if differs_backward():
+        settings = {"activation": ctx.activation, "drop": ctx.drop, "seed": seed}
+        inputs = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        gradients = twin_gradients(lambda *inputs: expert_mlp_reference(*inputs, **settings), inputs, (d_out,))
+        return (*gradients, None, None, None, None)
     d_x, d_fc1, d_b1, d_fc2, d_b2 = torch.ops.vmoe.expert_mlp_backward(
         d_out.contiguous(), x, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ctx.activation, ctx.drop, seed
     )
@@ -376,7 +382,7 @@ def expert_mlp(
     check_activation(activation)
     check_dropout(drop, seed)
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if use_reference(impl, x):
+    if use_reference(impl, x, *weights):
         return expert_mlp_reference(x, *weights, activation=activation, drop=drop, seed=seed)
     return torch.ops.vmoe.expert_mlp(x, *weights, activation, drop, seed, wants_grad(x, *weights))[0]
 

@@ -36,6 +36,7 @@ from vmoe_kernels.expert_mlp import (
     weights_of,
 )
 from vmoe_kernels.philox import dropout_keep
+from vmoe_kernels.transforms import differs_backward, twin_gradients
 
 
 @no_autocast
@@ -189,6 +190,14 @@ def _backward(ctx, d_y, _pre):
     if d_y is None:
         return (None,) * 12
     x, slots, gates, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed = ctx.saved_tensors
+    if differs_backward():
+
+        def twin(x, gates, *weights):
+            settings = {"rows_per_expert": ctx.rows_per_expert, "activation": ctx.activation}
+            return moe_mlp_reference(x, slots, gates, *weights, **settings, drop=ctx.drop, seed=seed)
+
+        d_x, *others = twin_gradients(twin, (x, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias), (d_y,))
+        return (d_x, None, *others, None, None, None, None, None)
     d_x, d_gates, d_fc1, d_b1, d_fc2, d_b2 = torch.ops.vmoe.moe_mlp_backward(
         d_y.contiguous(),
         x,
@@ -275,7 +284,7 @@ def moe_mlp(
         raise ValueError(f"rows_per_expert must be at least 0, got {rows_per_expert}")
     check_activation(activation)
     check_dropout(drop, seed)
-    if use_reference(impl, x):
+    if use_reference(impl, x, gates, *weights):
         return moe_mlp_reference(
             x, slots, gates, *weights, rows_per_expert=rows_per_expert, activation=activation, drop=drop, seed=seed
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vmoe_kernels._impl import HAS_TRITON, register_triton, use_reference
+from vmoe_kernels.transforms import differentiating
 
 PRIORITIES = ("max", "sum")
 
@@ -71,8 +72,8 @@ def _positions(experts: Tensor, key: Tensor | None, num_experts: int) -> Tensor:
     # (G, K, S): rank-major queue order, then a stable sort by (group, expert) lines the queues up.
     queue = (torch.arange(groups, device=device).view(-1, 1, 1) * num_experts + experts.transpose(1, 2)).reshape(-1)
     sorted_queue, index = queue.sort(stable=True)
-    if torch.compiler.is_exporting():
-        # The same begin of each queue, in operators that ONNX has.
+    if torch.compiler.is_exporting() or differentiating():
+        # The same begin of each queue, in operators that ONNX has, and vmap within torch.func's gradients.
         length = queue.new_zeros(groups * num_experts).scatter_add(0, queue, torch.ones_like(queue))
         begin = length.cumsum(0) - length
     else:
@@ -82,7 +83,7 @@ def _positions(experts: Tensor, key: Tensor | None, num_experts: int) -> Tensor:
     place = place.view(groups, choices, tokens).transpose(1, 2)
     if order is None:
         return place
-    return torch.empty_like(place).scatter_(1, order.unsqueeze(-1).expand(-1, -1, choices), place)
+    return place.scatter(1, order.unsqueeze(-1).expand(-1, -1, choices), place)
 
 
 @torch.library.custom_op("vmoe::assign_slots", mutates_args=(), device_types="cpu")

@@ -12,6 +12,8 @@ early or keep an old one.
 import torch
 from torch import Tensor
 
+from vmoe_kernels.transforms import carries_tangent, differentiating
+
 _scales: dict[torch.device, Tensor] = {}
 
 
@@ -59,6 +61,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, d_gates):
     (loss,) = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        raise ValueError("auxiliary_mode must be 'manual' in training with create_graph=True, got 'injected'")
     return d_gates, torch.ops.vmoe.auxiliary_gradient(d_gates, loss)
 
 
@@ -74,5 +78,14 @@ def inject_auxiliary_loss(gates: Tensor, loss: Tensor) -> Tensor:
 
     Returns:
         (T, K), equal to `gates`.
+
+    Raises:
+        ValueError: under forward-mode AD or torch.func's gradients, and in a backward with create_graph=True, which
+            would differentiate a gradient that is no part of the output.
     """
+    if differentiating() or carries_tangent(gates, loss):
+        raise ValueError(
+            "auxiliary_mode must be 'manual' in training under forward-mode AD and torch.func's gradients, "
+            "got 'injected'"
+        )
     return torch.ops.vmoe.inject_auxiliary_loss(gates, loss)
