@@ -60,6 +60,13 @@ def row_blocks(rows: int, hidden: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+def gradient_blocks(rows: int, hidden: int, dtype: torch.dtype) -> Iterator[slice]:
+    """`row_blocks`, but one for 16-bit rows, whose weight gradients would be rounded after every block."""
+    if dtype in (torch.float32, torch.float64):
+        return row_blocks(rows, hidden)
+    return iter([slice(0, rows)] if rows else [])
+
+
 def largest_block(rows: int, hidden: int) -> int:
     """Rows that no block of `row_blocks` exceeds, for any number of rows up to this one."""
     return min(rows, -(-_BLOCK_FLOATS // max(hidden, 1)))
@@ -71,6 +78,11 @@ def linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> N
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
+
+
+def dropout(values: Tensor, keep: Tensor, drop: float) -> None:
+    """Zeroes what is not kept, also what is not finite, and scales the rest in place: one rounding in any dtype."""
+    values.masked_fill_(~keep, 0.0).mul_(1.0 / (1.0 - drop))
 
 
 def forward_rows(
@@ -88,7 +100,7 @@ def forward_rows(
     linear_out(x, fc1_weight, fc1_bias, pre)
     activate(activation, pre, hidden)
     if keep is not None:
-        hidden.mul_(keep).mul_(1.0 / (1.0 - drop))
+        dropout(hidden, keep, drop)
     linear_out(hidden, fc2_weight, fc2_bias, out)
 
 
@@ -123,12 +135,12 @@ class ExpertGradients:
             x: (n, D) inputs.
             pre: (n, H) saved pre-activation.
             d_out: (n, O) gradient of the expert's output, or of gate * output where a gate is given (overwritten).
-            gate: (n, 1) combine weight.
+            gate: (n, 1) combine weight, in the dtype that accumulates.
             keep: (n, H) dropout mask.
 
         Returns:
-            (n, D) gradient of x, and (n,) gradient of the gate, <d_out, output>, without the output itself:
-            <d_out W2, hidden> + <d_out, b2>.
+            (n, D) gradient of x, and (n,) gradient of the gate, <d_out, output>. In float32 and float64 without the
+            output itself: <d_out W2, hidden> + <d_out, b2>.
         """
         fc1_weight, _, fc2_weight, fc2_bias = self.weights
         rows = x.shape[0]
@@ -136,12 +148,17 @@ class ExpertGradients:
             self.scratch = pre.new_empty(3, rows, pre.shape[1])
         hidden, d_hidden, work = self.scratch[:, :rows]
         activate(self.activation, pre, hidden)
-        torch.mm(d_out, fc2_weight[expert], out=d_hidden)
         if keep is not None:
-            keep = keep.to(pre.dtype) * (1.0 / (1.0 - self.drop))
-            hidden.mul_(keep)
+            dropout(hidden, keep, self.drop)
         d_gate = None
-        if gate is not None:
+        if gate is not None and gate.dtype != d_out.dtype:
+            # 16-bit rows: a product that lacks its gate rounds once more, and may leave float16's range.
+            out = torch.empty_like(d_out)
+            linear_out(hidden, fc2_weight[expert], None if fc2_bias is None else fc2_bias[expert], out)
+            d_gate = torch.linalg.vecdot(d_out.to(gate.dtype), out.to(gate.dtype))
+            d_out.mul_(gate)
+        torch.mm(d_out, fc2_weight[expert], out=d_hidden)
+        if gate is not None and d_gate is None:
             d_gate = torch.linalg.vecdot(d_hidden, hidden)
             if fc2_bias is not None:
                 d_gate += d_out @ fc2_bias[expert]
@@ -150,7 +167,7 @@ class ExpertGradients:
         beta = 0 if first else 1
         self.d_fc2_weight[expert].addmm_(d_out.t(), hidden, beta=beta)
         if keep is not None:
-            d_hidden.mul_(keep)
+            dropout(d_hidden, keep, self.drop)
         # The hidden activations have served: their memory is free.
         chain(self.activation, pre, d_hidden, (hidden, work))
         self.d_fc1_weight[expert].addmm_(d_hidden.t(), x, beta=beta)
@@ -248,7 +265,7 @@ def _expert_mlp_backward_op(
         if rows == 0:
             gradients.no_rows(e)
         keep = dropout_keep(seed, e, (rows, width), drop) if drop > 0 else None
-        for block in row_blocks(rows, width):
+        for block in gradient_blocks(rows, width, x.dtype):
             mask = None if keep is None else keep[block]
             first = block.start == 0
             d_x[e, block], _ = gradients.add_rows(e, first, x[e, block], pre[e, block], d_out[e, block], keep=mask)

@@ -30,6 +30,7 @@ from vmoe_kernels.expert_mlp import (
     expert_mlp_reference,
     fake_weight_gradients,
     forward_rows,
+    gradient_blocks,
     largest_block,
     row_blocks,
     wants_grad,
@@ -147,13 +148,13 @@ def _moe_mlp_backward_op(
     gradients = ExpertGradients((fc1_weight, fc1_bias, fc2_weight, fc2_bias), activation, drop)
     d_x = torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device)
     d_gates = gates.new_zeros(gates.shape)
-    weight = gates.reshape(-1, 1).to(x.dtype)
+    weight = gates.reshape(-1, 1).to(d_x.dtype)
     for e, rows, choices in _filled_rows(slots, num_experts, rows_per_expert):
         if rows.numel() == 0:
             gradients.no_rows(e)
         tokens = choices // slots.shape[1]
         keep = dropout_keep(seed, e, (rows_per_expert, width), drop)[rows] if drop > 0 else None
-        for block in row_blocks(rows.numel(), width):
+        for block in gradient_blocks(rows.numel(), width, x.dtype):
             d_rows, d_gate = gradients.add_rows(
                 e,
                 block.start == 0,
