@@ -50,7 +50,7 @@ def chain(name: str, pre: Tensor, grad: Tensor, work: tuple[Tensor, Tensor]) -> 
     if name == "gelu_tanh" and pre.dtype not in _WIDE:
         aten.gelu_backward.grad_input(grad, pre, approximate="tanh", grad_input=grad)
     elif name == "gelu_tanh":
-        # s + s * (1 - s) * x * d(2u)/dx, with s = sigmoid(2u); s * (1 - s) comes first, as it is 0 where the rest is huge
+        # s + s * (1 - s) * x * d(2u)/dx, with s = sigmoid(2u); in this order, as s * (1 - s) is 0 where x^3 overflows.
         square, gate = work
         torch.mul(pre, pre, out=square)
         torch.mul(square, _B, out=gate).add_(_A).mul_(pre).sigmoid_()

@@ -21,6 +21,7 @@ from vmoe_kernels._impl import (
     use_reference,
 )
 from vmoe_kernels.activations import FORWARD, activate, chain, check_activation
+from vmoe_kernels.checks import check_draws, check_number, check_rows, check_seed
 from vmoe_kernels.philox import dropout_keep
 from vmoe_kernels.transforms import differs_backward, twin_gradients
 
@@ -347,12 +348,13 @@ def check_expert_weights(
             raise ValueError(f"{name} must be {shape}, got {tuple(bias.shape)}")
 
 
-def check_dropout(drop: float, seed: Tensor | None) -> None:
-    """A dropout probability comes with a Philox key."""
-    if not 0.0 <= drop < 1.0:
-        raise ValueError(f"drop must be in [0, 1), got {drop}")
-    if drop > 0 and seed is None:
-        raise ValueError("seed must be a 0-dim int64 tensor when drop > 0, got None")
+def check_dropout(drop: float, seed: Tensor | None, device: torch.device, elements: int) -> float:
+    """A dropout probability comes with a Philox key; an expert has so many elements to drop."""
+    drop = check_number("drop", drop, "in [0, 1)", 0.0, 1.0)
+    if drop > 0:
+        check_seed(seed, device, "drop > 0")
+        check_draws("rows times hidden width of an expert", elements)
+    return drop
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -397,7 +399,8 @@ def expert_mlp(
     check_dtypes(x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     check_expert_weights(x.shape[2], fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_activation(activation)
-    check_dropout(drop, seed)
+    check_rows(x.shape[0] * x.shape[1])
+    drop = check_dropout(drop, seed, x.device, x.shape[1] * fc1_weight.shape[1])
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if use_reference(impl, x, *weights):
         return expert_mlp_reference(x, *weights, activation=activation, drop=drop, seed=seed)

@@ -21,6 +21,7 @@ from vmoe_kernels._impl import (
     use_reference,
 )
 from vmoe_kernels.activations import check_activation
+from vmoe_kernels.checks import check_integer, check_rows
 from vmoe_kernels.combine import _nan_gates, combine_reference
 from vmoe_kernels.dispatch import choice_of_row, dispatch_reference
 from vmoe_kernels.expert_mlp import (
@@ -281,10 +282,10 @@ def moe_mlp(
         raise ValueError(f"gates must have the shape of slots {tuple(slots.shape)}, got {tuple(gates.shape)}")
     check_dtypes(x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     check_expert_weights(x.shape[1], *weights)
-    if rows_per_expert < 0:
-        raise ValueError(f"rows_per_expert must be at least 0, got {rows_per_expert}")
+    rows_per_expert = check_integer("rows_per_expert", rows_per_expert, 0)
+    check_rows(fc1_weight.shape[0] * rows_per_expert)
     check_activation(activation)
-    check_dropout(drop, seed)
+    drop = check_dropout(drop, seed, x.device, rows_per_expert * fc1_weight.shape[1])
     if use_reference(impl, x, gates, *weights):
         return moe_mlp_reference(
             x, slots, gates, *weights, rows_per_expert=rows_per_expert, activation=activation, drop=drop, seed=seed

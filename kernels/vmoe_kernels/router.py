@@ -20,6 +20,7 @@ from vmoe_kernels._impl import (
     register_triton,
     use_reference,
 )
+from vmoe_kernels.checks import check_draws, check_integer, check_number, check_seed, check_selected
 from vmoe_kernels.philox import philox_normal
 from vmoe_kernels.transforms import differs_backward, twin_gradients
 
@@ -291,15 +292,13 @@ def router(
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x (T, D) and weight (E, D) must agree, got {tuple(x.shape)} and {tuple(weight.shape)}")
     num_experts = weight.shape[0]
-    if not 1 <= num_selected_experts <= num_experts:
-        raise ValueError(f"num_selected_experts must be in 1..num_experts={num_experts}, got {num_selected_experts}")
+    num_selected_experts = check_selected(num_selected_experts, num_experts)
     group_size = max(x.shape[0], 1) if group_size is None else group_size
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1 token, got {group_size}")
-    if noise_std < 0:
-        raise ValueError(f"noise_std must be at least 0, got {noise_std}")
-    if noise_std > 0 and seed is None:
-        raise ValueError("seed must be a 0-dim int64 tensor when noise_std > 0, got None")
+    group_size = check_integer("group_size", group_size, 1, "at least 1 token")
+    noise_std = check_number("noise_std", noise_std, "at least 0", 0.0)
+    if noise_std > 0:
+        check_seed(seed, x.device, "noise_std > 0")
+        check_draws("tokens times experts", x.shape[0] * num_experts)
     if use_reference(impl, x, weight):
         return router_reference(
             x,

@@ -11,15 +11,35 @@ import torch
 from torch import Tensor
 
 from vmoe_kernels._impl import HAS_TRITON, register_triton, use_reference
+from vmoe_kernels.checks import check_flag, check_integer, check_rows
 from vmoe_kernels.transforms import differentiating
 
 PRIORITIES = ("max", "sum")
 
 
 def rows_per_expert(num_tokens: int, group_size: int, capacity: int, last_capacity: int) -> int:
-    """Rows of one expert in the buffer: C for every whole group, then those of a smaller last group."""
+    """Rows of one expert in the buffer: C for every whole group, then those of a smaller last group.
+
+    Args:
+        num_tokens: T.
+        group_size: S, tokens per group.
+        capacity: C, slots per expert in a whole group.
+        last_capacity: slots per expert in a smaller last group.
+
+    Returns:
+        R.
+
+    Raises:
+        ValueError: if a number is no integer or negative, or R is 2**31 or more.
+    """
+    num_tokens = check_integer("num_tokens", num_tokens, 0)
+    group_size = check_integer("group_size", group_size, 1, "at least 1 token")
+    capacity = check_integer("capacity", capacity, 0)
+    last_capacity = check_integer("last_capacity", last_capacity, 0)
     rest = num_tokens % group_size
-    return num_tokens // group_size * capacity + (last_capacity if rest else 0)
+    rows = num_tokens // group_size * capacity + (last_capacity if rest else 0)
+    check_rows(rows)
+    return rows
 
 
 def assign_slots_reference(
@@ -36,6 +56,8 @@ def assign_slots_reference(
     """Eager twin of `assign_slots`: two stable sorts, no one-hot, no host synchronisation."""
     num_tokens, _ = experts.shape
     rows = rows_per_expert(num_tokens, group_size, capacity, last_capacity)
+    # Here as well, for a compiled graph calls the op itself.
+    check_rows(num_experts * rows)
     groups = num_tokens // group_size
     whole = groups * group_size
     parts = []
@@ -151,10 +173,12 @@ def assign_slots(
         raise ValueError(f"gates must have the shape of experts {tuple(experts.shape)}, got {tuple(gates.shape)}")
     group_size = max(experts.shape[0], 1) if group_size is None else group_size
     last_capacity = capacity if last_capacity is None else last_capacity
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1 token, got {group_size}")
-    if capacity < 1 or last_capacity < 1:
-        raise ValueError(f"capacity must be at least 1 slot, got {capacity} (last group: {last_capacity})")
+    num_experts = check_integer("num_experts", num_experts, 1)
+    group_size = check_integer("group_size", group_size, 1, "at least 1 token")
+    capacity = check_integer("capacity", capacity, 1, "at least 1 slot")
+    last_capacity = check_integer("last_capacity", last_capacity, 1, "at least 1 slot")
+    batch_priority = check_flag("batch_priority", batch_priority)
+    check_rows(num_experts * rows_per_expert(experts.shape[0], group_size, capacity, last_capacity))
     if priority not in PRIORITIES:
         raise ValueError(f"priority must be one of {PRIORITIES}, got {priority!r}")
     # The gates name the dtype: float64 ones are the reference's.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import vmoe_kernels as kernels
 from vmoe_kernels.activations import check_activation
+from vmoe_kernels.checks import check_flag, check_integer, check_number, check_selected
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
 from vmoe_torch.layers.experts import ExpertLinear
 from vmoe_torch.layers.losses import cv_squared, gshard_from_means
@@ -20,6 +21,8 @@ from vmoe_torch.layers.routers import Router, expert_choice
 
 ROUTERS = ("top_experts", "expert_choice")
 AUXILIARY_MODES = ("injected", "manual")
+# The least number above 0.
+_TINY = math.ulp(0.0)
 GROUP_SIZES = {"batch": 0, "image": 1}
 
 
@@ -45,7 +48,8 @@ class MoeMlp(nn.Module):
         group_size: images per group that is routed on its own, "batch" or "image". What remains of a batch forms one
             last, smaller group with its own capacity.
         noise_std: router noise in training, N(0, (noise_std / E)^2) per logit.
-        expert_drop: dropout inside the experts only; None is `drop`.
+        expert_drop: dropout inside the experts only; None is `drop`. Every expert draws a mask of its own; the
+            original's experts, unless its split_rngs says otherwise, share one.
         importance_loss_weight: weight of the importance loss.
         load_loss_weight: weight of the load loss (training with noise).
         gshard_loss_weight: weight of the GShard loss.
@@ -55,7 +59,8 @@ class MoeMlp(nn.Module):
         dispatch_dtype: None or "float32" for the layer's own, or "bfloat16" to round what goes into and comes out of
             the experts, as the released models were trained.
         renormalize_gates: whether the K gates of a token are scaled to sum to 1, as some upcycled models want it; the
-            original does not.
+            original does not. With K=1 every gate is 1, and the router would learn nothing from the task: evaluated,
+            but not trained.
         impl: "auto", "triton" or "reference".
 
     Shape:
@@ -98,31 +103,33 @@ class MoeMlp(nn.Module):
         super().__init__()
         if norm_layer is not None:
             raise ValueError("norm_layer must be None: experts have no norm (scale_mlp_norm is not supported)")
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        num_experts = check_integer("num_experts", num_experts, 1)
         one_of("auxiliary_mode", auxiliary_mode, AUXILIARY_MODES)
         one_of("router", router, ROUTERS)
         one_of("dispatch_dtype", dispatch_dtype, (None, "float32", "bfloat16"))
         one_of("capacity_rounding", capacity_rounding, ("ceil", "round"))
         one_of("impl", impl, ("auto", "triton", "reference"))
+        renormalize_gates = check_flag("renormalize_gates", renormalize_gates)
         if renormalize_gates and router != "top_experts":
             raise ValueError(f"renormalize_gates must be False unless router is 'top_experts', got router={router!r}")
-        if noise_std < 0:
-            raise ValueError(f"noise_std must be at least 0, got {noise_std}")
+        drop = check_number("drop", drop, "in [0, 1)", 0.0, 1.0)
         hidden_features = hidden_features or in_features
         out_features = out_features or in_features
         self.num_experts = num_experts
         self.capacity_rounding = capacity_rounding
-        self.capacity_multiple_of = capacity_multiple_of or 0
-        self.noise_std = float(noise_std)
-        self.expert_drop = float(drop if expert_drop is None else expert_drop)
-        self.importance_loss_weight = float(importance_loss_weight)
-        self.load_loss_weight = float(load_loss_weight)
-        self.gshard_loss_weight = float(gshard_loss_weight)
+        multiple_of = 0 if capacity_multiple_of is None else capacity_multiple_of
+        self.capacity_multiple_of = check_integer("capacity_multiple_of", multiple_of, 0)
+        self.noise_std = check_number("noise_std", noise_std, "at least 0", 0.0)
+        self.expert_drop = (
+            drop if expert_drop is None else check_number("expert_drop", expert_drop, "in [0, 1)", 0.0, 1.0)
+        )
+        self.importance_loss_weight = check_number("importance_loss_weight", importance_loss_weight, "at least 0", 0.0)
+        self.load_loss_weight = check_number("load_loss_weight", load_loss_weight, "at least 0", 0.0)
+        self.gshard_loss_weight = check_number("gshard_loss_weight", gshard_loss_weight, "at least 0", 0.0)
         self.auxiliary_mode = auxiliary_mode
         self.router_type = router
         self.dispatch_dtype = torch.bfloat16 if dispatch_dtype == "bfloat16" else None
-        self.renormalize_gates = bool(renormalize_gates)
+        self.renormalize_gates = renormalize_gates
         self.impl = impl
         self.activation = activation_name(act_layer)
         self.set_routing(
@@ -155,21 +162,18 @@ class MoeMlp(nn.Module):
         group_size,
     ) -> None:
         """Checks and sets everything that may change after training; on an error nothing changes."""
-        if not 1 <= num_selected_experts <= self.num_experts or num_selected_experts != int(num_selected_experts):
-            raise ValueError(
-                f"num_selected_experts must be in 1..num_experts={self.num_experts}, got {num_selected_experts}"
-            )
+        num_selected_experts = check_selected(num_selected_experts, self.num_experts)
         if eval_capacity_factor is None:
             eval_capacity_factor = capacity_factor
-        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is None or not 0 < factor < math.inf:
-                raise ValueError(f"{name} must be above 0, got {factor}")
+        capacity_factor = check_number("capacity_factor", capacity_factor, "above 0", _TINY)
+        eval_capacity_factor = check_number("eval_capacity_factor", eval_capacity_factor, "above 0", _TINY)
+        batch_priority = check_flag("batch_priority", batch_priority)
         one_of("priority", priority, ("max", "sum"))
         images = group_images(group_size)
-        self.num_selected_experts = int(num_selected_experts)
-        self.capacity_factor = float(capacity_factor)
-        self.eval_capacity_factor = float(eval_capacity_factor)
-        self.batch_priority = bool(batch_priority)
+        self.num_selected_experts = num_selected_experts
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.batch_priority = batch_priority
         self.priority = priority
         # Images per group; 0 is the whole batch.
         self.group_size = images
@@ -259,6 +263,11 @@ class MoeMlp(nn.Module):
             slots = routing.slots
             gates = self._remember(routing, images, group, noise_std)
             if self.renormalize_gates:
+                if self.training and self.num_selected_experts == 1 and gates.requires_grad:
+                    raise ValueError(
+                        "num_selected_experts must be at least 2 in training with renormalize_gates, got 1: every gate "
+                        "is 1, and the router learns nothing from the task"
+                    )
                 gates = gates / gates.sum(-1, keepdim=True)
         rows = kernels.rows_per_expert(tokens.shape[0], group, capacity, last_capacity)
         seed = None if seeds is None else seeds[1]
@@ -400,9 +409,7 @@ def group_images(group_size) -> int:
     if isinstance(group_size, str):
         one_of("group_size", group_size, tuple(GROUP_SIZES))
         return GROUP_SIZES[group_size]
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size must be 'batch', 'image' or at least 1 image, got {group_size!r}")
-    return group_size
+    return check_integer("group_size", group_size, 1, "'batch', 'image' or at least 1 image")
 
 
 def activation_name(act_layer) -> str:

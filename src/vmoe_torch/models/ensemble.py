@@ -12,6 +12,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
+from vmoe_kernels.checks import check_integer
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.models.vmoe import VMoE, create_vmoe, parse_moe_layers, released_cfg
 
@@ -47,7 +48,9 @@ class EnsembleMoeMlp(nn.Module):
         **moe,
     ):
         super().__init__()
-        if ensemble_size < 1 or num_experts % ensemble_size:
+        ensemble_size = check_integer("ensemble_size", ensemble_size, 1)
+        num_experts = check_integer("num_experts", num_experts, 1)
+        if num_experts % ensemble_size:
             raise ValueError(f"num_experts must be a multiple of ensemble_size={ensemble_size}, got {num_experts}")
         weights = (importance_loss_weight, load_loss_weight, gshard_loss_weight)
         importance, load, gshard = (weight / ensemble_size for weight in weights)
@@ -116,6 +119,7 @@ class VMoEEnsemble(VMoE):
             raise ValueError(f"ensemble_output must be one of {OUTPUTS}, got {ensemble_output!r}")
         if not parse_moe_layers(moe_layers, depth):
             raise ValueError("moe_layers must name at least one block for an ensemble, got none")
+        ensemble_size = check_integer("ensemble_size", ensemble_size, 1)
         # Read by the base class while it builds the blocks.
         self.ensemble_size = ensemble_size
         self.block_class = partial(EnsembleBlock, ensemble_size=ensemble_size)
@@ -140,8 +144,9 @@ def average_members(logits: Tensor, ensemble_size: int, log: bool = False) -> Te
     Returns:
         (B, num_classes) in logits.dtype.
     """
-    log_p = logits.unflatten(0, (-1, ensemble_size)).log_softmax(-1).logsumexp(1) - math.log(ensemble_size)
-    return log_p if log else log_p.exp()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_p = wide.unflatten(0, (-1, ensemble_size)).log_softmax(-1).logsumexp(1) - math.log(ensemble_size)
+    return (log_p if log else log_p.exp()).to(logits.dtype)
 
 
 default_cfgs = generate_default_cfgs(

@@ -57,8 +57,8 @@ def zoom_position(source: Tensor, target: Tensor, grid: tuple[int, int], prefix:
         raise ValueError(f"pos_embed must hold a square grid to be resized, got {source.shape[1]} positions")
     image = source[:, tokens:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     if (side, side) != tuple(grid):
-        # Float16 and bfloat16 have no bilinear resize of their own everywhere.
-        image = F.interpolate(image.float(), size=tuple(grid), mode="bilinear", align_corners=True).to(source.dtype)
+        # In float64, as the original's coordinates are; 16-bit types have no bilinear resize of their own everywhere.
+        image = F.interpolate(image.double(), size=tuple(grid), mode="bilinear", align_corners=True).to(source.dtype)
     own = target[:, :prefix].to(source)
     first = torch.cat([source[:, : min(tokens, prefix)], own[:, tokens:]], 1)
     return torch.cat([first, image.permute(0, 2, 3, 1).flatten(1, 2)], 1)

@@ -5,6 +5,7 @@ Over 400 lines: timm wants a function for every registered model.
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from timm.models import (
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
+from vmoe_kernels.checks import check_integer, check_number
 from vmoe_torch.layers import ExpertLinear, MoeMlp
 from vmoe_torch.models.position import sincos2d
 from vmoe_torch.models.weights import checkpoint_filter_fn, load_original_npz
@@ -56,10 +58,9 @@ def parse_moe_layers(moe_layers: str | int | tuple[int, ...] | list[int], depth:
             f"moe_layers must be 'everyN', 'lastN' with N odd blocks at most, or block numbers below {depth}, "
             f"got {moe_layers!r}"
         )
-    blocks = sorted({moe_layers} if isinstance(moe_layers, int) else set(moe_layers))
-    if any(not isinstance(block, int) or not 0 <= block < depth for block in blocks):
-        raise ValueError(f"moe_layers must be block numbers in 0..{depth - 1}, got {moe_layers!r}")
-    return tuple(blocks)
+    blocks = moe_layers if isinstance(moe_layers, Iterable) else [moe_layers]
+    rule = f"block numbers in 0..{depth - 1}"
+    return tuple(sorted({check_integer("moe_layers", block, 0, rule, depth - 1) for block in blocks}))
 
 
 class MoeBlock(vit.Block):
@@ -141,6 +142,9 @@ class VMoE(vit.VisionTransformer):
         weight_init: str = "",
         **kwargs,
     ) -> None:
+        head_bias_init = check_number("head_bias_init", head_bias_init, "a number")
+        if representation_size is not None and not isinstance(representation_size, bool):
+            representation_size = check_integer("representation_size", representation_size, 0, "True or at least 0")
         sincos = pos_embed == "sincos2d"
         moe = {
             "num_experts": num_experts,

@@ -300,9 +300,10 @@ def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
     channels = kernel.shape[1]
     if in_chans == channels:
         return kernel
+    wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
     if in_chans == 1:
-        return kernel.float().sum(1, keepdim=True).to(kernel.dtype)
-    repeated = kernel.float().repeat(1, -(-in_chans // channels), 1, 1)[:, :in_chans]
+        return wide.sum(1, keepdim=True).to(kernel.dtype)
+    repeated = wide.repeat(1, -(-in_chans // channels), 1, 1)[:, :in_chans]
     return (repeated * (channels / in_chans)).to(kernel.dtype)
 
 
