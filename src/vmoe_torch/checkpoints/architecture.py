@@ -72,6 +72,7 @@ def model_arguments(state: Mapping[str, Tensor], origin: Origin) -> dict[str, An
         "representation_size": len(state["pre_logits.0.weight"]) if "pre_logits.0.weight" in state else 0,
         "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
         "moe_layers": tuple(sorted(routers)),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
     }
     if routers:
         arguments["num_experts"] = len(next(iter(routers.values())))

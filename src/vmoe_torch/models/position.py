@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The original's default.
+TEMPERATURE = 10_000.0
 
-def sincos2d(height: int, width: int, dim: int, temperature: float = 10_000.0) -> Tensor:
+
+def sincos2d(height: int, width: int, dim: int, temperature: float = TEMPERATURE) -> Tensor:
     """The original's "sincos2d": position embedding of a grid of patches, in the order sin x, cos x, sin y, cos y.
 
     Args:

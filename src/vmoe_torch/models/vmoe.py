@@ -4,13 +4,14 @@
 Over 400 lines: timm wants a function for every registered model.
 """
 
+import copy
 import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import lecun_normal_
+from timm.layers import AttentionPoolLatent, lecun_normal_
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from vmoe_kernels.checks import check_integer, check_number
 from vmoe_torch.layers import ExpertLinear, MoeMlp
-from vmoe_torch.models.position import sincos2d
+from vmoe_torch.models.position import TEMPERATURE, sincos2d
 from vmoe_torch.models.weights import checkpoint_filter_fn, load_original_npz
 
 __all__ = ["MoeBlock", "VMoE", "parse_moe_layers"]
@@ -100,6 +101,7 @@ class VMoE(vit.VisionTransformer):
         dispatch_dtype: "bfloat16" rounds what goes into and comes out of the experts; None or "float32" does not.
         representation_size: width of a tanh layer before the head; None or 0 for none, True for the model's width.
         pos_embed: timm's "learn", "none", or "sincos2d" (fixed, patches only).
+        pos_embed_temperature: the longest wave length over 2 pi of "sincos2d".
         head_bias_init: what the head's bias begins with; for the sigmoid loss, -log(num_classes).
         renormalize_gates: whether the K gates of a token are scaled to sum to 1.
         impl: "auto", "triton" or "reference".
@@ -138,6 +140,7 @@ class VMoE(vit.VisionTransformer):
         act_layer="gelu_tanh",
         fc_norm: bool | None = False,
         pos_embed: str = "learn",
+        pos_embed_temperature: float = TEMPERATURE,
         no_embed_class: bool = False,
         weight_init: str = "",
         **kwargs,
@@ -146,6 +149,11 @@ class VMoE(vit.VisionTransformer):
         if representation_size is not None and not isinstance(representation_size, bool):
             representation_size = check_integer("representation_size", representation_size, 0, "True or at least 0")
         sincos = pos_embed == "sincos2d"
+        temperature = check_number("pos_embed_temperature", pos_embed_temperature, "above 0", math.ulp(0.0))
+        if not sincos and temperature != TEMPERATURE:
+            raise ValueError(
+                f"pos_embed_temperature must be {TEMPERATURE} unless pos_embed is 'sincos2d', got {temperature}"
+            )
         moe = {
             "num_experts": num_experts,
             "num_selected_experts": num_selected_experts,
@@ -179,8 +187,11 @@ class VMoE(vit.VisionTransformer):
             **kwargs,
         )
         self.fixed_pos_embed = sincos
+        self.pos_embed_temperature = temperature
         if sincos:
             self.pos_embed.requires_grad_(False)
+        if len(self.blocks) > 0:
+            _norm_queries_and_keys(self.attn_pool, self.blocks[0].attn)
         # The head stays the last module, as timm's tools expect.
         head, head_drop = self.head, self.head_drop
         del self.head, self.head_drop
@@ -220,7 +231,7 @@ class VMoE(vit.VisionTransformer):
         if self.fixed_pos_embed:
             height, width = self.patch_embed.grid_size
             with torch.no_grad():
-                self.pos_embed.copy_(sincos2d(height, width, self.embed_dim))
+                self.pos_embed.copy_(sincos2d(height, width, self.embed_dim, self.pos_embed_temperature))
 
     def _init_as_original(self, needs_reset: bool) -> None:
         if self.pos_embed is not None:
@@ -283,13 +294,20 @@ class VMoE(vit.VisionTransformer):
         super().set_input_size(img_size, patch_size)
         if self.fixed_pos_embed:
             height, width = self.patch_embed.grid_size
-            self.pos_embed.data.copy_(sincos2d(height, width, self.embed_dim))
+            self.pos_embed.data.copy_(sincos2d(height, width, self.embed_dim, self.pos_embed_temperature))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools, applies the tanh layer where there is one, and classifies."""
         x = self.pre_logits(self.fc_norm(self.pool(x)))
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
+
+
+def _norm_queries_and_keys(pool: nn.Module, attention: nn.Module) -> None:
+    """With qk_norm the original's attention pooling norms its queries and keys as a block does; timm's does not."""
+    norm = getattr(attention, "q_norm", nn.Identity())
+    if isinstance(pool, AttentionPoolLatent) and not isinstance(norm, nn.Identity):
+        pool.q_norm, pool.k_norm = copy.deepcopy(attention.q_norm), copy.deepcopy(attention.k_norm)
 
 
 def _device_and_dtype(module: nn.Module) -> dict[str, Any]:

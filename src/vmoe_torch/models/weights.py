@@ -7,6 +7,7 @@
 | Encoder/posembed_input/pos_embedding (1, L, D) | pos_embed | class token first |
 | Encoder/encoderblock_i/LayerNorm_0, LayerNorm_1: scale, bias | blocks.i.norm1, norm2: weight, bias | |
 | .../SelfAttention/query, key, value: kernel (D, heads, D / heads), bias | blocks.i.attn.qkv: weight (3D, D) | joined |
+| query_ln, key_ln beside query and key: scale (D / heads) | q_norm, k_norm: weight, and a bias of 0 | |
 | .../SelfAttention/out: kernel (heads, D / heads, D), bias | blocks.i.attn.proj: weight (D, D) | transposed |
 | .../Mlp/Dense_0, Dense_1: kernel (in, out), bias | blocks.i.mlp.fc1, fc2: weight (out, in) | transposed |
 | .../Moe/Mlp/Dense_0, Dense_1: kernel (E, in, out), bias | blocks.i.mlp.fc1, fc2: weight (E, out, in) | transposed |
@@ -47,12 +48,16 @@ _MODULES = {
     "head": "head",
     "Encoder/encoderblock_{}/LayerNorm_0": "blocks.{}.norm1",
     "Encoder/encoderblock_{}/LayerNorm_1": "blocks.{}.norm2",
+    "Encoder/encoderblock_{}/SelfAttention/query_ln": "blocks.{}.attn.q_norm",
+    "Encoder/encoderblock_{}/SelfAttention/key_ln": "blocks.{}.attn.k_norm",
     "Encoder/encoderblock_{}/SelfAttention/out": "blocks.{}.attn.proj",
     "Encoder/encoderblock_{}/Mlp/Dense_0": "blocks.{}.mlp.fc1",
     "Encoder/encoderblock_{}/Mlp/Dense_1": "blocks.{}.mlp.fc2",
     "Encoder/encoderblock_{}/Moe/Mlp/Dense_0": "blocks.{}.mlp.fc1",
     "Encoder/encoderblock_{}/Moe/Mlp/Dense_1": "blocks.{}.mlp.fc2",
     "Encoder/encoderblock_{}/Moe/Router/dense": "blocks.{}.mlp.router",
+    "MapHead/MultiHeadDotProductAttention/query_ln": "attn_pool.q_norm",
+    "MapHead/MultiHeadDotProductAttention/key_ln": "attn_pool.k_norm",
     "MapHead/MultiHeadDotProductAttention/out": "attn_pool.proj",
     "MapHead/LayerNorm": "attn_pool.norm",
     "MapHead/Mlp/Dense_0": "attn_pool.mlp.fc1",
@@ -67,7 +72,9 @@ _JOINED = {
     "attn_pool.kv": tuple(f"MapHead/MultiHeadDotProductAttention/{part}" for part in ("key", "value")),
 }
 _PARTS = {path: (name, order) for name, paths in _JOINED.items() for order, path in enumerate(paths)}
-_NORMS = ("LayerNorm_0", "LayerNorm_1", "LayerNorm", "encoder_norm")
+# Norms of queries and keys have no bias in the original; timm's have one, which stays 0.
+_SCALES = ("query_ln", "key_ln")
+_NORMS = ("LayerNorm_0", "LayerNorm_1", "LayerNorm", "encoder_norm", *_SCALES)
 # What numpy raises of a damaged archive, beside the usual; a file that is none it takes for an array, without names.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, AttributeError, MemoryError)
 _NUMBER = re.compile(r"(?<=encoderblock_)\d+(?=/)|(?<=^blocks\.)\d+(?=\.)")
@@ -113,6 +120,8 @@ def from_original(arrays: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor
             raise ValueError(f"parameter paths must be unique, got {path!r} for {name} again")
         if order is None:
             state[name] = value
+            if plain.rpartition("/")[0].endswith(_SCALES):
+                state[f"{name.removesuffix('weight')}bias"] = torch.zeros_like(value)
         else:
             joined.setdefault(name, {})[order] = value
     for name, parts in joined.items():
@@ -158,8 +167,9 @@ def _to_ours(path: str, value: Tensor, given: str) -> tuple[str, int | None, Ten
         return _TOP[path], None, value
     pattern, number = _pattern(path)
     module, _, leaf = pattern.rpartition("/")
-    known = (module in _PARTS or module in _MODULES) and leaf in _LEAF
-    if not known or (leaf == "scale") != (leaf != "bias" and module.rpartition("/")[2] in _NORMS):
+    last = module.rpartition("/")[2]
+    known = (module in _PARTS or module in _MODULES) and leaf in _LEAF and (leaf != "bias" or last not in _SCALES)
+    if not known or (leaf == "scale") != (leaf != "bias" and last in _NORMS):
         raise ValueError(f"parameter path must be one of the original's, got {given!r}")
     dims = _dims(module, leaf)
     if value.dim() not in dims:
@@ -220,7 +230,10 @@ def to_original(state: Mapping[str, Tensor], num_heads: int, ensemble_size: int 
             path = path.replace("/Moe/Mlp/", "/Mlp/")
             if f"blocks.{number}.mlp.router.weight" in state:
                 path = path.replace("/Mlp/", "/Moe/Mlp/")
-        if leaf == "bias":
+        if leaf == "bias" and path.endswith(_SCALES):
+            if value.any():
+                raise ValueError(f"{name} must be 0, as the original's norms of queries and keys have no bias")
+        elif leaf == "bias":
             arrays[f"{path}/bias"] = value
         elif path.rpartition("/")[2] in _NORMS:
             arrays[f"{path}/scale"] = value
