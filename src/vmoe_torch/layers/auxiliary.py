@@ -1,8 +1,8 @@
 """The auxiliary loss reaches the router in any training loop: its gradient is injected into the backward.
 
-`inject_auxiliary_loss(gates, loss, router_weight)` returns the gates unchanged; its backward hands the loss the gradient
-it would have had if the loop had added it to the total. That gradient is 1 where the loop calls `loss.backward()`; where
-the loop multiplies first, `vmoe_torch.follow_loss_scale` says by what.
+`inject_auxiliary_loss(gates, loss, router_weight)` returns the gates unchanged; its backward hands the loss the
+gradient it would have had if the loop had added it to the total. That gradient is 1 where the loop calls
+`loss.backward()`; where the loop multiplies first, `vmoe_torch.follow_loss_scale` says by what.
 
 - Several backwards through one forward count once: the first one that trains the router.
 - A backward that computes no gradient of the router, `torch.autograd.grad(loss, images)` for one, gets nothing, and

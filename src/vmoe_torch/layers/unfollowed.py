@@ -20,13 +20,31 @@ class AuxiliaryLossWarning(UserWarning):
 
 
 class _Seen:
-    """Of a parameter: its unfollowed backwards, and its version in the last of them."""
+    """Of a parameter: its unfollowed backwards, and how the last of them found it. No tensor is kept."""
 
     def __init__(self) -> None:
         self.backwards = 0
         self.task = -1
         self.version = -1
+        self.grad: tuple[int, int] | None = None  # identity and version
+        self.is_stepped = False  # whether the optimiser's steps show in the version: fused ones do not
         self.is_told = False
+
+    def accumulates(self, parameter: nn.Parameter) -> bool:
+        """Whether the gradient is added to the last backward's; to call once in each backward, before it is added."""
+        before, after = self.grad, None
+        if parameter.grad is not None:
+            after = (id(parameter.grad), parameter.grad._version)
+        self.grad = after
+        if self.backwards > 0 and parameter._version != self.version:
+            self.is_stepped = True
+            self.version = parameter._version
+            return False
+        self.version = parameter._version
+        if self.backwards == 0 or after is None:
+            return False
+        # Who steps unseen must at least write zeros: then more than the engine's one addition has changed the gradient.
+        return self.is_stepped or after[1] == 0 or (before is not None and after == (before[0], before[1] + 1))
 
 
 _seen = WeakTensorKeyDictionary()
@@ -45,9 +63,9 @@ def note_unfollowed(parameter: nn.Parameter, task: int) -> None:
     seen = _seen.setdefault(parameter, _Seen())
     if seen.is_told or seen.task == task or is_set_by_hand():
         return
-    accumulates = seen.backwards > 0 and parameter.grad is not None and parameter._version == seen.version
+    accumulates = seen.accumulates(parameter)
     seen.backwards += 1
-    seen.task, seen.version = task, parameter._version
+    seen.task = task
     if _told_in == task:
         seen.is_told = True
         return
