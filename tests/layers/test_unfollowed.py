@@ -36,17 +36,32 @@ def told(record: list[warnings.WarningMessage]) -> int:
     return sum(issubclass(entry.category, vmoe_torch.AuxiliaryLossWarning) for entry in record)
 
 
+def accumulate(run: nn.Module, optimizer: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+    """Three updates of three backwards each."""
+    for index, x in enumerate(batches(9)):
+        (loss_of(run, x) / 3).backward()
+        if index % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def scale(model: nn.Module) -> None:
+    """Three scaled updates."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    for x in batches(3):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, x)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_accumulating_loop_is_told_once(compile):
     model = tiny(depth=4)
     run = torch.compile(model, backend="aot_eager") if compile else model
-    optimizer = torch.optim.AdamW(model.parameters())
     with pytest.warns(vmoe_torch.AuxiliaryLossWarning, match=ACCUMULATES) as record:
-        for index, x in enumerate(batches(6)):
-            (loss_of(run, x) / 2).backward()
-            if index % 2:
-                optimizer.step()
-                optimizer.zero_grad()
+        accumulate(run, torch.optim.AdamW(model.parameters()))
     assert told(record) == 1
 
 
@@ -56,32 +71,25 @@ def test_accumulating_loop_is_told_whatever_its_optimizer(fused, set_to_none):
     model = tiny(depth=2)
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
     with pytest.warns(vmoe_torch.AuxiliaryLossWarning, match=ACCUMULATES) as record:
-        for index, x in enumerate(batches(9)):
-            (loss_of(model, x) / 3).backward()
-            if index % 3 == 2:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=set_to_none)
+        accumulate(model, optimizer, set_to_none)
     assert told(record) == 1
 
 
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["whole", "reentrant", "recomputed"])
-def test_loop_with_a_scaler_is_told_once(checkpointing):
-    model = tiny()
+@pytest.fixture(params=[None, True, False], ids=["whole", "reentrant", "recomputed"])
+def checkpointed(request):
+    """A model, and whether it recomputes."""
     before = use_reentrant_ckpt()
-    if checkpointing is not None:
-        set_reentrant_ckpt(checkpointing)
+    model = tiny()
+    if request.param is not None:
+        set_reentrant_ckpt(request.param)
         model.set_grad_checkpointing()
-    optimizer = torch.optim.AdamW(model.parameters())
-    scaler = torch.amp.GradScaler("cpu")
-    try:
-        with pytest.warns(vmoe_torch.AuxiliaryLossWarning, match=SCALES) as record:
-            for x in batches(3):
-                optimizer.zero_grad()
-                scaler.scale(loss_of(model, x)).backward()
-                scaler.step(optimizer)
-                scaler.update()
-    finally:
-        set_reentrant_ckpt(before)
+    yield model
+    set_reentrant_ckpt(before)
+
+
+def test_loop_with_a_scaler_is_told_once(checkpointed):
+    with pytest.warns(vmoe_torch.AuxiliaryLossWarning, match=SCALES) as record:
+        scale(checkpointed)
     assert told(record) == 1
 
 
@@ -210,20 +218,12 @@ def test_gradients_without_accumulation_are_not_told():
         torch.autograd.grad(loss_of(model, x), list(model.parameters()))
 
 
-def test_checkpointed_loop_is_not_told(monkeypatch):
-    before = use_reentrant_ckpt()
-    try:
-        for reentrant in (True, False):
-            set_reentrant_ckpt(reentrant)
-            model = tiny()
-            model.set_grad_checkpointing()
-            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-            for x in batches(3):
-                loss_of(model, x).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    finally:
-        set_reentrant_ckpt(before)
+def test_checkpointed_loop_is_not_told(checkpointed):
+    optimizer = torch.optim.SGD(checkpointed.parameters(), lr=1e-3)
+    for x in batches(3):
+        loss_of(checkpointed, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_nothing_is_kept_of_a_model():
