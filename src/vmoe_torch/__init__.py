@@ -2,7 +2,8 @@
 
 from vmoe_torch import models
 from vmoe_torch.control import auxiliary_loss, moe_layers, routing, routing_stats, set_routing
-from vmoe_torch.layers import AuxiliaryLossWarning, follow_loss_scale
+from vmoe_torch.layers.loss_scale import follow_loss_scale
+from vmoe_torch.layers.unfollowed import AuxiliaryLossWarning
 from vmoe_torch.models.vmoe import VMoE
 
 __version__ = "0.1.0.dev0"

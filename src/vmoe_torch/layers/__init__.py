@@ -2,25 +2,18 @@
 
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
 from vmoe_torch.layers.experts import ExpertLinear
-from vmoe_torch.layers.loss_scale import (
-    auxiliary_gradient_scale,
-    follow_loss_scale,
-    set_auxiliary_gradient_scale,
-)
+from vmoe_torch.layers.loss_scale import auxiliary_gradient_scale, set_auxiliary_gradient_scale
 from vmoe_torch.layers.losses import cv_squared, gshard_loss, importance_loss, load_loss
 from vmoe_torch.layers.moe_mlp import MoeMlp
 from vmoe_torch.layers.routers import Router, expert_choice
-from vmoe_torch.layers.unfollowed import AuxiliaryLossWarning
 
 __all__ = [
-    "AuxiliaryLossWarning",
     "ExpertLinear",
     "MoeMlp",
     "Router",
     "auxiliary_gradient_scale",
     "cv_squared",
     "expert_choice",
-    "follow_loss_scale",
     "gshard_loss",
     "importance_loss",
     "inject_auxiliary_loss",

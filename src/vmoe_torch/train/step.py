@@ -8,7 +8,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from vmoe_torch.control import auxiliary_loss
-from vmoe_torch.layers import follow_loss_scale
+from vmoe_torch.layers.loss_scale import follow_loss_scale
 from vmoe_torch.parallel import clip_grad_norm
 from vmoe_torch.train.config import PRECISIONS, Config
 from vmoe_torch.train.mixup import DirichletMixup

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from vmoe_torch.layers import follow_loss_scale
+from vmoe_torch.layers.loss_scale import follow_loss_scale
 
 Accelerating = TypeVar("Accelerating")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vmoe_torch.layers import follow_loss_scale
+from vmoe_torch.layers.loss_scale import follow_loss_scale
 
 
 def backward(fabric: Any, loss: Tensor, steps: int = 1, **kwargs: Any) -> None:
