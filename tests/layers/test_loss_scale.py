@@ -20,7 +20,12 @@ from tests.auxiliary_checks import (
     tiny,
 )
 from tests.parallel.processes import run
-from vmoe_torch.layers import inject_auxiliary_loss, loss_scale
+from vmoe_torch.layers import (
+    auxiliary_gradient_scale,
+    inject_auxiliary_loss,
+    loss_scale,
+    set_auxiliary_gradient_scale,
+)
 
 # Dynamo's own look at the .grad of a compiled block's input.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
@@ -79,7 +84,11 @@ def test_scale_beyond_float16_in_its_default_dtype():
     torch.set_default_dtype(torch.float16)
     try:
         (131072.0 * followed(model, x)).backward()
+        # The scale that a loop sets by hand, too.
+        set_auxiliary_gradient_scale(131072.0)
+        assert auxiliary_gradient_scale(x.device).item() == 131072.0
     finally:
+        set_auxiliary_gradient_scale(1.0)
         torch.set_default_dtype(torch.float32)
     assert multipliers(model, reference([x])) == pytest.approx([131072.0] * 2, rel=1e-5)
 
