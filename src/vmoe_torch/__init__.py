@@ -2,13 +2,17 @@
 
 from vmoe_torch import models
 from vmoe_torch.control import auxiliary_loss, moe_layers, routing, routing_stats, set_routing
+from vmoe_torch.layers.loss_scale import follow_loss_scale
+from vmoe_torch.layers.unfollowed import AuxiliaryLossWarning
 from vmoe_torch.models.vmoe import VMoE
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AuxiliaryLossWarning",
     "VMoE",
     "auxiliary_loss",
+    "follow_loss_scale",
     "models",
     "moe_layers",
     "routing",

@@ -105,8 +105,11 @@ def _routing_of(layer: MoeMlp) -> dict:
 def auxiliary_loss(model: nn.Module) -> Tensor:
     """The auxiliary loss of the last forward: each layer's mean over groups, weighted, summed over layers.
 
-    Layers in the "manual" mode give a loss to add to the total (training mode only); layers in the "injected" mode have
-    seen to their gradient already and give a detached value, to log.
+    Layers in the "injected" mode have seen to their gradient already and give a detached value, to log. Layers in the
+    "manual" mode give a loss to add to the total (training mode only), the sum over all forwards since the last reading
+    or the last backward whose outputs are still there: read it after each forward or once after all crops of a step.
+    Reading again before the next forward gives the same, and a reading under `torch.no_grad()` takes nothing away from
+    the next one. A compiled layer remembers its last forward only: read it after each.
 
     Args:
         model: any module with MoE layers, after a forward.
@@ -117,7 +120,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     total = None
     for layer in moe_layers(model).values():
         record = layer.record
-        loss = record.loss
+        loss = None if torch.compiler.is_compiling() else record.waiting()
+        if loss is None:
+            loss = record.loss
         if loss is None and record.importance is not None and record.importance.shape[0] > 0:
             loss = layer.auxiliary_loss(record.importance, record.load, record.mean_gates, record.top1_share)
         if loss is not None:

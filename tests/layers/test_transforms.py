@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from tests.conftest import relative_error
 from vmoe_kernels._impl import use_reference
+from vmoe_torch import auxiliary_loss
 from vmoe_torch.layers import MoeMlp, inject_auxiliary_loss
 
 WAY_OUT = "auxiliary_mode must be 'manual' in training .*, got 'injected'"
@@ -75,12 +76,27 @@ def test_training_with_an_injected_loss_names_the_way_out():
     with pytest.raises(ValueError, match=WAY_OUT):
         grad(lambda x: layer(x).sum())(x)
     with pytest.raises(ValueError, match=WAY_OUT):
-        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+        layer(x).sum().backward(create_graph=True)
     gates, loss = torch.rand(5, 2), torch.rand(())
     with pytest.raises(ValueError, match=WAY_OUT):
         jvp(inject_auxiliary_loss, (gates, loss), (gates, loss))
     # An injected loss is no part of the output: forward mode, which injects nothing, has the output's derivative.
     torch.testing.assert_close(jvp(layer, (x,), (x,))[1], jvp(MoeMlp.eval(layer), (x,), (x,))[1])
+
+
+def test_gradient_penalty_keeps_an_injected_loss(unfused):
+    results = []
+    for mode in ("injected", "manual"):
+        torch.manual_seed(0)
+        model = _model(auxiliary_mode=mode, noise_std=0.0).train()
+        x = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+        loss = model(x).square().sum()
+        # It trains no router, so nothing is injected here and the loss stays for the backward below.
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        total = loss + gradient.square().sum()
+        (total if mode == "injected" else total + auxiliary_loss(model)).backward()
+        results.append(model.blocks[1].mlp.router.weight.grad)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
 def test_training_with_a_manual_loss_can_be_differentiated_twice():

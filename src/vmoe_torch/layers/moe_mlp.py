@@ -261,7 +261,7 @@ class MoeMlp(nn.Module):
                 )
                 routing = routing._replace(experts=experts, slots=slots)
             slots = routing.slots
-            gates = self._remember(routing, images, group, noise_std)
+            gates = self._remember(routing, router_weight, images, group)
             if self.renormalize_gates:
                 if self.training and self.num_selected_experts == 1 and gates.requires_grad:
                     raise ValueError(
@@ -315,7 +315,7 @@ class MoeMlp(nn.Module):
             self.record.gates, self.record.slots = gates.detach(), slots
         return gates, slots
 
-    def _remember(self, routing: kernels.Routing, images: int, group: int, noise_std: float) -> Tensor:
+    def _remember(self, routing: kernels.Routing, router_weight: Tensor, images: int, group: int) -> Tensor:
         """Records the routing, and sees to the auxiliary loss; returns the gates to use."""
         gates = routing.gates
         loss = None
@@ -323,8 +323,12 @@ class MoeMlp(nn.Module):
             loss = self.auxiliary_loss(routing.importance, routing.load, routing.mean_gates, routing.top1_share)
             if self.auxiliary_mode == "injected":
                 if loss.requires_grad:
-                    gates = inject_auxiliary_loss(gates, loss)
+                    gates = inject_auxiliary_loss(gates, loss, router_weight)
                 loss = loss.detach()
+        if torch.compiler.is_compiling():
+            self.record.losses = []
+        else:
+            gates = self.record.keep(gates, loss)
         if not torch.compiler.is_exporting():
             record = self.record
             record.gates, record.experts, record.slots = routing.gates.detach(), routing.experts, routing.slots

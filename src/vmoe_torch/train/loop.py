@@ -15,7 +15,6 @@ from torch import nn
 
 from vmoe_torch.data import EpochSampler, evaluation_loader, training_loader
 from vmoe_torch.data.loader import read_item
-from vmoe_torch.layers.auxiliary import set_auxiliary_gradient_scale
 from vmoe_torch.parallel import parameter_groups
 from vmoe_torch.train.alarms import Alarm, Alarms
 from vmoe_torch.train.build import (
@@ -229,7 +228,6 @@ class _Run:
             raise
         finally:
             logs.close()
-            set_auxiliary_gradient_scale(1.0, self.group.device)
         return TrainResult(
             state.model,
             None if state.ema is None else state.ema.module,
