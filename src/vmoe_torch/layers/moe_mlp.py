@@ -192,8 +192,10 @@ class MoeMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        if not torch.jit.is_scripting() and is_recorded():
-            return self._recorded(x, tokens)
+        # Two lines: of a condition with two parts, TorchScript would compile both.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if is_recorded():
+                return self._recorded(x, tokens)
         per_image = 1
         for size in x.shape[1:-1]:
             per_image *= size
