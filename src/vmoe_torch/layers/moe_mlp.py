@@ -264,9 +264,11 @@ class MoeMlp(nn.Module):
             order = {"batch_priority": self.batch_priority, "priority": self.priority, "impl": impl}
             noise = {"noise_std": noise_std, "seed": None if seeds is None else seeds[0]}
             selected = {"num_selected_experts": self.num_selected_experts}
-            routing = self.router(
+            routed = self.router(
                 tokens, lambda x, weight: steps.route(x, local(weight), **selected, **groups, **order, **noise)
             )
+            # A hook may have put a plain tuple in its place.
+            routing = kernels.Routing(*routed)
             if self.choices is not None:
                 experts = self.choices(routing.experts)
                 gates = routing.gates.detach()
