@@ -23,7 +23,7 @@ def activate(name: str, pre: Tensor, hidden: Tensor) -> None:
     """Fills `hidden` (n, H) with the activation of `pre` (n, H)."""
     aten = torch.ops.aten
     if name == "gelu_tanh":
-        torch.mul(pre, pre, out=hidden)
+        aten.mul.out(pre, pre, out=hidden)
         hidden.mul_(_B).add_(_A).mul_(pre).sigmoid_().mul_(pre)
     elif name == "gelu":
         aten.gelu.out(pre, out=hidden)

@@ -203,25 +203,21 @@ def test_fvcore_counts_what_we_count(case):
     assert 2 * products == count_flops(model, IMAGES).total * len(IMAGES)
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("backend", ["pytorch", "aten"])
-@pytest.mark.parametrize("case", ["default", "as released", "images"])
-def test_ptflops_hooks_count_the_experts(backend, case, impl):
-    """A layer more is as many multiply-adds more as ours says."""
+# With the pytorch backend, ptflops adds the activations of the twins, as of any module.
+@pytest.mark.parametrize(("backend", "impl"), [("pytorch", "auto"), ("aten", "auto"), ("aten", "reference")])
+@pytest.mark.parametrize("case", CASES)
+def test_ptflops_hooks_count_a_layer(backend, case, impl):
     ptflops = pytest.importorskip("ptflops", reason="ptflops is not installed")
-
-    def count(**kwargs):
-        model = build(**CASES[case], impl=impl, **kwargs)
-        options = {"print_per_layer_stat": False, "verbose": False, "custom_modules_hooks": ptflops_hooks()}
-        found = ptflops.get_model_complexity_info(model, (1, 16, 16), backend=backend, as_strings=False, **options)
-        return found[0], sum(count_flops(model, images(1)).layers.values()) // 2
-
-    (with_experts, ours), (bare, none) = count(), count(moe_layers=())
-    layer = 2 * 17 * 16 * 32
-    dense = 2 * layer
-    assert none == 0
-    # Besides matrix products, it counts activations and additions.
-    assert with_experts - bare == pytest.approx(ours - dense, rel=0.05)
+    layer = build(**CASES[case], impl=impl).blocks[0].mlp
+    options = {"print_per_layer_stat": False, "verbose": False, "as_strings": False}
+    count, _ = ptflops.get_model_complexity_info(
+        layer, (17, 16), backend=backend, custom_modules_hooks=ptflops_hooks(), **options
+    )
+    counter = torch.utils.flop_counter.FlopCounterMode(display=False)
+    with counter:
+        layer(torch.randn(1, 17, 16))
+    # PyTorch's counter takes a multiply-add for two.
+    assert 2 * count == counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -256,6 +252,7 @@ def test_torchao_weight_only_experts():
     assert_close(torch.jit.trace(model, (IMAGES,))(IMAGES).detach(), got)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")
 @pytest.mark.parametrize("bits", [torch.qint8, torch.quint8])
 def test_quantised_tensors_are_read(bits):
     model = build(capacity_factor=4.0)
