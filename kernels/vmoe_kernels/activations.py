@@ -31,7 +31,7 @@ def activate(name: str, pre: Tensor, hidden: Tensor) -> None:
     if name == "gelu_tanh" and pre.dtype not in _WIDE:
         aten.gelu.out(pre, approximate="tanh", out=hidden)
     elif name == "gelu_tanh":
-        torch.mul(pre, pre, out=hidden)
+        aten.mul.out(pre, pre, out=hidden)
         hidden.mul_(_B).add_(_A).mul_(pre).sigmoid_().mul_(pre)
     elif name == "gelu":
         aten.gelu.out(pre, out=hidden)

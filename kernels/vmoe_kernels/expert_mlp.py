@@ -75,10 +75,11 @@ def largest_block(rows: int, hidden: int) -> int:
 
 def linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x @ weight^T + bias, into memory that is there already: fresh pages cost a CPU more than the activation."""
+    # aten's: counters that patch torch's functions would count the rows that happen to be filled.
     if bias is None:
-        torch.mm(x, weight.t(), out=out)
+        torch.ops.aten.mm.out(x, weight.t(), out=out)
     else:
-        torch.addmm(bias, x, weight.t(), out=out)
+        torch.ops.aten.addmm.out(bias, x, weight.t(), out=out)
 
 
 def dropout(values: Tensor, keep: Tensor, drop: float) -> None:

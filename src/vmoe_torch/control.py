@@ -144,14 +144,20 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             "dropped": 0-dim share of choices dropped,
             "unprocessed": 0-dim share of tokens whose choices were all dropped,
             "gates": (K,) mean gate of each choice rank,
-        }}; layers that have not run are left out. Expert-choice layers
-        drop nothing: they have no "dropped", "assigned" and "importance".
+        }}; layers that have not run are left out, also those whose last forward was recorded by a tracer. Expert-choice
+        layers drop nothing: they have no "dropped", "assigned" and "importance". After `torch.vmap`, of all samples.
+
+    Raises:
+        ValueError: if the last forward had no values: on the meta device or with fake tensors.
     """
     stats = {}
     for name, layer in moe_layers(model).items():
         record = layer.record
         if record.slots is None or record.slots.numel() == 0:
             continue
+        if not record.has_values():
+            kind = f"{type(record.slots).__name__} on {record.slots.device}"
+            raise ValueError(f"the last forward must have had values to give statistics, got a {kind} in {name}")
         kept = record.slots >= 0
         experts = record.experts
         if experts is None:

@@ -6,24 +6,26 @@ Over 400 lines: a module's settings, their checks and the paths that read them, 
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 import vmoe_kernels as kernels
-from vmoe_kernels.activations import check_activation
 from vmoe_kernels.checks import check_flag, check_integer, check_number, check_selected
+from vmoe_torch.layers import portable
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
 from vmoe_torch.layers.experts import ExpertLinear
 from vmoe_torch.layers.losses import cv_squared, gshard_from_means
 from vmoe_torch.layers.record import Record
-from vmoe_torch.layers.routers import Router, expert_choice
+from vmoe_torch.layers.recording import is_recorded, static_sizes
+from vmoe_torch.layers.routers import Router, expert_choice, logits
+from vmoe_torch.layers.settings import activation_name, group_images, one_of
 
 ROUTERS = ("top_experts", "expert_choice")
 AUXILIARY_MODES = ("injected", "manual")
 # The least number above 0.
 _TINY = math.ulp(0.0)
-GROUP_SIZES = {"batch": 0, "image": 1}
 
 
 class MoeMlp(nn.Module):
@@ -194,6 +196,10 @@ class MoeMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
+        # Two lines: of a condition with two parts, TorchScript would compile both.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if is_recorded():
+                return self._recorded(x, tokens)
         per_image = 1
         for size in x.shape[1:-1]:
             per_image *= size
@@ -219,49 +225,69 @@ class MoeMlp(nn.Module):
         return group, capacity, self.capacity(rest) if rest > 0 else capacity
 
     @torch.jit.unused
+    def _recorded(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The forward that tracers record; the number of images is fixed unless groups or the exporter free it."""
+        if self.training and torch.onnx.is_in_onnx_export():
+            raise ValueError("a MoeMlp must be in eval mode for ONNX, got one in training mode")
+        sizes = static_sizes(x)
+        per_image, num_tokens = math.prod(sizes[1:-1]), math.prod(sizes[:-1])
+        symbolic = isinstance(num_tokens, torch.SymInt)
+        top_experts = self.router_type == "top_experts"
+        if symbolic and self.group_size != 1 and not (self.group_size and top_experts):
+            raise ValueError(
+                "group_size must be 'image', or for top_experts a number of images, where the batch is dynamic, got "
+                f"{self.group_size or 'batch'!r}: vmoe_torch.set_routing changes it"
+            )
+        if symbolic and self.group_size > 1:
+            group = self.group_size * per_image
+            capacity = self.capacity(group)
+            last_capacity = portable.last_capacities(per_image, self.group_size, self.capacity)
+        else:
+            group, capacity, last_capacity = self._groups(num_tokens, per_image)
+            if self.group_size == 1 and top_experts and not self.training and self.choices is None:
+                last_capacity = None
+        y = self._routed(tokens, sizes[0], group, capacity, last_capacity)
+        return self.drop(y).reshape(x.shape[:-1] + (y.shape[-1],))
+
+    @torch.jit.unused
     def _routed(self, tokens: Tensor, images: int, group: int, capacity: int, last_capacity: int) -> Tensor:
         noise_std = self.noise_std if self.training else 0.0
         drop = self.expert_drop if self.training else 0.0
         seeds = None
         if noise_std > 0 or drop > 0:
             seeds = torch.randint(2**31 - 1, (2,), device=tokens.device)
-        router_weight = self.router.weight
-        weights = [self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias]
-        if self.exchange is not None:
-            router_weight = self.exchange.local(router_weight)
-            weights = [None if weight is None else self.exchange.local(weight) for weight in weights]
+        recorded = is_recorded()
+        impl = "reference" if recorded else self.impl
+        # Noise, losses and `choices` need the twins with all that they compute.
+        steps = portable if recorded and not self.training and self.choices is None else kernels
+        local = _itself if self.exchange is None else self.exchange.local
         if self.router_type == "expert_choice":
-            gates, slots = self._choose_tokens(tokens, router_weight, group, capacity, last_capacity, noise_std)
+            gates, slots = self._choose_tokens(tokens, local, group, capacity, last_capacity, noise_std)
         else:
-            routing = kernels.route(
-                tokens,
-                router_weight,
-                num_selected_experts=self.num_selected_experts,
-                capacity=capacity,
-                group_size=group,
-                last_capacity=last_capacity,
-                batch_priority=self.batch_priority,
-                priority=self.priority,
-                noise_std=noise_std,
-                seed=None if seeds is None else seeds[0],
-                impl=self.impl,
-            )
+            groups = {"capacity": capacity, "group_size": group, "last_capacity": last_capacity}
+            order = {"batch_priority": self.batch_priority, "priority": self.priority, "impl": impl}
+            noise = {"noise_std": noise_std, "seed": None if seeds is None else seeds[0]}
+            selected = {"num_selected_experts": self.num_selected_experts}
+            used: list[Tensor] = []
+
+            def route(x: Tensor, weight: Tensor) -> kernels.Routing:
+                used.append(local(weight))
+                return steps.route(x, used[0], **selected, **groups, **order, **noise)
+
+            routed = self.router(tokens, route)
+            # A hook may have put a plain tuple in its place.
+            routing = kernels.Routing(*routed)
             if self.choices is not None:
                 experts = self.choices(routing.experts)
-                slots = kernels.assign_slots(
-                    experts,
-                    routing.gates.detach(),
-                    num_experts=self.num_experts,
-                    capacity=capacity,
-                    group_size=group,
-                    last_capacity=last_capacity,
-                    batch_priority=self.batch_priority,
-                    priority=self.priority,
-                    impl=self.impl,
-                )
+                gates = routing.gates.detach()
+                slots = kernels.assign_slots(experts, gates, num_experts=self.num_experts, **groups, **order)
                 routing = routing._replace(experts=experts, slots=slots)
             slots = routing.slots
-            gates = self._remember(routing, router_weight, images, group)
+            gates = routing.gates
+            if steps is kernels:
+                gates = self._remember(routing, used[0] if used else None, images, group)
+            else:
+                self.record.clear()
             if self.renormalize_gates:
                 if self.training and self.num_selected_experts == 1 and gates.requires_grad:
                     raise ValueError(
@@ -269,53 +295,79 @@ class MoeMlp(nn.Module):
                         "is 1, and the router learns nothing from the task"
                     )
                 gates = gates / gates.sum(-1, keepdim=True)
-        rows = kernels.rows_per_expert(tokens.shape[0], group, capacity, last_capacity)
+        num_tokens = static_sizes(tokens)[0] if isinstance(last_capacity, int) else tokens.shape[0]
+        rows = steps.rows_per_expert(num_tokens, group, capacity, last_capacity)
+        options = {"activation": self.activation, "drop": drop, "impl": impl}
+
+        def run(tokens: Tensor, *weights: Tensor | None) -> Tensor:
+            return self._run_experts(steps, tokens, slots, gates, weights, rows, seeds, options)
+
+        return self._through_experts(tokens, run)
+
+    def _through_experts(self, tokens: Tensor, run: Callable) -> Tensor:
+        """Calls `run` with the tokens and the parameters, from inside the calls of the modules that own these."""
+        if torch.compiler.is_exporting() or is_recorded():
+            # A graph holds the parameters anyway, and its modules must not call their siblings.
+            return run(tokens, *self.fc1(tokens, _parameters), *self.fc2(tokens, _parameters))
+        return self.fc1(tokens, lambda x, *fc1: self.fc2(x, lambda x, *fc2: run(x, *fc1, *fc2)))
+
+    def _run_experts(
+        self,
+        steps,
+        tokens: Tensor,
+        slots: Tensor,
+        gates: Tensor,
+        weights: tuple[Tensor | None, ...],
+        rows: int,
+        seeds: Tensor | None,
+        options: dict,
+    ) -> Tensor:
+        """Dispatch, experts and combine, with `steps` from vmoe_kernels or `portable`."""
         seed = None if seeds is None else seeds[1]
+        if self.exchange is not None:
+            weights = [None if weight is None else self.exchange.local(weight) for weight in weights]
         if tokens.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(tokens.device.type):
             dtype = torch.get_autocast_dtype(tokens.device.type)
             tokens = tokens.to(dtype)
             weights = [None if weight is None else weight.to(dtype) for weight in weights]
-        options = {"activation": self.activation, "drop": drop, "seed": seed, "impl": self.impl}
         if self.exchange is None and self.dispatch_dtype is None:
-            return kernels.moe_mlp(tokens, slots, gates, *weights, rows_per_expert=rows, **options)
+            return steps.moe_mlp(tokens, slots, gates, *weights, rows_per_expert=rows, seed=seed, **options)
 
         wire = self.dispatch_dtype or tokens.dtype
         sent = tokens.to(wire)
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or is_recorded():
             # The rounded values: not every runtime can move bfloat16.
             sent = sent.to(tokens.dtype)
-        buffer = kernels.dispatch(sent, slots, self.num_experts * rows, impl=self.impl)
+        buffer = steps.dispatch(sent, slots, self.num_experts * rows, impl=options["impl"])
         buffer = buffer.view(self.num_experts, rows, tokens.shape[1])
 
         part = itertools.count()
 
         def experts(rows: Tensor) -> Tensor:
-            if drop > 0:
-                # An exchange may bring the rows in parts: each has a mask of its own, from E keys of its own.
-                options["seed"] = seed + next(part) * self.num_experts
-            return kernels.expert_mlp(rows.to(tokens.dtype), *weights, **options).to(wire)
+            # An exchange may bring the rows in parts: each has a mask of its own, from E keys of its own.
+            own = None if seed is None else seed + next(part) * self.num_experts
+            return steps.expert_mlp(rows.to(tokens.dtype), *weights, seed=own, **options).to(wire)
 
         out = experts(buffer) if self.exchange is None else self.exchange.run(buffer, experts)
         out = out.to(tokens.dtype).flatten(0, 1)
-        return kernels.combine(out, slots, gates, impl=self.impl)
+        return steps.combine(out, slots, gates, impl=options["impl"])
 
     def _choose_tokens(
-        self, tokens: Tensor, router_weight: Tensor, group: int, capacity: int, last_capacity: int, noise_std: float
+        self, tokens: Tensor, local: Callable, group: int, capacity: int, last_capacity: int, noise_std: float
     ) -> tuple[Tensor, Tensor]:
         """Expert choice: gates and slots (T, E), one choice per expert; balanced, so no auxiliary loss."""
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        with torch.autocast(tokens.device.type, enabled=False):
-            logits = tokens.to(dtype) @ router_weight.to(dtype).t()
+        scores = self.router(tokens, lambda x, weight: logits(x, local(weight)))
         if noise_std > 0:
-            logits = logits + torch.randn_like(logits) * (noise_std / self.num_experts)
-        gates = logits.softmax(-1)
+            scores = scores + torch.randn_like(scores) * (noise_std / self.num_experts)
+        gates = scores.softmax(-1)
         slots = expert_choice(gates, group, capacity, last_capacity)
         self.record.clear()
-        if not torch.compiler.is_exporting():
+        if not torch.compiler.is_exporting() and not is_recorded():
             self.record.gates, self.record.slots = gates.detach(), slots
+            self.record.leave_transforms()
         return gates, slots
 
-    def _remember(self, routing: kernels.Routing, router_weight: Tensor, images: int, group: int) -> Tensor:
+    def _remember(self, routing: kernels.Routing, router_weight: Tensor | None, images: int, group: int) -> Tensor:
         """Records the routing, and sees to the auxiliary loss; returns the gates to use."""
         gates = routing.gates
         loss = None
@@ -335,6 +387,7 @@ class MoeMlp(nn.Module):
             record.importance, record.load = routing.importance.detach(), routing.load.detach()
             record.mean_gates, record.top1_share = routing.mean_gates.detach(), routing.top1_share.detach()
             record.loss, record.group_tokens, record.images = loss, group, images
+            record.leave_transforms()
         return gates
 
     def auxiliary_loss(self, importance: Tensor, load: Tensor, mean_gates: Tensor, top1_share: Tensor) -> Tensor:
@@ -402,30 +455,11 @@ class MoeMlp(nn.Module):
         )
 
 
-def one_of(name: str, value, choices: tuple) -> None:
-    """The value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+def _itself(weight: Tensor) -> Tensor:
+    """What stands for the exchange's local part where there is none."""
+    return weight
 
 
-def group_images(group_size) -> int:
-    """Images per group: a positive int, "image" (1) or "batch" (0)."""
-    if isinstance(group_size, str):
-        one_of("group_size", group_size, tuple(GROUP_SIZES))
-        return GROUP_SIZES[group_size]
-    return check_integer("group_size", group_size, 1, "'batch', 'image' or at least 1 image")
-
-
-def activation_name(act_layer) -> str:
-    """The kernels' name of an activation given as a name, a class or a partial of one."""
-    name = act_layer
-    if not isinstance(name, str):
-        name = getattr(act_layer, "func", act_layer).__name__
-        if name == "GELU" and getattr(act_layer, "keywords", {}).get("approximate") == "tanh":
-            name = "gelu_tanh"
-    name = {"gelutanh": "gelu_tanh"}.get(name.lower(), name.lower())
-    try:
-        check_activation(name)
-    except ValueError as error:
-        raise ValueError(f"act_layer of the experts: {error}") from None
-    return name
+def _parameters(_, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What a linear layer's call hands out where the parameters are wanted."""
+    return weight, bias
