@@ -2,6 +2,7 @@
 
 from vmoe_torch import models
 from vmoe_torch.control import auxiliary_loss, moe_layers, routing, routing_stats, set_routing
+from vmoe_torch.hub import push_to_hf_hub, save_for_hf
 from vmoe_torch.models.vmoe import VMoE
 
 __version__ = "0.1.0.dev0"
@@ -11,8 +12,10 @@ __all__ = [
     "auxiliary_loss",
     "models",
     "moe_layers",
+    "push_to_hf_hub",
     "routing",
     "routing_stats",
+    "save_for_hf",
     "set_budget",
     "set_routing",
     "upcycle",

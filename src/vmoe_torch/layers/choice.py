@@ -4,10 +4,11 @@ It is kept in the metadata of a state dict, beside the versions that PyTorch kee
 state dict copied into a plain dict has none, and then a load leaves the routing as it is.
 """
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 # What may change after a layer was made.
 ROUTING = (
@@ -18,8 +19,11 @@ ROUTING = (
     "priority",
     "group_size",
 )
-# In the metadata of a layer.
-KEY = "vmoe_routing"
+# In the metadata of a layer, and of a model; the latter is from `models.description`.
+ROUTING_KEY = "vmoe_routing"
+MODEL_KEY = "vmoe_model"
+# In the header of a safetensors file: JSON of both.
+FILE_KEY = "vmoe_torch_metadata"
 
 
 class TravellingRouting(nn.Module):
@@ -76,7 +80,7 @@ class TravellingRouting(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
-            metadata[KEY] = self.chosen_routing()
+            metadata[ROUTING_KEY] = self.chosen_routing()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -84,7 +88,7 @@ class TravellingRouting(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        brought = local_metadata.get(KEY)
+        brought = local_metadata.get(ROUTING_KEY)
         # Routing comes with the weights of its layer.
         if brought is None or not any(name.startswith(prefix) for name in state_dict):
             return
@@ -102,3 +106,53 @@ class TravellingRouting(nn.Module):
 
 def _without(values: dict[str, Any] | None, names: Iterable[str]) -> dict[str, Any] | None:
     return None if values is None else {name: value for name, value in values.items() if name not in set(names)}
+
+
+def metadata_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """What a state dict says of the model, in plain values for JSON: {module: {key: value}}; empty if it says nothing.
+
+    Args:
+        state: of a model, or of a wrapper that has one as its "module" or such.
+    """
+    kept = {}
+    for module, values in (getattr(state, "_metadata", None) or {}).items():
+        own = {key: values[key] for key in (ROUTING_KEY, MODEL_KEY) if key in values}
+        if own:
+            kept[module] = own
+    return kept
+
+
+def with_metadata(state: Mapping[str, Tensor], metadata: Mapping[str, dict[str, Any]]) -> "OrderedDict[str, Tensor]":
+    """A copy of a state dict that says this of the model."""
+    copy = OrderedDict(state)
+    copy._metadata = OrderedDict((module, dict(values)) for module, values in metadata.items())
+    return copy
+
+
+def restore_routing(model: nn.Module, metadata: Mapping[str, dict[str, Any]], source: str) -> list[tuple]:
+    """Sets the routing that was chosen when a state dict was made: for loads that do not keep its metadata.
+
+    Args:
+        model: with the layers of that one; nothing in it changes on an error.
+        metadata: as `metadata_of` found it.
+        source: where it comes from, for errors.
+
+    Returns:
+        [(layer, what puts its routing back)].
+
+    Raises:
+        ValueError: if a layer is not there or cannot be set so.
+    """
+    chosen = {module: values[ROUTING_KEY] for module, values in metadata.items() if values.get(ROUTING_KEY)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TravellingRouting)}
+    if missing := sorted(chosen.keys() - layers.keys()):
+        raise ValueError(f"{source} must fit the model: it has a routing for {', '.join(missing)}, which is not there")
+    before = [(layer, layer.routing_state()) for layer in layers.values()]
+    try:
+        for name, changes in chosen.items():
+            layers[name].choose_routing(changes)
+    except (TypeError, ValueError) as error:
+        for layer, state in before:
+            layer.restore_routing(state)
+        raise ValueError(f"{source} must fit the model: {error}") from None
+    return before

@@ -8,13 +8,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vmoe_torch.layers import MoeMlp
-from vmoe_torch.layers.choice import ROUTING
+from vmoe_torch.layers.choice import MODEL_KEY, ROUTING, metadata_of
 
-# In the metadata of a model's state dict.
-KEY = "vmoe_model"
 # Of timm's factories, not of the model.
 _FACTORY = ("device", "dtype", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir")
 _FACTORY += ("features_only", "feature_cls", "out_indices", "pruned", "scriptable", "exportable", "no_jit")
@@ -80,3 +78,8 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
         return json.loads(json.dumps(found))
     except (TypeError, ValueError):
         return None
+
+
+def description_of(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """What `describe` found when this state dict was made, if it says it."""
+    return metadata_of(state).get("", {}).get(MODEL_KEY)

@@ -23,7 +23,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from vmoe_torch.layers import ExpertLinear, MoeMlp
-from vmoe_torch.layers.choice import ROUTING
+from vmoe_torch.layers.choice import MODEL_KEY, ROUTING
 from vmoe_torch.models import description
 from vmoe_torch.models.position import sincos2d
 from vmoe_torch.models.weights import checkpoint_filter_fn, load_original_npz
@@ -260,7 +260,7 @@ class VMoE(vit.VisionTransformer):
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         found = None if metadata is None else description.describe(self)
         if found is not None:
-            metadata[description.KEY] = found
+            metadata[MODEL_KEY] = found
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -269,11 +269,14 @@ class VMoE(vit.VisionTransformer):
 
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
-        """Loads the original's weights (timm's `custom_load`), adapting resolution, channels and head.
+        """Loads the original's weights (timm's `custom_load`) or any others, adapting resolution, channels and head.
+
+        The routing that was chosen for the weights comes with them, where the file says it.
 
         Args:
-            checkpoint_path: an .npz with the original's names, a converted .safetensors, or what the names of a
-                checkpoint's PREFIX.index and data files begin with; the latter may be a URL.
+            checkpoint_path: an .npz with the original's names, what the names of a checkpoint's PREFIX.index and data
+                files begin with (it may be a URL), a .safetensors file, or any other file or run folder that
+                `vmoe_torch.checkpoints.read_weights` reads.
             prefix: what the names of the wanted arrays in an .npz begin with.
 
         Raises:
