@@ -115,7 +115,7 @@ def card_of(model: nn.Module, name: str) -> dict[str, Any]:
 def _routing_text(routing: dict[str, Any]) -> str:
     order = f"BPR by {routing['priority']} gate" if routing["batch_priority"] else "position order"
     return (
-        f"{routing['num_selected_experts']} experts per token, capacity factor {routing['eval_capacity_factor']:g}, "
+        f"K={routing['num_selected_experts']}, capacity factor {routing['eval_capacity_factor']:g}, "
         f"{order}, groups of {routing['group_size']}"
     )
 
