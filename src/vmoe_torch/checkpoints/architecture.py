@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
 from vmoe_torch.checkpoints.convert import Origin, read_converted, read_state, weights_of
@@ -128,7 +129,7 @@ def shape_arguments(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def is_ours(name: str) -> bool:
     """Whether a timm model's name is of this package."""
-    return any(timm.is_model_in_modules(name.partition(".")[0], [module]) for module in MODULES)
+    return any(is_model_in_modules(name.partition(".")[0], [module]) for module in MODULES)
 
 
 def identified(state: Mapping[str, Tensor], source: str) -> str:

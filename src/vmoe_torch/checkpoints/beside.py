@@ -87,15 +87,17 @@ def timm_run(path: Path, checkpoint: Mapping[str, Any] | None = None) -> TimmRun
     Raises:
         ValueError: if args.yaml cannot be read.
     """
+    arch = None
     if checkpoint is not None:
         args = checkpoint.get("args")
         args = dict(args) if isinstance(args, Mapping) else dict(getattr(args, "__dict__", {}))
-        name = args.get("model", checkpoint.get("arch"))
-        if isinstance(name, str) and (args or timm.is_model(name)) and "state_dict" in checkpoint:
-            return TimmRun(name, args)
+        if isinstance(args.get("model"), str):
+            return TimmRun(args["model"], args)
+        arch = checkpoint.get("arch")
     beside = path.with_name("args.yaml")
     if not beside.is_file():
-        return None
+        # A script that has no arguments to save has timm write the class's name there.
+        return TimmRun(arch, {}) if isinstance(arch, str) and timm.is_model(arch) else None
     try:
         args = yaml.safe_load(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

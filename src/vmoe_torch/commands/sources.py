@@ -19,9 +19,10 @@ from vmoe_torch.control import moe_layers
 from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards
 from vmoe_torch.data.named import NUMBERED, STREAMS, class_names_of
 from vmoe_torch.data.shards import WDS
+from vmoe_torch.models.description import description_of
 from vmoe_torch.train import Config, build_transforms
 from vmoe_torch.train.build import image_mode
-from vmoe_torch.train.checkpoint import model_of
+from vmoe_torch.train.checkpoint import FORMAT, model_of, write_atomically
 
 # Folders that hold a split for evaluation, the first one there counts.
 SPLITS = ("val", "validation", "test")
@@ -112,6 +113,25 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
             cfg |= {key: (sum(cfg[key]) / len(cfg[key]),) for key in ("mean", "std")}
         transform, mode = create_transform(**cfg), "L" if channels == 1 else "RGB"
     return Source(model.to(device).eval(), transform, mode, class_names, config, about)
+
+
+def save_source(source: Source, path: str | Path) -> None:
+    """Writes a model as it is set now, to be opened by `open_model`: a checkpoint of `vmoe train` where it is of a run,
+    else a state dict, which says what it is of.
+
+    Raises:
+        OSError: if it cannot be written.
+        ValueError: if nothing would say what the model is.
+    """
+    weights = source.model.state_dict()
+    if source.config is None:
+        if description_of(weights) is None:
+            kind = type(source.model).__name__
+            raise ValueError(f"the model to save must be of a run or made by a timm name of this package, got {kind}")
+        write_atomically(Path(path), weights)
+        return
+    run = {"format": FORMAT, "config": source.config.to_dict(), "class_names": list(source.class_names)}
+    write_atomically(Path(path), {**run, "model": weights, "ema": None})
 
 
 def described_routing(model: nn.Module) -> str:

@@ -44,10 +44,8 @@ def choose_per_layer(model: nn.Module, arguments: Mapping[str, Mapping[str, Any]
 
 
 def constructor_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the arguments of a timm factory makes the model: as for timm, rates of dropout are those of a training."""
-    return {
-        name: value for name, value in kwargs.items() if name not in _FACTORY and not name.endswith("drop_rate")
-    }
+    """What of the arguments of a timm factory makes the model: for timm, too, rates of dropout are a training's."""
+    return {name: value for name, value in kwargs.items() if name not in _FACTORY and not name.endswith("drop_rate")}
 
 
 def model_arguments(model: nn.Module) -> dict[str, Any]:
