@@ -234,6 +234,19 @@ def test_positions_keep_their_grid(tmp_path):
     assert open_model(tmp_path / "ckpt").model.patch_embed.grid_size == (1, 4)
 
 
+def test_a_state_dict_of_another_grid_is_not_copied():
+    wide, square = made(img_size=(16, 64)), made(seed=1)
+    with pytest.raises(RuntimeError, match=r"pos_embed must be of a grid of \(2, 2\), got one of \(1, 4\)"):
+        square.load_state_dict(wide.state_dict())
+    made(img_size=(16, 64), seed=1).load_state_dict(wide.state_dict())
+
+
+def test_a_moving_average_of_torchs_is_a_model(tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(made())
+    torch.save(average.state_dict(), tmp_path / "x.pt")
+    same(made(), open_model(tmp_path / "x.pt"))
+
+
 def test_timms_folder_keeps_the_grid(tmp_path):
     wide = made(img_size=(16, 64))
     vmoe_torch.save_for_hf(wide, tmp_path)
@@ -287,3 +300,18 @@ def test_a_budget_travels_through_the_commands(run_folder, image_folder, tmp_pat
     image = next(image_folder.glob("val/*/*.png"))
     assert main(["predict", str(image), "--checkpoint", model]) == 0
     assert "routing chosen for these weights" in capsys.readouterr().err
+
+
+def test_convert_takes_what_is_a_model(tmp_path):
+    model = made()
+    vmoe_torch.set_routing(model, layers=["blocks.5.mlp"], num_selected_experts=2)
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    for source, target in (
+        ("x.pt", "a.safetensors"),
+        ("x.pt", "ckpt"),
+        ("a.safetensors", "again"),
+        ("again", "b.safetensors"),
+    ):
+        assert main(["convert", str(tmp_path / source), str(tmp_path / target)]) == 0
+        same(model, open_model(tmp_path / target))
+    assert main(["convert", str(tmp_path / "x.pt"), str(tmp_path / "c.safetensors"), "--train-state"]) == 2

@@ -220,6 +220,12 @@ def export_original(
     else:
         state, origin = read_converted(source)
         metadata = metadata_of(state)
+    described = metadata.get("", {}).get(MODEL_KEY, {})
+    if origin is None and "num_heads" in described:
+        origin = Origin(described["num_heads"])
+        # Fixed positions are computed, in the original too.
+        if described["model_args"].get("pos_embed") == "sincos2d":
+            state.pop("pos_embed", None)
     if origin is None and num_heads is None:
         raise ValueError("num_heads must be given for weights that do not say it, got None")
     origin = origin or Origin(num_heads)

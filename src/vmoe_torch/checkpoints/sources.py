@@ -276,7 +276,8 @@ def _is_state(value: Any) -> bool:
 def cleaned(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A state dict without what wraps the model: DDP, torch.compile, a trainer."""
     metadata = metadata_of(state)
-    state = weights_of(state) | {name: value for name, value in state.items() if name.startswith("original/")}
+    # torch's own AveragedModel counts.
+    state = {name: value for name, value in state.items() if name != "n_averaged"}
     while state:
         wrapper = next(iter(state)).partition(".")[0]
         if wrapper not in _WRAPPERS or not all(name.startswith(f"{wrapper}.") for name in state):

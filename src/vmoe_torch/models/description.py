@@ -66,13 +66,14 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
     Returns:
         {"architecture": name of a timm model, "model_args": for `timm.create_model`, "grid": [rows, columns] of
-        patches}; None for a model that was not made by timm, or with arguments that are not plain values.
+        patches, "num_heads": of attention}; None for a model that was not made by timm, or with arguments that are not
+        plain values.
     """
     cfg = getattr(model, "pretrained_cfg", None)
     if not cfg or not cfg.get("architecture") or model.made_with is None:
         return None
     found = {"architecture": cfg["architecture"], "model_args": model_arguments(model)}
-    found["grid"] = model.patch_embed.grid_size
+    found |= {"grid": model.patch_embed.grid_size, "num_heads": model.blocks[0].attn.num_heads}
     try:
         # Tuples become lists, and nothing but plain values is left.
         return json.loads(json.dumps(found))

@@ -262,6 +262,14 @@ class VMoE(vit.VisionTransformer):
         if found is not None:
             metadata[MODEL_KEY] = found
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        described = local_metadata.get(MODEL_KEY)
+        own, given = tuple(self.patch_embed.grid_size), described and tuple(described["grid"])
+        if f"{prefix}pos_embed" in state_dict and given not in (None, own) and math.prod(given) == math.prod(own):
+            # As many positions, yet of other places: load_pretrained resizes them.
+            args[-1].append(f"{prefix}pos_embed must be of a grid of {own}, got one of {given}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """timm's set, and the experts' biases, which are 2-D."""
