@@ -29,6 +29,8 @@ def set_routing(
 ) -> None:
     """Changes the routing of every MoE layer, or of some, for good; what is not given stays.
 
+    What was chosen so goes where the model's weights go: into state dicts, checkpoints and folders for the Hub.
+
     Args:
         model: any module with MoE layers.
         layers: names of the layers to change, as `moe_layers` has them; None is all.

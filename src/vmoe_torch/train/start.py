@@ -1,7 +1,8 @@
 """Weights that a run begins with, adapted to its model as fine-tuning wants it."""
 
 import timm
-from timm.layers import resample_abs_pos_embed
+import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
@@ -72,10 +73,13 @@ def _read(source: str) -> Weights:
 def _on_the_models_grid(
     state: dict[str, Tensor], model: VisionTransformer, grid: tuple[int, int] | None
 ) -> dict[str, Tensor]:
-    """Positions of a known grid as timm resizes them: it would read their number as a square."""
+    """Positions of a known grid, resized as timm does, which reads their number as a square; older ones copy equal
+    numbers."""
     position = state.get("pos_embed")
     if grid is None or position is None or tuple(grid) == tuple(model.patch_embed.grid_size):
         return state
     before = position.shape[1] - grid[0] * grid[1]
-    resized = resample_abs_pos_embed(position, model.patch_embed.grid_size, grid, before)
-    return {**state, "pos_embed": resized}
+    image = position[:, before:].float().unflatten(1, grid).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=tuple(model.patch_embed.grid_size), mode="bicubic", antialias=True)
+    patches = image.permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)
+    return {**state, "pos_embed": torch.cat([position[:, :before], patches], 1)}
