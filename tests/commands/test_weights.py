@@ -228,6 +228,10 @@ def test_positions_keep_their_grid(tmp_path):
             want = zoom_position(wide.pos_embed, model.pos_embed, model.patch_embed.grid_size, 1, (1, 4))
             load_start(model, str(tmp_path / name))
             assert torch.equal(model.pos_embed, want), (name, size)
+    # By hand, corners on corners: both rows are the first and the last column of the one row.
+    square = made(seed=1)
+    load_start(square, str(tmp_path / "run.pt"))
+    assert torch.equal(square.pos_embed[0, 1:], wide.pos_embed[0, [1, 4, 1, 4]])
     same_grid = made(img_size=(16, 64), seed=1)
     load_original(tmp_path / "ckpt", same_grid)
     assert torch.equal(same_grid.pos_embed, wide.pos_embed)
