@@ -86,12 +86,13 @@ class Weights:
         return None if size is None else grid_of(size, self.state)
 
 
-def read_weights(source: str | os.PathLike, *, average: bool = True) -> Weights:
+def read_weights(source: str | os.PathLike, *, average: bool = True, progress: bool = False) -> Weights:
     """Reads the weights that a name means.
 
     Args:
         source: see the table above.
         average: whether to take the moving average, where there is one.
+        progress: whether to show a bar, for a checkpoint of the original.
 
     Raises:
         ValueError: if there is none, or it cannot be read; CheckpointError is one.
@@ -104,7 +105,7 @@ def read_weights(source: str | os.PathLike, *, average: bool = True) -> Weights:
     if text.startswith("hf-hub:"):
         return Weights(text, _from_hub(text))
     if is_remote(text) or Path(f"{text}.index").is_file():
-        state, origin = read_state(text)
+        state, origin = read_state(text, progress=progress)
         return Weights(text, state, origin)
     path = Path(text)
     if path.is_dir():
@@ -114,7 +115,7 @@ def read_weights(source: str | os.PathLike, *, average: bool = True) -> Weights:
     return _read_file(path, average)
 
 
-def load_original(prefix: str | os.PathLike, model: nn.Module) -> None:
+def load_original(prefix: str | os.PathLike, model: nn.Module, *, progress: bool = False) -> None:
     """Loads a checkpoint of the original, or any other weights, into a model.
 
     Resolution, patch size, channels and number of classes are adapted, as `models.weights.load_adapted` says. The
@@ -124,12 +125,13 @@ def load_original(prefix: str | os.PathLike, model: nn.Module) -> None:
         prefix: what the names of the original's files begin with (a local path or a URL), a .safetensors file, or what
             else `read_weights` reads.
         model: a VMoE or VMoEEnsemble; nothing in it changes on an error.
+        progress: whether to show a bar.
 
     Raises:
         CheckpointError: if a file of the original is damaged or missing.
         ValueError: if it cannot be read, or a parameter does not fit the model.
     """
-    weights = read_weights(prefix)
+    weights = read_weights(prefix, progress=progress)
     size = 1 if weights.origin is None else weights.origin.ensemble_size
     # Files without the members' dim may be an ensemble's too, as those that fine-tuning begins from.
     if size not in (1, model.ensemble_size):
