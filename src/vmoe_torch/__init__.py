@@ -2,6 +2,7 @@
 
 from vmoe_torch import models
 from vmoe_torch.control import auxiliary_loss, moe_layers, routing, routing_stats, set_routing
+from vmoe_torch.hub import push_to_hf_hub, save_for_hf
 from vmoe_torch.layers.loss_scale import follow_loss_scale
 from vmoe_torch.layers.unfollowed import AuxiliaryLossWarning
 from vmoe_torch.models.vmoe import VMoE
@@ -15,8 +16,10 @@ __all__ = [
     "follow_loss_scale",
     "models",
     "moe_layers",
+    "push_to_hf_hub",
     "routing",
     "routing_stats",
+    "save_for_hf",
     "set_budget",
     "set_routing",
     "upcycle",

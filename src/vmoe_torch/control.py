@@ -8,14 +8,6 @@ from torch import Tensor, nn
 
 from vmoe_torch.layers.moe_mlp import MoeMlp
 
-_ROUTING = (
-    "num_selected_experts",
-    "capacity_factor",
-    "eval_capacity_factor",
-    "batch_priority",
-    "priority",
-    "group_size",
-)
 _UNSET = object()
 
 
@@ -36,6 +28,8 @@ def set_routing(
     group_size: int | str = _UNSET,
 ) -> None:
     """Changes the routing of every MoE layer, or of some, for good; what is not given stays.
+
+    What was chosen so goes where the model's weights go: into state dicts, checkpoints and folders for the Hub.
 
     Args:
         model: any module with MoE layers.
@@ -71,13 +65,13 @@ def set_routing(
     unknown = [name for name in names if name not in found]
     if unknown:
         raise ValueError(f"layers must be among {', '.join(found)}, got {', '.join(unknown)}")
-    before = [(found[name], _routing_of(found[name])) for name in names]
+    before = [(found[name], found[name].routing_state()) for name in names]
     try:
-        for layer, current in before:
-            layer.set_routing(**{**current, **given})
+        for layer, _ in before:
+            layer.choose_routing(given)
     except ValueError:
-        for layer, current in before:
-            layer.set_routing(**current)
+        for layer, state in before:
+            layer.restore_routing(state)
         raise
 
 
@@ -87,19 +81,13 @@ def routing(model: nn.Module, **changes) -> Iterator[nn.Module]:
 
     Whatever sets the routing inside the block is undone too, so without changes it guards `set_budget` and the like.
     """
-    before = [(layer, _routing_of(layer)) for layer in moe_layers(model).values()]
+    before = [(layer, layer.routing_state()) for layer in moe_layers(model).values()]
     set_routing(model, **changes)
     try:
         yield model
     finally:
-        for layer, current in before:
-            layer.set_routing(**current)
-
-
-def _routing_of(layer: MoeMlp) -> dict:
-    current = {name: getattr(layer, name) for name in _ROUTING}
-    current["group_size"] = current["group_size"] or "batch"
-    return current
+        for layer, state in before:
+            layer.restore_routing(state)
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:

@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 
 from vmoe_torch.budget import set_budget
 from vmoe_torch.commands.options import progress, writable
-from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model
+from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model, save_source
 from vmoe_torch.data import evaluation_loader
 
 
@@ -19,7 +19,7 @@ def add(commands) -> None:
         "budget",
         help="make a model cheaper without training",
         description="Chooses K and capacity of each MoE layer for a budget, on images that the model may have seen.",
-        epilog="example: vmoe budget runs/mine --data IMAGES --flops 0.8 --out budget.json",
+        epilog="example: vmoe budget runs/mine --data IMAGES --flops 0.8 --out budget.json --save cheap.pt",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
@@ -33,6 +33,7 @@ def add(commands) -> None:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--out", metavar="FILE", help="write what was chosen and tried as JSON")
+    parser.add_argument("--save", metavar="FILE.pt", help="write the model, set so, as a MODEL of every command")
     parser.set_defaults(run=run)
 
 
@@ -42,6 +43,9 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     writable(options.out)
+    writable(options.save, "--save")
+    if options.save is not None and not options.save.endswith(".pt"):
+        raise ValueError(f"--save must end in .pt, got {options.save}")
     source = open_model(options.model, options.device)
     images = open_images(source, options.data, options.split, own_labels=options.no_labels)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))
@@ -59,4 +63,7 @@ def run(options: argparse.Namespace) -> int:
     print(budget)
     if options.out is not None:
         Path(options.out).write_text(json.dumps(budget.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if options.save is not None:
+        save_source(source, options.save)
+        print(f"{options.save}: the model with this routing")
     return 0

@@ -1,5 +1,6 @@
 """What a user names on the command line, opened: a trained model, and images with labels to use it on."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +13,23 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vmoe_torch.checkpoints.architecture import is_original, open_original
+from vmoe_torch.checkpoints.architecture import open_weights
+from vmoe_torch.checkpoints.sources import Weights, is_weights, read_weights
+from vmoe_torch.control import moe_layers
 from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards
 from vmoe_torch.data.named import NUMBERED, STREAMS, class_names_of
 from vmoe_torch.data.shards import WDS
-from vmoe_torch.train import Config, build_transforms, load_model
+from vmoe_torch.models.description import description_of
+from vmoe_torch.train import Config, build_transforms
 from vmoe_torch.train.build import image_mode
+from vmoe_torch.train.checkpoint import FORMAT, model_of, write_atomically
 
 # Folders that hold a split for evaluation, the first one there counts.
 SPLITS = ("val", "validation", "test")
 MODEL_HELP = (
-    "run folder or checkpoint file of vmoe train, .safetensors file of vmoe convert, PREFIX of a checkpoint of the "
-    "original, or name of a timm model with pretrained weights"
+    "run folder or checkpoint file of vmoe train or of timm's train.py, folder of timm's save_for_hf, file with a "
+    "state dict (NAME=FILE where nothing else tells the timm model), PREFIX of a checkpoint of the original, or name "
+    "of a timm model with pretrained weights"
 )
 DATA_HELP = (
     "folder of class folders (or one of such splits), folder of Fashion-MNIST's IDX files, fashion_mnist for the "
@@ -41,6 +47,7 @@ class Source:
         mode: PIL mode of the images that it takes, "RGB" or "L".
         class_names: by label, where they are known; those of ImageNet are WordNet's numbers ("n01440764").
         config: of the run that trained it, for a model of `vmoe train`.
+        about: in a few words, which weights were taken and what told the model.
     """
 
     model: nn.Module
@@ -48,16 +55,18 @@ class Source:
     mode: str
     class_names: tuple[str, ...] | None
     config: Config | None
+    about: str = ""
 
 
-def open_model(name: str | Path, device: str | torch.device = "cpu") -> Source:
-    """Opens a trained model.
+def open_model(name: str | Path, device: str | torch.device = "cpu", *, average: bool = True) -> Source:
+    """Opens a trained model, with the routing that was chosen for it where its file says it.
 
     Args:
-        name: a run folder (its best checkpoint) or checkpoint file of `vmoe train`; a .safetensors file of
-            `vmoe convert` or the prefix of a checkpoint of the original, with the routing that `VMoE` has by default;
-            or a timm model's name, with or without tag, that has pretrained weights.
+        name: what `vmoe_torch.checkpoints.read_weights` reads, as a run folder (its best checkpoint) or checkpoint file
+            of `vmoe train` or of timm's train.py, or the prefix of a checkpoint of the original, which has the routing
+            that `VMoE` has by default; or a timm model's name, with or without tag, that has pretrained weights.
         device: where to put the model.
+        average: whether to take the moving average of the weights, where there is one.
 
     Raises:
         ValueError: if it is none of these, cannot be read or fetched, or there is no such device.
@@ -66,23 +75,35 @@ def open_model(name: str | Path, device: str | torch.device = "cpu") -> Source:
         raise ValueError(f"device must be cpu on a machine without CUDA, got {device}")
     text = str(name)
     config = class_names = None
-    if is_original(text):
-        model = open_original(text)
-    elif Path(text).exists() or text.endswith(".pt"):
-        model, config, class_names = load_model(text, device)
+    data, about = {}, text
+    if is_weights(text) or not timm.is_model(text):
+        weights = _read(text, average)
+        if weights.run is not None:
+            model, config, class_names = model_of(weights.run, average)
+            told = "vmoe train's configuration"
+        else:
+            model, told = open_weights(weights)
+            class_names = None if weights.hub is None else weights.hub.class_names
+            data = {} if weights.timm is None else weights.timm.args
+        about = f"{weights.source}: {told}{', moving average of the weights' if weights.average else ''}"
     else:
         model = _pretrained(text)
         subset = infer_imagenet_subset(model)
         if subset is not None:
             info = ImageNetInfo(subset)
             class_names = tuple(info.index_to_label_name(label) for label in range(info.num_classes()))
+    if chosen := described_routing(model):
+        about += f"\nrouting chosen for these weights: {chosen}"
+    # A run's own configuration is what its user knows already.
+    if chosen or (config is None and about != text):
+        print(about, file=sys.stderr)
     if hasattr(model, "ensemble_output"):
         # Their exponentials are the members' mean, so softmax and cross-entropy do what they do for logits.
         model.ensemble_output = "log_probabilities"
     if config is not None:
         transform, mode = build_transforms(config.data, model)[1], image_mode(config.model)
     else:
-        cfg = resolve_data_config({}, model=model)
+        cfg = resolve_data_config({k: v for k, v in data.items() if v not in (None, "")}, model=model)
         if hasattr(model, "patch_embed"):
             # timm tells what the weights were made for, not what the model was built for.
             size = model.patch_embed.img_size or cfg["input_size"][1:]
@@ -91,13 +112,46 @@ def open_model(name: str | Path, device: str | torch.device = "cpu") -> Source:
         if channels == 1:
             cfg |= {key: (sum(cfg[key]) / len(cfg[key]),) for key in ("mean", "std")}
         transform, mode = create_transform(**cfg), "L" if channels == 1 else "RGB"
-    return Source(model.to(device).eval(), transform, mode, class_names, config)
+    return Source(model.to(device).eval(), transform, mode, class_names, config, about)
+
+
+def save_source(source: Source, path: str | Path) -> None:
+    """Writes a model as it is set now, to be opened by `open_model`: a checkpoint of `vmoe train` where it is of a run,
+    else a state dict, which says what it is of.
+
+    Raises:
+        OSError: if it cannot be written.
+        ValueError: if nothing would say what the model is.
+    """
+    weights = source.model.state_dict()
+    if source.config is None:
+        if description_of(weights) is None:
+            kind = type(source.model).__name__
+            raise ValueError(f"the model to save must be of a run or made by a timm name of this package, got {kind}")
+        write_atomically(Path(path), weights)
+        return
+    run = {"format": FORMAT, "config": source.config.to_dict(), "class_names": list(source.class_names)}
+    write_atomically(Path(path), {**run, "model": weights, "ema": None})
+
+
+def described_routing(model: nn.Module) -> str:
+    """The routing that was chosen after a model was made, by layer; "" if none was."""
+    chosen = {name: layer.chosen_routing() for name, layer in moe_layers(model).items()}
+    return "; ".join(
+        f"{name} {', '.join(f'{key}={value}' for key, value in values.items())}"
+        for name, values in chosen.items()
+        if values
+    )
+
+
+def _read(name: str, average: bool) -> Weights:
+    if not is_weights(name):
+        raise ValueError(f"model must be a run folder, a checkpoint file or a timm model's name, got {name!r}")
+    return read_weights(name, average=average)
 
 
 def _pretrained(name: str) -> nn.Module:
     """A timm model with its pretrained weights."""
-    if not timm.is_model(name):
-        raise ValueError(f"model must be a run folder, a checkpoint file or a timm model's name, got {name!r}")
     if not timm.is_model_pretrained(name):
         raise ValueError(f"model must have pretrained weights to be used by its name, got {name!r}")
     try:

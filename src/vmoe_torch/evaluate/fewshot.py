@@ -135,7 +135,8 @@ def collect_features(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) 
     """The features before the head, on the CPU.
 
     Args:
-        model: a timm model; it keeps its modes.
+        model: a timm model; it keeps its modes. An ensemble's features are the mean over its members (the original's
+            few-shot evaluation takes no ensembles).
         loader: batches of images (B, C, H, W) and labels (B,).
 
     Returns:
@@ -149,6 +150,10 @@ def collect_features(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) 
     with eval_mode(model):
         for images, numbers in loader:
             found = model.forward_head(model.forward_features(images.to(device)), pre_logits=True)
+            members = getattr(model, "ensemble_size", 1)
+            if members > 1 and len(found) == members * len(numbers):
+                # The members of an image follow each other. Its feature is their mean, as its probabilities are.
+                found = found.unflatten(0, (-1, members)).mean(1)
             if found.dim() != 2 or len(found) != len(numbers):
                 raise ValueError(
                     f"features must be one vector for each of {len(numbers)} images, got shape {tuple(found.shape)}"

@@ -15,6 +15,7 @@ import vmoe_kernels as kernels
 from vmoe_kernels.checks import check_flag, check_integer, check_number, check_selected
 from vmoe_torch.layers import portable
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
+from vmoe_torch.layers.choice import TravellingRouting
 from vmoe_torch.layers.experts import ExpertLinear
 from vmoe_torch.layers.losses import cv_squared, gshard_from_means
 from vmoe_torch.layers.record import Record
@@ -28,7 +29,7 @@ AUXILIARY_MODES = ("injected", "manual")
 _TINY = math.ulp(0.0)
 
 
-class MoeMlp(nn.Module):
+class MoeMlp(TravellingRouting):
     """E expert MLPs of which every token uses K, under a bounded capacity.
 
     Args:
@@ -142,6 +143,7 @@ class MoeMlp(nn.Module):
             priority=priority,
             group_size=group_size,
         )
+        self._made = self.routing()
         dd = {"device": device, "dtype": dtype}
         self.router = Router(in_features, num_experts, **dd)
         self.fc1 = ExpertLinear(num_experts, in_features, hidden_features, bias, **dd)

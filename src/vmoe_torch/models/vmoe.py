@@ -6,7 +6,7 @@ Over 400 lines: timm wants a function for every registered model.
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from vmoe_kernels.checks import check_integer, check_number
 from vmoe_torch.layers import ExpertLinear, MoeMlp
+from vmoe_torch.layers.choice import MODEL_KEY, ROUTING
+from vmoe_torch.models import description
 from vmoe_torch.models.position import TEMPERATURE, sincos2d
 from vmoe_torch.models.weights import checkpoint_filter_fn, load_original_npz
 
@@ -78,7 +80,10 @@ class VMoE(vit.VisionTransformer):
 
     timm's `create_model` leaves out arguments that are None, so every one has another value that means none.
 
-    Takes every argument of timm's VisionTransformer except block_fn, mlp_layer and scale_mlp_norm, and:
+    Takes every argument of timm's VisionTransformer except block_fn, mlp_layer and scale_mlp_norm, and those below.
+    num_selected_experts, capacity_factor, eval_capacity_factor, batch_priority, priority and group_size may also be a
+    dict with one value for each MoE layer, by the names of `vmoe_torch.moe_layers`: `timm.models.save_for_hf` writes so
+    what `set_routing` and `set_budget` chose, and an argument given to `create_model` takes its place.
 
     Args:
         moe_layers: "every2", "last2" or block numbers.
@@ -110,6 +115,8 @@ class VMoE(vit.VisionTransformer):
     # What makes a block, and how many members vote: `VMoEEnsemble` has others.
     block_class = MoeBlock
     ensemble_size = 1
+    # What timm's factory gave beside its own arguments; None for a model that was made without it.
+    made_with: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -175,6 +182,9 @@ class VMoE(vit.VisionTransformer):
             "renormalize_gates": renormalize_gates,
             "impl": impl,
         }
+        per_layer = {name: moe[name] for name in ROUTING if isinstance(moe[name], Mapping)}
+        # Each layer gets its own below: until then any of the values.
+        moe |= {name: next(iter(values.values()), None) for name, values in per_layer.items()}
         super().__init__(
             *args,
             depth=depth,
@@ -186,6 +196,8 @@ class VMoE(vit.VisionTransformer):
             block_fn=partial(self.block_class, moe_layers=parse_moe_layers(moe_layers, depth), moe=moe),
             **kwargs,
         )
+        if per_layer:
+            description.choose_per_layer(self, per_layer)
         self.fixed_pos_embed = sincos
         self.pos_embed_temperature = temperature
         if sincos:
@@ -244,6 +256,34 @@ class VMoE(vit.VisionTransformer):
         if self.fix_init:
             self.fix_init_weight()
 
+    @torch.jit.unused
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm writes as model_args (since 1.0.31): its own record, with the routing as it is chosen now."""
+        return {**self.__dict__.get("_model_args", {}), **description.routing_arguments(self)}
+
+    @_model_args.setter
+    def _model_args(self, value: dict[str, Any]) -> None:
+        # timm adds to what it reads: the routing of that moment is not part of its record.
+        record, chosen = self.__dict__.get("_model_args", {}), description.routing_arguments(self)
+        kept = {name: record[name] for name in chosen if name in record}
+        self.__dict__["_model_args"] = {k: v for k, v in value.items() if k not in chosen} | kept
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        found = None if metadata is None else description.describe(self)
+        if found is not None:
+            metadata[MODEL_KEY] = found
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        described = local_metadata.get(MODEL_KEY)
+        own, given = tuple(self.patch_embed.grid_size), described and tuple(described["grid"])
+        if f"{prefix}pos_embed" in state_dict and given not in (None, own) and math.prod(given) == math.prod(own):
+            # As many positions, yet of other places: load_pretrained resizes them.
+            args[-1].append(f"{prefix}pos_embed must be of a grid of {own}, got one of {given}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """timm's set, and the experts' biases, which are 2-D."""
@@ -251,11 +291,14 @@ class VMoE(vit.VisionTransformer):
 
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
-        """Loads the original's weights (timm's `custom_load`), adapting resolution, channels and head.
+        """Loads the original's weights (timm's `custom_load`) or any others, adapting resolution, channels and head.
+
+        The routing that was chosen for the weights comes with them, where the file says it.
 
         Args:
-            checkpoint_path: an .npz with the original's names, a converted .safetensors, or what the names of a
-                checkpoint's PREFIX.index and data files begin with; the latter may be a URL.
+            checkpoint_path: an .npz with the original's names, what the names of a checkpoint's PREFIX.index and data
+                files begin with (it may be a URL), a .safetensors file, or any other file or run folder that
+                `vmoe_torch.checkpoints.read_weights` reads.
             prefix: what the names of the wanted arrays in an .npz begin with.
 
         Raises:
@@ -421,7 +464,7 @@ def create_vmoe(variant: str, pretrained: bool = False, model_cls: type[VMoE] = 
 
             overlay |= {"file": str(cached_checkpoint(cfg.url, kwargs.get("cache_dir"))), "custom_load": True}
             kwargs["pretrained_cfg_overlay"] = overlay
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
@@ -429,6 +472,9 @@ def create_vmoe(variant: str, pretrained: bool = False, model_cls: type[VMoE] = 
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )
+    if isinstance(model, VMoE):
+        model.made_with = description.constructor_arguments(kwargs)
+    return model
 
 
 @register_model

@@ -22,6 +22,7 @@ Biases keep their name and are joined where kernels are. The plain ViT's names (
 MultiHeadDotProductAttention_n) are read as well.
 """
 
+import math
 import re
 import zipfile
 import zlib
@@ -32,6 +33,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
+from vmoe_torch.models.description import description_of
 from vmoe_torch.models.position import zoom_position
 
 _LEAF = {"kernel": "weight", "bias": "bias", "scale": "weight"}
@@ -281,8 +283,16 @@ def join_members(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result | {name: torch.cat([parts[m] for m in sorted(parts)]) for name, parts in members.items()}
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's ViT filter, but positions resize as in the original, and the pre-logits layer and ensembles are known."""
+def checkpoint_filter_fn(
+    state_dict: dict[str, Tensor], model: nn.Module, source_grid: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """timm's ViT filter, but positions resize as in the original, and the pre-logits layer and ensembles are known.
+
+    The grid that positions are of is the one given, else that of the state dict's metadata, else of the arguments and
+    the image size that timm has for these weights where they fit; else `zoom_position` says what is taken.
+    """
+    if source_grid is None:
+        source_grid = _known_grid(state_dict, model)
     source = state_dict.get("model", state_dict)
     source = dict(source.get("state_dict", source))
     position = source.pop("pos_embed", None)
@@ -293,11 +303,47 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     if position is not None and "pos_embed" in own:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
         if position.shape[-1] == own["pos_embed"].shape[-1]:
-            position = zoom_position(position, own["pos_embed"], model.patch_embed.grid_size, prefix)
+            position = zoom_position(position, own["pos_embed"], model.patch_embed.grid_size, prefix, source_grid)
         filtered["pos_embed"] = position
     if model.ensemble_size > 1 and not any(".mlp.members." in name for name in filtered):
         filtered = split_members(filtered, model.ensemble_size)
     return filtered
+
+
+def _known_grid(state_dict: Mapping[str, Tensor], model: nn.Module) -> tuple[int, int] | None:
+    described = description_of(state_dict)
+    if described is not None:
+        return tuple(described["grid"])
+    kernel = state_dict.get("patch_embed.proj.weight")
+    size = getattr(model, "pretrained_model_args", {}).get("img_size")
+    if size is None:
+        size = getattr(model, "pretrained_cfg", {}).get("input_size", (0, 0, 0))[1:]
+    if not isinstance(kernel, Tensor) or kernel.dim() != 4:
+        return None
+    return grid_of(size, state_dict)
+
+
+def grid_of(size: int | tuple[int, int], state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Rows and columns of the patches of images of this size, if they are what a state dict has positions for."""
+    height, width = (size, size) if isinstance(size, int) else size
+    patch = state["patch_embed.proj.weight"].shape[2:]
+    grid = (int(height) // patch[0], int(width) // patch[1])
+    return grid if grid[0] * grid[1] in _patches(state) else None
+
+
+def square_grid(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """The square grid that a state dict has positions for, if it may have one; the original has no other."""
+    sides = [math.isqrt(count) for count in _patches(state) if math.isqrt(count) ** 2 == count > 0]
+    return (sides[0], sides[0]) if sides else None
+
+
+def _patches(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """How many patches there may be positions for: tokens before them have positions, too, or have none."""
+    position = state.get("pos_embed")
+    if position is None or position.dim() != 3:
+        return ()
+    before = ("cls_token" in state) + (state["reg_token"].shape[1] if "reg_token" in state else 0)
+    return tuple(dict.fromkeys((position.shape[1] - before, position.shape[1])))
 
 
 def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
@@ -320,7 +366,14 @@ def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
     return (repeated * (channels / in_chans)).to(kernel.dtype)
 
 
-def load_adapted(model: nn.Module, state: Mapping[str, Tensor], source: str, *, drop_head: bool = False) -> None:
+def load_adapted(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    *,
+    drop_head: bool = False,
+    grid: tuple[int, int] | None = None,
+) -> None:
     """Loads a state dict, adapting resolution, patches, channels and head; all else must fit exactly.
 
     Another number of classes keeps the model's own head, and leaves out a pre-logits layer that the model lacks, as the
@@ -331,6 +384,7 @@ def load_adapted(model: nn.Module, state: Mapping[str, Tensor], source: str, *, 
         state: names as ours.
         source: where the state comes from, for errors.
         drop_head: whether to keep the model's own head even where the number of classes is the same.
+        grid: rows and columns of patches that the state has positions for; None if that is not known.
 
     Raises:
         ValueError: if a parameter is missing, unknown, or of another shape.
@@ -340,7 +394,7 @@ def load_adapted(model: nn.Module, state: Mapping[str, Tensor], source: str, *, 
     head, kernel = state.get("head.weight"), state.get("patch_embed.proj.weight")
     if kernel is not None and (kernel.dim() != 4 or kernel.numel() == 0):
         raise ValueError(f"{source}: patch_embed.proj.weight must be (D, C, P, P), got {tuple(kernel.shape)}")
-    state = checkpoint_filter_fn(dict(state), model)
+    state = checkpoint_filter_fn(dict(state), model, grid or _known_grid(state, model))
     kernel = state.get("patch_embed.proj.weight")
     if kernel is not None:
         state["patch_embed.proj.weight"] = adapt_channels(kernel, own["patch_embed.proj.weight"].shape[1])
@@ -378,6 +432,23 @@ def load_original_npz(model: nn.Module, path: str, prefix: str = "") -> None:
     Raises:
         ValueError: if the file is damaged, no array has the prefix, a name is unknown, or a shape does not fit.
     """
+    state, _ = read_original_npz(path, prefix)
+    load_adapted(model, state, path, grid=square_grid(state))
+
+
+def read_original_npz(path: str, prefix: str = "") -> tuple[dict[str, Tensor], int | None]:
+    """Reads an .npz of the original's parameters, or of a plain ViT's.
+
+    Args:
+        path: the .npz file.
+        prefix: what the names of the wanted arrays begin with, e.g. "params/".
+
+    Returns:
+        The state dict, and the number of attention heads where the arrays tell it.
+
+    Raises:
+        ValueError: if the file is damaged, no array has the prefix, or a name is unknown.
+    """
     try:
         # Opened here, as numpy leaves a damaged archive open.
         with open(path, "rb") as raw, np.load(raw) as file:
@@ -386,8 +457,8 @@ def load_original_npz(model: nn.Module, path: str, prefix: str = "") -> None:
         raise ValueError(f"{path} must be a readable .npz file, got: {error}") from None
     if not arrays:
         raise ValueError(f"{path} must hold arrays named {prefix}..., found none")
+    heads = {array.shape[1] for name, array in arrays.items() if name.endswith("/query/kernel") and array.ndim == 3}
     try:
-        state = from_original(arrays)
+        return from_original(arrays), heads.pop() if len(heads) == 1 else None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    load_adapted(model, state, path)

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from vmoe_torch.layers.choice import FILE_KEY, metadata_of, restore_routing, with_metadata
 from vmoe_torch.parallel.meeting import wait_for_all
 
 _STATE, _COMPLETE = "state.pt", "complete.json"
@@ -75,7 +76,9 @@ class ShardedCheckpoints:
                     shutil.rmtree(old)
                 partial.mkdir()
                 options = _options(model, optimizer)
-                torch.save({"state": state, "optimizer": numbers, "options": options}, partial / _STATE)
+                saved = {"state": state, "optimizer": numbers, "options": options}
+                saved["model"] = metadata_of(model.state_dict())
+                torch.save(saved, partial / _STATE)
         self._barrier()
         if not self.distributed:
             with warnings.catch_warnings(), self._writes():
@@ -234,6 +237,7 @@ def load_checkpoint(
             dcp.load(wanted, checkpoint_id=path, process_group=group, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise ValueError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
+    restore_routing(model, saved.get("model", {}), f"checkpoint {path}")
     if optimizer is not None:
         optimizer.state.clear()
         optimizer.state.update({parameter: state for parameter, state in moments.items() if state})
@@ -251,7 +255,9 @@ def export_safetensors(model: nn.Module, path: Path | str) -> None:
     if first:
         path = Path(path)
         partial = path.with_name(f".{path.name}")
-        save_file(weights, partial, metadata={"format": "pt"})
+        # What the state dict says of the model beside its weights: routing, and what it was made with.
+        said = json.dumps(metadata_of(weights), sort_keys=True)
+        save_file(weights, partial, metadata={"format": "pt", FILE_KEY: said})
         os.replace(partial, path)
     if dist.is_initialized():
         wait_for_all()
@@ -267,12 +273,12 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 
 def full_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     """Whole weights on the CPU; empty on ranks that do not keep them, which must call it all the same."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
+    weights, state = {}, model.state_dict()
+    for name, tensor in state.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
             weights[name] = whole.detach().to("cpu", copy=True).contiguous()
-    return weights
+    return with_metadata(weights, metadata_of(state))
 
 
 def _tensors_and_numbers(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
