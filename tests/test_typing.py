@@ -17,7 +17,7 @@ import pytest
 from timm.models.vision_transformer import VisionTransformer
 
 import vmoe_torch
-from tests.test_docs import PAGES, PUBLIC, blocks
+from tests.test_docs import APART, PAGES, PUBLIC, blocks
 from vmoe_torch.layers import MoeMlp, moe_mlp, options
 from vmoe_torch.models import ensemble
 from vmoe_torch.models.options import VisionTransformerOptions, VMoEOptions
@@ -78,8 +78,10 @@ def errors(tmp_path_factory) -> dict[str, list[str]]:
     environment = _environment(tmp_path_factory.mktemp("environments") / "venv")
     for page, path in PAGES.items():
         code = [block.code for block in blocks(path.read_text(encoding="utf-8")) if block.language == "python"]
-        if code:
-            (folder / f"{_file_of(page)}.py").write_text("\n".join(code), encoding="utf-8")
+        # Programs of their own, or one.
+        parts = code if page in APART else ["\n".join(code)] if code else []
+        for number, part in enumerate(parts):
+            (folder / f"{_file_of(page)}-{number}.py").write_text(part, encoding="utf-8")
     for name, (line, _) in WRONG.items():
         (folder / f"{name}.py").write_text(f"{HEAD}{line}\n")
     (folder / "right.py").write_text(HEAD + RIGHT)
@@ -98,12 +100,13 @@ def errors(tmp_path_factory) -> dict[str, list[str]]:
     (folder / "pyrightconfig.json").write_text(json.dumps(configuration))
     result = subprocess.run([checker, "-p", folder, "--outputjson"], capture_output=True, text=True)
     found = json.loads(result.stdout)
-    errors: dict[str, list[str]] = {path.stem: [] for path in folder.glob("*.py")}
-    assert found["summary"]["filesAnalyzed"] == len(errors)
+    files = list(folder.glob("*.py"))
+    errors: dict[str, list[str]] = {path.stem.partition("-")[0]: [] for path in files}
+    assert found["summary"]["filesAnalyzed"] == len(files)
     for each in found["generalDiagnostics"]:
         if each["severity"] == "error":
             line = each["range"]["start"]["line"] + 1
-            errors[Path(each["file"]).stem].append(f"line {line}: {each['message']}")
+            errors[Path(each["file"]).stem.partition("-")[0]].append(f"line {line}: {each['message']}")
     return errors
 
 
