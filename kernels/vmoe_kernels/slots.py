@@ -93,12 +93,18 @@ def _positions(experts: Tensor, key: Tensor | None, num_experts: int) -> Tensor:
         experts = experts.gather(1, order.unsqueeze(-1).expand(-1, -1, choices))
     # (G, K, S): rank-major queue order, then a stable sort by (group, expert) lines the queues up.
     queue = (torch.arange(groups, device=device).view(-1, 1, 1) * num_experts + experts.transpose(1, 2)).reshape(-1)
-    sorted_queue, index = queue.sort(stable=True)
+    if torch.compiler.is_exporting():
+        # Keys that are all different: ONNX has no stable sort, and OpenVINO returns equal keys in any order.
+        index = (queue * queue.numel() + torch.arange(queue.numel(), device=device)).argsort()
+        sorted_queue = queue[index]
+    else:
+        sorted_queue, index = queue.sort(stable=True)
     if torch.compiler.is_exporting() or differentiating():
         # The same begin of each queue, in operators that ONNX has, and vmap within torch.func's gradients.
         length = queue.new_zeros(groups * num_experts).scatter_add(0, queue, torch.ones_like(queue))
         begin = length.cumsum(0) - length
     else:
+        sorted_queue, index = queue.sort(stable=True)
         begin = torch.searchsorted(sorted_queue, torch.arange(groups * num_experts, device=device))
     place = torch.empty_like(queue)
     place[index] = torch.arange(queue.numel(), device=device) - begin[sorted_queue]

@@ -1,5 +1,7 @@
 """vmoe-torch: V-MoE, the sparse vision mixture of experts (arXiv 2106.05974), for PyTorch and timm."""
 
+from typing import TYPE_CHECKING, Any
+
 from vmoe_torch import models
 from vmoe_torch.control import auxiliary_loss, moe_layers, routing, routing_stats, set_routing
 from vmoe_torch.hub import push_to_hf_hub, save_for_hf
@@ -25,15 +27,19 @@ __all__ = [
     "upcycle",
 ]
 
+if TYPE_CHECKING:
+    from vmoe_torch.budget import set_budget
+    from vmoe_torch.checkpoints import upcycle
+else:
 
-def __getattr__(name: str):
-    # Loaded when it is asked for: whatever reads files stays out of `import vmoe_torch`.
-    if name == "upcycle":
-        from vmoe_torch.checkpoints import upcycle
+    def __getattr__(name: str) -> Any:
+        # Loaded when it is asked for: whatever reads files stays out of `import vmoe_torch`.
+        if name == "upcycle":
+            from vmoe_torch.checkpoints import upcycle
 
-        return upcycle
-    if name == "set_budget":
-        from vmoe_torch.budget import set_budget
+            return upcycle
+        if name == "set_budget":
+            from vmoe_torch.budget import set_budget
 
-        return set_budget
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return set_budget
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

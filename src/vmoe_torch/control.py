@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vmoe_torch.layers.moe_mlp import MoeMlp
+from vmoe_torch.layers.options import GroupSize, Priority
 
-_UNSET = object()
+_UNSET: Any = object()
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoeMlp]:
@@ -22,10 +24,10 @@ def set_routing(
     layers: Iterable[str] | None = None,
     num_selected_experts: int = _UNSET,
     capacity_factor: float = _UNSET,
-    eval_capacity_factor: float = _UNSET,
+    eval_capacity_factor: float | None = _UNSET,
     batch_priority: bool = _UNSET,
-    priority: str = _UNSET,
-    group_size: int | str = _UNSET,
+    priority: Priority = _UNSET,
+    group_size: GroupSize = _UNSET,
 ) -> None:
     """Changes the routing of every MoE layer, or of some, for good; what is not given stays.
 
@@ -36,7 +38,7 @@ def set_routing(
         layers: names of the layers to change, as `moe_layers` has them; None is all.
         num_selected_experts: K, in 1..E of every layer.
         capacity_factor: in training and, unless eval_capacity_factor is given too, in eval mode.
-        eval_capacity_factor: in eval mode only.
+        eval_capacity_factor: in eval mode only; None is capacity_factor.
         batch_priority: Batch Priority Routing or position order.
         priority: "max" or "sum" of a token's gates.
         group_size: images per group, "batch" or "image".
@@ -76,13 +78,32 @@ def set_routing(
 
 
 @contextmanager
-def routing(model: nn.Module, **changes) -> Iterator[nn.Module]:
+def routing(
+    model: nn.Module,
+    *,
+    layers: Iterable[str] | None = None,
+    num_selected_experts: int = _UNSET,
+    capacity_factor: float = _UNSET,
+    eval_capacity_factor: float | None = _UNSET,
+    batch_priority: bool = _UNSET,
+    priority: Priority = _UNSET,
+    group_size: GroupSize = _UNSET,
+) -> Iterator[nn.Module]:
     """`set_routing` for the length of a `with` block; what was set before comes back, also after an error.
 
     Whatever sets the routing inside the block is undone too, so without changes it guards `set_budget` and the like.
     """
     before = [(layer, layer.routing_state()) for layer in moe_layers(model).values()]
-    set_routing(model, **changes)
+    set_routing(
+        model,
+        layers=layers,
+        num_selected_experts=num_selected_experts,
+        capacity_factor=capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        batch_priority=batch_priority,
+        priority=priority,
+        group_size=group_size,
+    )
     try:
         yield model
     finally:

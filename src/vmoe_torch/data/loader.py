@@ -206,7 +206,7 @@ def _outlive_sigterm(number: int) -> None:
 
 def training_loader(
     dataset: Dataset,
-    transform,
+    transform: Callable[[Any], Tensor],
     sampler: EpochSampler,
     workers: int,
     pin_memory: bool,
@@ -241,7 +241,7 @@ def training_loader(
 
 def evaluation_loader(
     dataset: Dataset,
-    transform,
+    transform: Callable[[Any], Tensor],
     batch_size: int,
     workers: int,
     pin_memory: bool,

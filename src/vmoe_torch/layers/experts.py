@@ -16,7 +16,15 @@ class ExpertLinear(nn.Module):
     module when it is called (hooks, adapters, pruning, offloading, sharding) acts in time on what the op reads.
     """
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool, device=None, dtype=None):
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
         shape = (num_experts, out_features)

@@ -7,12 +7,14 @@ Over 400 lines: a module's settings, their checks and the paths that read them, 
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import vmoe_kernels as kernels
 from vmoe_kernels.checks import check_flag, check_integer, check_number, check_selected
+from vmoe_torch.layers import options as opt
 from vmoe_torch.layers import portable
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
 from vmoe_torch.layers.choice import TravellingRouting
@@ -77,31 +79,31 @@ class MoeMlp(TravellingRouting):
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
-        act_layer=nn.GELU,
-        norm_layer=None,
+        act_layer: Any = nn.GELU,
+        norm_layer: None = None,
         bias: bool = True,
         drop: float = 0.0,
         num_experts: int = 32,
         num_selected_experts: int = 2,
         capacity_factor: float = 1.05,
         eval_capacity_factor: float | None = None,
-        capacity_rounding: str = "ceil",
+        capacity_rounding: opt.CapacityRounding = "ceil",
         capacity_multiple_of: int | None = 4,
         batch_priority: bool = True,
-        priority: str = "max",
-        group_size=8,
+        priority: opt.Priority = "max",
+        group_size: opt.GroupSize = 8,
         noise_std: float = 1.0,
         expert_drop: float | None = None,
         importance_loss_weight: float = 0.005,
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
-        auxiliary_mode: str = "injected",
-        router: str = "top_experts",
-        dispatch_dtype: str | None = None,
+        auxiliary_mode: opt.AuxiliaryMode = "injected",
+        router: opt.RouterType = "top_experts",
+        dispatch_dtype: opt.DispatchDtype | None = None,
         renormalize_gates: bool = False,
-        impl: str = "auto",
-        device=None,
-        dtype=None,
+        impl: opt.Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if norm_layer is not None:
@@ -162,8 +164,8 @@ class MoeMlp(TravellingRouting):
         capacity_factor: float,
         eval_capacity_factor: float | None,
         batch_priority: bool,
-        priority: str,
-        group_size,
+        priority: opt.Priority,
+        group_size: opt.GroupSize,
     ) -> None:
         """Checks and sets everything that may change after training; on an error nothing changes."""
         num_selected_experts = check_selected(num_selected_experts, self.num_experts)

@@ -13,7 +13,13 @@ from vmoe_torch.layers.recording import descending, static_sizes
 class Router(nn.Module):
     """The (E, D) weight that scores every token against every expert; no bias."""
 
-    def __init__(self, dim: int, num_experts: int, device=None, dtype=None):
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         self.reset_parameters()

@@ -5,7 +5,7 @@ The batch is repeated before the first MoE layer, and member m is routed among i
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import torch
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from vmoe_kernels.checks import check_integer
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.models.options import MoeLayers, VMoEOptions
 from vmoe_torch.models.vmoe import VMoE, create_vmoe, parse_moe_layers, released_cfg
 
+EnsembleOutput = Literal["probabilities", "log_probabilities", "members"]
 OUTPUTS = ("probabilities", "log_probabilities", "members")
 
 
@@ -39,14 +41,14 @@ class EnsembleMoeMlp(nn.Module):
     def __init__(
         self,
         in_features: int,
-        *args,
+        *args: Any,
         ensemble_size: int,
         num_experts: int,
         importance_loss_weight: float,
         load_loss_weight: float,
         gshard_loss_weight: float,
-        **moe,
-    ):
+        **moe: Any,
+    ) -> None:
         super().__init__()
         ensemble_size = check_integer("ensemble_size", ensemble_size, 1)
         num_experts = check_integer("num_experts", num_experts, 1)
@@ -77,19 +79,19 @@ class EnsembleBlock(vit.Block):
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         ensemble_size: int,
         depth: int = 0,
         moe_layers: tuple[int, ...] = (),
         moe: dict[str, Any],
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         if depth in moe_layers:
             kwargs["mlp_layer"] = partial(EnsembleMoeMlp, ensemble_size=ensemble_size, **moe)
         super().__init__(*args, depth=depth, **kwargs)
         self.repeats = ensemble_size if depth == moe_layers[0] else 1
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(x.repeat_interleave(self.repeats, 0) if self.repeats > 1 else x, *args, **kwargs)
 
 
@@ -108,13 +110,13 @@ class VMoEEnsemble(VMoE):
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         ensemble_size: int = 2,
-        ensemble_output: str = "probabilities",
+        ensemble_output: EnsembleOutput = "probabilities",
         depth: int = 12,
-        moe_layers: str | int | tuple[int, ...] | list[int] = "last2",
-        **kwargs,
-    ):
+        moe_layers: MoeLayers = "last2",
+        **kwargs: Unpack[VMoEOptions],
+    ) -> None:
         if ensemble_output not in OUTPUTS:
             raise ValueError(f"ensemble_output must be one of {OUTPUTS}, got {ensemble_output!r}")
         if not parse_moe_layers(moe_layers, depth):
@@ -163,7 +165,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_eee(variant: str, pretrained: bool, **kwargs) -> VMoEEnsemble:
+def _create_eee(variant: str, pretrained: bool, **kwargs: Any) -> VMoEEnsemble:
     args = {
         "patch_size": 32,
         "embed_dim": 512,
@@ -181,12 +183,12 @@ def _create_eee(variant: str, pretrained: bool, **kwargs) -> VMoEEnsemble:
 
 
 @register_model
-def eee_s32_last2_e8(pretrained: bool = False, **kwargs) -> VMoEEnsemble:
+def eee_s32_last2_e8(pretrained: bool = False, **kwargs: Any) -> VMoEEnsemble:
     """The released E3-S/32: two members of four experts each, K=1; routed as its fine-tuning is configured."""
     return _create_eee("eee_s32_last2_e8", pretrained, **kwargs)
 
 
 @register_model
-def eee_s32_last2_e8_128(pretrained: bool = False, **kwargs) -> VMoEEnsemble:
+def eee_s32_last2_e8_128(pretrained: bool = False, **kwargs: Any) -> VMoEEnsemble:
     """The released E3-S/32, fine-tuned on CIFAR-100 at 128 px."""
     return _create_eee("eee_s32_last2_e8_128", pretrained, **{"img_size": 128, **kwargs})

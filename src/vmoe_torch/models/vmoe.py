@@ -6,9 +6,9 @@ Over 400 lines: timm wants a function for every registered model.
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from timm.layers import AttentionPoolLatent, lecun_normal_
@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from vmoe_kernels.checks import check_integer, check_number
 from vmoe_torch.layers import ExpertLinear, MoeMlp
+from vmoe_torch.layers import options as opt
 from vmoe_torch.layers.choice import MODEL_KEY, ROUTING
 from vmoe_torch.models import description
+from vmoe_torch.models.options import Layer, MoeLayers, PositionEmbedding, VisionTransformerOptions, WeightInit
 from vmoe_torch.models.position import TEMPERATURE, sincos2d
 from vmoe_torch.models.weights import checkpoint_filter_fn, load_original_npz
 
@@ -35,7 +37,7 @@ __all__ = ["MoeBlock", "VMoE", "parse_moe_layers"]
 register_notrace_module(MoeMlp)
 
 
-def parse_moe_layers(moe_layers: str | int | tuple[int, ...] | list[int], depth: int) -> tuple[int, ...]:
+def parse_moe_layers(moe_layers: MoeLayers, depth: int) -> tuple[int, ...]:
     """Block numbers of the MoE layers.
 
     Args:
@@ -69,7 +71,9 @@ def parse_moe_layers(moe_layers: str | int | tuple[int, ...] | list[int], depth:
 class MoeBlock(vit.Block):
     """timm's Block, with a MoeMlp where `depth` is among `moe_layers`."""
 
-    def __init__(self, *args, depth: int = 0, moe_layers: tuple[int, ...] = (), moe: dict[str, Any], **kwargs):
+    def __init__(
+        self, *args: Any, depth: int = 0, moe_layers: tuple[int, ...] = (), moe: dict[str, Any], **kwargs: Any
+    ) -> None:
         if depth in moe_layers:
             kwargs["mlp_layer"] = partial(MoeMlp, **moe)
         super().__init__(*args, depth=depth, **kwargs)
@@ -113,44 +117,44 @@ class VMoE(vit.VisionTransformer):
     """
 
     # What makes a block, and how many members vote: `VMoEEnsemble` has others.
-    block_class = MoeBlock
-    ensemble_size = 1
+    block_class: Callable[..., nn.Module] = MoeBlock
+    ensemble_size: int = 1
     # What timm's factory gave beside its own arguments; None for a model that was made without it.
     made_with: dict[str, Any] | None = None
 
     def __init__(
         self,
-        *args,
-        moe_layers: str | int | tuple[int, ...] | list[int] = "every2",
+        *args: Any,
+        moe_layers: MoeLayers = "every2",
         num_experts: int = 32,
         num_selected_experts: int = 2,
         capacity_factor: float = 1.05,
         eval_capacity_factor: float | None = None,
-        capacity_rounding: str = "ceil",
+        capacity_rounding: opt.CapacityRounding = "ceil",
         capacity_multiple_of: int | None = 4,
         batch_priority: bool = True,
-        priority: str = "max",
-        group_size: int | str = 8,
+        priority: opt.Priority = "max",
+        group_size: opt.GroupSize = 8,
         noise_std: float = 1.0,
         expert_drop: float | None = None,
         importance_loss_weight: float = 0.005,
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
-        auxiliary_mode: str = "injected",
-        router: str = "top_experts",
-        dispatch_dtype: str | None = None,
+        auxiliary_mode: opt.AuxiliaryMode = "injected",
+        router: opt.RouterType = "top_experts",
+        dispatch_dtype: opt.DispatchDtype | None = None,
         representation_size: int | bool | None = None,
         head_bias_init: float = 0.0,
         renormalize_gates: bool = False,
-        impl: str = "auto",
+        impl: opt.Impl = "auto",
         depth: int = 12,
-        act_layer="gelu_tanh",
+        act_layer: Layer = "gelu_tanh",
         fc_norm: bool | None = False,
-        pos_embed: str = "learn",
+        pos_embed: PositionEmbedding = "learn",
         pos_embed_temperature: float = TEMPERATURE,
         no_embed_class: bool = False,
-        weight_init: str = "",
-        **kwargs,
+        weight_init: WeightInit = "",
+        **kwargs: Unpack[VisionTransformerOptions],
     ) -> None:
         head_bias_init = check_number("head_bias_init", head_bias_init, "a number")
         if representation_size is not None and not isinstance(representation_size, bool):
@@ -332,7 +336,9 @@ class VMoE(vit.VisionTransformer):
             self.head_hidden_size = self.embed_dim
         return take_indices
 
-    def set_input_size(self, img_size=None, patch_size=None) -> None:
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
         """timm's, which resamples learned positions; fixed ones are computed anew."""
         super().set_input_size(img_size, patch_size)
         if self.fixed_pos_embed:
@@ -385,7 +391,7 @@ def _init_module_as_original(module: nn.Module, name: str = "", needs_reset: boo
         module.reset_parameters()
 
 
-def vmoe_cfg(url: str = "", **kwargs) -> dict[str, Any]:
+def vmoe_cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     """What timm knows of a model's data and weights; the original's preprocessing."""
     return {
         "url": url,
@@ -404,7 +410,7 @@ def vmoe_cfg(url: str = "", **kwargs) -> dict[str, Any]:
     }
 
 
-def released_cfg(prefix: str, **kwargs) -> dict[str, Any]:
+def released_cfg(prefix: str, **kwargs: Any) -> dict[str, Any]:
     """Of a checkpoint in the original's public bucket."""
     source = "https://github.com/google-research/vmoe"
     return vmoe_cfg(f"{BUCKET}/{prefix}", custom_load=True, origin_url=source, paper_ids="arXiv:2106.05974", **kwargs)
@@ -452,7 +458,7 @@ _RELEASED = {"num_experts": 8, "batch_priority": False, "dispatch_dtype": "bfloa
 _TINY = {"patch_size": 16, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2.0, "num_experts": 4}
 
 
-def create_vmoe(variant: str, pretrained: bool = False, model_cls: type[VMoE] = VMoE, **kwargs) -> VMoE:
+def create_vmoe(variant: str, pretrained: bool = False, model_cls: type[VMoE] = VMoE, **kwargs: Any) -> VMoE:
     """timm's way to a model; weights at the URL of an original checkpoint are fetched and converted first."""
     out_indices = kwargs.pop("out_indices", 3)
     if pretrained:
@@ -478,107 +484,107 @@ def create_vmoe(variant: str, pretrained: bool = False, model_cls: type[VMoE] = 
 
 
 @register_model
-def vmoe_s32(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_s32(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-S/32, every 2: 8 layers of width 512 (not timm's vit_small)."""
     return create_vmoe("vmoe_s32", pretrained, **{**_S, "patch_size": 32, **kwargs})
 
 
 @register_model
-def vmoe_b32(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_b32(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-B/32, every 2."""
     return create_vmoe("vmoe_b32", pretrained, **{**_B, "patch_size": 32, **kwargs})
 
 
 @register_model
-def vmoe_b16(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_b16(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-B/16, every 2."""
     return create_vmoe("vmoe_b16", pretrained, **{**_B, "patch_size": 16, **kwargs})
 
 
 @register_model
-def vmoe_l32(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_l32(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-L/32, every 2."""
     return create_vmoe("vmoe_l32", pretrained, **{**_L, "patch_size": 32, **kwargs})
 
 
 @register_model
-def vmoe_l32_last2(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_l32_last2(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-L/32, last 2."""
     return create_vmoe("vmoe_l32_last2", pretrained, **{**_L, "patch_size": 32, "moe_layers": "last2", **kwargs})
 
 
 @register_model
-def vmoe_l16(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_l16(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-L/16, every 2."""
     return create_vmoe("vmoe_l16", pretrained, **{**_L, "patch_size": 16, **kwargs})
 
 
 @register_model
-def vmoe_l16_last2(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_l16_last2(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-L/16, last 2."""
     return create_vmoe("vmoe_l16_last2", pretrained, **{**_L, "patch_size": 16, "moe_layers": "last2", **kwargs})
 
 
 @register_model
-def vmoe_h14(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_h14(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-H/14, every 2."""
     return create_vmoe("vmoe_h14", pretrained, **{**_H, "patch_size": 14, **kwargs})
 
 
 @register_model
-def vmoe_h14_last5(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_h14_last5(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-H/14, last 5."""
     return create_vmoe("vmoe_h14_last5", pretrained, **{**_H, "patch_size": 14, "moe_layers": "last5", **kwargs})
 
 
 @register_model
-def vmoe_15b(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_15b(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-15B: 48 layers of width 1408, 24 of them sparse."""
     args = {"patch_size": 14, "embed_dim": 1408, "depth": 48, "num_heads": 16, "mlp_ratio": 6400 / 1408}
     return create_vmoe("vmoe_15b", pretrained, **{**args, **kwargs})
 
 
 @register_model
-def vmoe_s32_last2_e8(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_s32_last2_e8(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """The released V-MoE-S/32, last 2, E=8: trained at capacity 1.05, evaluated at 4.0, tanh layer before the head."""
     args = {"patch_size": 32, "moe_layers": "last2", "eval_capacity_factor": 4.0, "representation_size": True}
     return create_vmoe("vmoe_s32_last2_e8", pretrained, **{**_S, **_RELEASED, **args, **kwargs})
 
 
 @register_model
-def vmoe_b16_e8(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_b16_e8(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """The released V-MoE-B/16, every 2, E=8."""
     return create_vmoe("vmoe_b16_e8", pretrained, **{**_B, **_RELEASED, "patch_size": 16, **kwargs})
 
 
 @register_model
-def vmoe_s32_last2_e8_384(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_s32_last2_e8_384(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """The released V-MoE-S/32, last 2, E=8, fine-tuned at 384 px: capacity 1.5, no tanh layer."""
     args = {"patch_size": 32, "img_size": 384, "moe_layers": "last2", "capacity_factor": 1.5}
     return create_vmoe("vmoe_s32_last2_e8_384", pretrained, **{**_S, **_RELEASED, **args, **kwargs})
 
 
 @register_model
-def vmoe_b16_e8_384(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_b16_e8_384(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """The released V-MoE-B/16, every 2, E=8, fine-tuned at 384 px: capacity 1.5."""
     args = {"patch_size": 16, "img_size": 384, "capacity_factor": 1.5}
     return create_vmoe("vmoe_b16_e8_384", pretrained, **{**_B, **_RELEASED, **args, **kwargs})
 
 
 @register_model
-def vmoe_dense_s32(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_dense_s32(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """ViT-S/32 as the paper has it, the dense counterpart of vmoe_s32, which timm lacks."""
     return create_vmoe("vmoe_dense_s32", pretrained, **{**_S, "patch_size": 32, "moe_layers": (), **kwargs})
 
 
 @register_model
-def test_vmoe(pretrained: bool = False, **kwargs) -> VMoE:
+def test_vmoe(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """A tiny V-MoE for tests."""
     return create_vmoe("test_vmoe", pretrained, **{**_TINY, "depth": 6, **kwargs})
 
 
 @register_model
-def test_vmoe2(pretrained: bool = False, **kwargs) -> VMoE:
+def test_vmoe2(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """A tiny V-MoE for tests: average pooling, registers, tanh layer, layer scale, K=1."""
     args = {
         "depth": 8,

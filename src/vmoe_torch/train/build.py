@@ -1,13 +1,15 @@
 """What a configuration names, built: the data, the model, the transforms, the loss."""
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vmoe_torch.checkpoints import upcycle
@@ -106,7 +108,7 @@ def image_mode(config: ModelConfig) -> str:
     return "L" if config.kwargs.get("in_chans", 3) == 1 else "RGB"
 
 
-def build_transforms(config: DataConfig, model: nn.Module):
+def build_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
     """timm's transforms for training and for evaluation, at the model's own image size.
 
     Returns:
