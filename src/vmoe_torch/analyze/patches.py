@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from vmoe_torch.analyze.statistics import kept_choices_per_patch
 from vmoe_torch.control import moe_layers, routing
+from vmoe_torch.data import BrokenImageError
 from vmoe_torch.style import HIDDEN, shorten
 
 # Vanilla first; what `batch_priority` is, and what it is called.
@@ -92,7 +93,11 @@ def _different_classes(dataset: Dataset, count: int) -> list[tuple[Image.Image, 
     """The first images that each show another class, then the first others; only the first few hundred are read."""
     first, others = {}, []
     for index in range(min(len(dataset), 40 * count)):
-        image, label = dataset[index]
+        try:
+            image, label = dataset[index]
+        # Whoever reads all images counts and names it.
+        except BrokenImageError:
+            continue
         if label in first:
             others.append((image, label))
         else:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
+from tqdm import tqdm
 
 from vmoe_torch.data import EpochSampler, evaluation_loader, training_loader
 from vmoe_torch.data.loader import read_item
@@ -25,6 +27,7 @@ from vmoe_torch.train.build import (
     build_mixup,
     build_model,
     build_transforms,
+    check_alike,
     image_mode,
 )
 from vmoe_torch.train.config import Config
@@ -130,6 +133,9 @@ class _Run:
         group.wait()
         self.checkpoints = RunCheckpoints(config, group, resume)
         data = build_data(config.data, image_mode(config.model))
+        facts = data.facts()
+        check_alike(group.gather(facts))
+        self.data = data
         classes = len(data.class_names)
         seed_everything(config.run.seed)
         model = self._build_model(classes)
@@ -155,6 +161,7 @@ class _Run:
             torch.amp.GradScaler(group.device.type, enabled=config.run.precision == "float16"),
             Meter(group.device),
             data.class_names,
+            facts,
         )
         # Processes draw different noise.
         seed_everything(config.run.seed, group.rank)
@@ -207,6 +214,11 @@ class _Run:
         self.alarms = Alarms(config.alarms, logs.losses())
         for batches in (self.train_batches, self.val_batches):
             batches.warn = lambda message: logs.alarm(Alarm(state.update, "broken image", "", message), everywhere=True)
+        for notice in self.data.notices():
+            logs.alarm(Alarm(state.update, "data", "", notice))
+        # A quiet run says at its end what it was about.
+        if config.run.progress:
+            self._tell()
         history = []
         stopped, ended = False, state.pending
         try:
@@ -223,6 +235,8 @@ class _Run:
                 if not ended:
                     self._save()
             self.checkpoints.wait()
+            if not config.run.progress:
+                self._tell()
         except NonFiniteError:
             # All processes raise it together; what they are still writing is from before, and good.
             self.checkpoints.wait()
@@ -239,6 +253,11 @@ class _Run:
             state.best_accuracy,
             history,
         )
+
+    def _tell(self) -> None:
+        """Which images it trains on and is measured on."""
+        if self.group.is_first:
+            tqdm.write("\n".join(self.data.lines()), file=sys.stderr)
 
     def _is_epoch_end(self) -> bool:
         return self.state.update % self.updates_per_epoch == 0 or self.state.update == self.total
