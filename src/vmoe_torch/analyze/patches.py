@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from vmoe_torch.analyze.lettering import Lettering
 from vmoe_torch.analyze.statistics import kept_choices_per_patch
 from vmoe_torch.control import moe_layers, routing
 from vmoe_torch.data import BrokenImageError
@@ -156,8 +157,10 @@ def kept_patches_grid(
             x, y = column * right, row * down
             axes.imshow(picture.numpy(), extent=(x, x + width, y + height, y), vmin=0, vmax=1)
             axes.text(x + width / 2, y + height + 0.02 * width, text, ha="center", va="top", fontsize=7)
+    lettering = Lettering(class_names)
     for column, name in enumerate(class_names):
-        axes.text(column * right + width / 2, -0.08 * width, shorten(name, 13), ha="center", va="bottom", fontsize=8)
+        place = {"ha": "center", "va": "bottom", "fontsize": 8, "fontfamily": lettering.families}
+        axes.text(column * right + width / 2, -0.08 * width, lettering.text(name, 13), **place)
     axes.set_xlim(-0.1 * width, count * right)
     axes.set_ylim(len(lines) * down, -0.25 * width)
     axes.set_axis_off()
@@ -226,9 +229,11 @@ def _frame(patches: KeptPatches, layer: str, place: int, title: str, side: int) 
     full = size[0] - 3 * gap - 240
     draw.rectangle((240, 35, 240 + full, 47), outline="#6E6E6E")
     draw.rectangle((240, 35, 240 + round(full * capacity / patches.capacity_factors[0]), 47), fill="#0072B2")
+    lettering = Lettering(patches.class_names)
     for column, name in enumerate(patches.class_names):
         x = left + column * (side + gap) + side // 2
-        draw.text((x, top - 4), shorten(name, 14), "black", small, anchor="ms")
+        text, font = lettering.for_pillow(name, 14, 12)
+        draw.text((x, top - 4), text, "black", font, anchor="ms")
     for row, (_, order) in enumerate(ORDERS):
         y = top + row * (tall + foot + gap)
         draw.text((gap, y + tall // 2), order, "black", large, anchor="lm")

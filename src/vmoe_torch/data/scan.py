@@ -110,8 +110,9 @@ class _Walk:
     def __init__(self) -> None:
         self.found = Scan()
         self.suffixes = image_suffixes()
-        # Device and number of every folder that was read.
+        # What tells every folder that was read from others; asked for when a second way to it may turn up.
         self.seen: set = set()
+        self.unasked: list[str] = []
         self.links: list[tuple[str, str | None]] = []
         self.bar = tqdm(
             desc="reading folders",
@@ -124,28 +125,39 @@ class _Walk:
         )
 
     def begin(self, root: str) -> None:
+        first = not self.seen
         # A link to a folder around this one would lead back here.
         self.seen.update(_identity(str(parent)) for parent in Path(root).resolve().parents)
-        self.read([(root, None)])
+        self.read([(root, None)], careful=not first)
 
     def follow(self, path: str, name: str | None) -> None:
+        self.ask()
         if _identity(path) in self.seen:
             self.found.repeated.append(path)
             return
         if name is None:
             name = os.path.basename(path)
             self.found.classes.add(name)
-        self.read([(path, name)])
+        self.read([(path, name)], careful=True)
 
-    def read(self, folders: list[tuple[str, str | None]]) -> None:
-        """Reads folders and all real folders below them."""
+    def ask(self) -> None:
+        self.seen.update(map(_identity, self.unasked))
+        self.unasked.clear()
+
+    def read(self, folders: list[tuple[str, str | None]], careful: bool) -> None:
+        """Reads folders and all real folders below them, unless `careful` finds that they were read."""
+        if careful:
+            self.ask()
         while folders:
             path, name = folders.pop()
-            identity = _identity(path)
-            if identity in self.seen:
-                self.found.repeated.append(path)
-                continue
-            self.seen.add(identity)
+            if careful:
+                identity = _identity(path)
+                if identity in self.seen:
+                    self.found.repeated.append(path)
+                    continue
+                self.seen.add(identity)
+            else:
+                self.unasked.append(path)
             before = len(self.found.images)
             try:
                 with os.scandir(path) as entries:
