@@ -38,7 +38,10 @@ class Data:
 
     def lines(self) -> list[str]:
         """The same for people, and what was passed over."""
-        return [f"{split}: {described(data)}" for split, data in (("train", self.train), ("val", self.val))]
+        return [
+            f"{split}{f', {shown(data.root)}' if isinstance(data, ImageFolder) else ''}: {described(data)}"
+            for split, data in (("train", self.train), ("val", self.val))
+        ]
 
     def notices(self) -> list[str]:
         """What was passed over."""

@@ -210,7 +210,7 @@ class _Run:
         """All epochs, or those up to run.max_updates."""
         config, state, total = self.config, self.state, self.total
         last = total if config.run.max_updates is None else min(total, config.run.max_updates)
-        logs = Logs(config, self.group.is_first, state.model, state.update, total)
+        logs = Logs(config, self.group.is_first, state.model, state.update, total, self.data.lines())
         self.alarms = Alarms(config.alarms, logs.losses())
         for batches in (self.train_batches, self.val_batches):
             batches.warn = lambda message: logs.alarm(Alarm(state.update, "broken image", "", message), everywhere=True)
