@@ -87,7 +87,7 @@ def read_item(dataset: Dataset, index: int, seed: tuple[int, ...]) -> tuple[Any,
         (image, label, messages that name the broken images).
 
     Raises:
-        BrokenImageError: if 100 images in a row are broken.
+        BrokenImageError: if 100 images in a row are broken, naming them.
     """
     broken: list[str] = []
     while True:
@@ -96,7 +96,8 @@ def read_item(dataset: Dataset, index: int, seed: tuple[int, ...]) -> tuple[Any,
         except BrokenImageError as error:
             broken.append(str(error))
             if len(broken) == MOST_BROKEN_IN_A_ROW:
-                raise
+                # Of few images some come again.
+                raise BrokenImageError("; ".join(dict.fromkeys(broken))) from None
             index = int(np.random.default_rng((*seed, index, len(broken))).integers(len(dataset)))
 
 
