@@ -76,6 +76,14 @@ def test_an_image_is_not_broken_because_its_exif_is(tmp_path, exif):
     assert read_image(path, exif=True).size == (4, 3)
 
 
+def test_an_image_whose_exif_raises_is_left_as_it_is(monkeypatch):
+    def fail(image):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    assert converted(Image.new("RGB", (4, 3)), "L", exif=True).size == (4, 3)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"])
 def test_other_modes_are_as_pillow_has_them(mode):
     image = Image.new("RGB", (4, 3), (200, 40, 90))

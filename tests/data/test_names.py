@@ -1,6 +1,7 @@
 """Names as text that can be shown, and their order."""
 
 import io
+import itertools
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_order_is_natural_and_total():
     names = ["dog10", "dog2", "Dog2", "1", "01", "a", "A", "²", "٣", "", "犬", "b\udce9"]
     want = sorted(names, key=natural_key)
     keys = [natural_key(name) for name in want]
-    assert all(first < second for first, second in zip(keys, keys[1:]))
+    assert all(first < second for first, second in itertools.pairwise(keys))
     assert want.index("dog2") < want.index("dog10")
     assert want.index("01") + 1 == want.index("1")
 
