@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import vmoe_torch
 from tests.test_docs import APART, PAGES, PUBLIC, blocks
-from vmoe_torch.layers import MoeMlp, moe_mlp, options
+from vmoe_torch.layers import MoeMlp, moe_mlp, options, settings
 from vmoe_torch.models import ensemble
 from vmoe_torch.models.options import VisionTransformerOptions, VMoEOptions
 
@@ -144,7 +144,7 @@ def test_words_of_the_types_are_those_of_the_checks():
     for kind, words in (
         (options.AuxiliaryMode, moe_mlp.AUXILIARY_MODES),
         (options.RouterType, moe_mlp.ROUTERS),
-        (get_args(options.GroupSize)[1], tuple(moe_mlp.GROUP_SIZES)),
+        (get_args(options.GroupSize)[1], tuple(settings.GROUP_SIZES)),
         (ensemble.EnsembleOutput, ensemble.OUTPUTS),
     ):
         assert get_args(kind) == words

@@ -23,7 +23,7 @@ def save_for_hf(
     name: str | None = None,
     model_card: dict[str, Any] | None = None,
     model_args: dict[str, Any] | None = None,
-    **options,
+    **options: Any,
 ) -> None:
     """timm's `save_for_hf` with a README.md: weights, config.json with the routing as it is set now, and a card.
 
@@ -57,8 +57,8 @@ def push_to_hf_hub(
     *,
     model_card: dict[str, Any] | None = None,
     model_args: dict[str, Any] | None = None,
-    **options,
-):
+    **options: Any,
+) -> Any:
     """timm's `push_to_hf_hub` with our card, where the repository has none yet; see `save_for_hf`.
 
     Args:

@@ -16,24 +16,24 @@ from torch.utils.data import Dataset
 from vmoe_torch.checkpoints.architecture import open_weights
 from vmoe_torch.checkpoints.sources import Weights, is_weights, read_weights
 from vmoe_torch.control import moe_layers
-from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards
+from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards, described
+from vmoe_torch.data.folder import class_folders
 from vmoe_torch.data.named import NUMBERED, STREAMS, class_names_of
+from vmoe_torch.data.names import shown, some
 from vmoe_torch.data.shards import WDS
 from vmoe_torch.models.description import description_of
 from vmoe_torch.train import Config, build_transforms
 from vmoe_torch.train.build import image_mode
 from vmoe_torch.train.checkpoint import FORMAT, model_of, write_atomically
 
-# Folders that hold a split for evaluation, the first one there counts.
-SPLITS = ("val", "validation", "test")
 MODEL_HELP = (
     "run folder or checkpoint file of vmoe train or of timm's train.py, folder of timm's save_for_hf, file with a "
     "state dict (NAME=FILE where nothing else tells the timm model), PREFIX of a checkpoint of the original, or name "
     "of a timm model with pretrained weights"
 )
 DATA_HELP = (
-    "folder of class folders (or one of such splits), folder of Fashion-MNIST's IDX files, fashion_mnist for the "
-    "images that come along, or a data set of timm's as torch/cifar10=FOLDER"
+    "folder of class folders (or of splits train, val, valid, validation, test of such), folder of Fashion-MNIST's IDX "
+    "files, fashion_mnist for the images that come along, or a data set of timm's as torch/cifar10=FOLDER"
 )
 
 
@@ -168,14 +168,16 @@ class Images(Dataset):
         dataset: items (PIL image, label).
         name: what the user called it, for errors.
         mode: PIL mode of the items.
+        place: what the user called it, and the split.
 
     Attributes:
         class_names: by label, where they are known.
     """
 
-    def __init__(self, dataset: Dataset, name: str, mode: str):
+    def __init__(self, dataset: Dataset, name: str, mode: str, place: str | None = None):
         self.dataset = dataset
-        self.name = name
+        self.name = shown(name)
+        self.place = shown(place or name)
         self.mode = mode
         self.class_names = class_names_of(dataset)
         # The label of each of the data set's classes; None leaves them.
@@ -187,6 +189,10 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image, label = self.dataset[index]
         return image.convert(self.mode), self._label(label)
+
+    def described(self) -> str:
+        """Which images these are, how many, in how many classes, and what was passed over."""
+        return f"{self.place}: {described(self.dataset)}"
 
     def _label(self, label: int) -> int:
         return int(label if self._labels is None else self._labels[label])
@@ -207,11 +213,18 @@ class Images(Dataset):
             ValueError: if a class of the data set is not among them.
         """
         own = self.class_names
-        unknown = sorted(set(own) - set(class_names))
+        if own == class_names:
+            return
+        labels = {name: label for label, name in enumerate(class_names)}
+        unknown = sorted(set(own) - labels.keys())
         if unknown:
-            shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
-            raise ValueError(f"classes of {self.name} must be among the {len(class_names)} expected, got {shown} too")
-        self._labels = [class_names.index(name) for name in own]
+            raise ValueError(
+                f"classes of {self.name} must be among the {len(class_names)} expected, got {some(unknown)} too"
+            )
+        if len(labels) < len(class_names):
+            twice = next(name for label, name in enumerate(class_names) if labels[name] != label)
+            raise ValueError(f"names of classes must tell them apart, got {shown(twice)!r} twice")
+        self._labels = [labels[name] for name in own]
         self.class_names = class_names
 
 
@@ -225,30 +238,35 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
         data: "fashion_mnist" for the images that ship with the package; a folder with Fashion-MNIST's IDX files; a
             folder with one folder of images per class; or a map-style data set of timm's `create_dataset`, and where
             its files are, as "torch/cifar10=FOLDER"; WebDataset's shards are "wds/=FOLDER".
-        split: None is "test" of Fashion-MNIST, the first folder there is of val, validation and test inside a folder
-            (else the folder itself), and "validation" of timm's. "." is all that is in the folder.
+        split: None is "test" of Fashion-MNIST, the first folder there is of val, valid, validation and test inside a
+            folder (the folder itself, if it has neither these nor train), and "validation" of timm's. "." is all that
+            is in the folder.
         own_labels: whether to number the classes as the data set does, whatever those of the model.
 
     Raises:
-        ValueError: if there is no such data, or its classes are not the model's.
+        ValueError: if there is no such data or split, or its classes are not the model's.
     """
-    text = str(data)
+    text = place = str(data)
+    # As the model has seen images in training; the original does not turn them.
+    exif = source.config is not None and source.config.data.exif
     named_by_timm = text.startswith((WDS, *NUMBERED, *STREAMS))
     name, _, root = text.partition("=")
     if name == WDS:
-        dataset = TarShards(root, split or "validation", mode=source.mode)
+        dataset = TarShards(root, split, None, source.mode, exif)
+        place = f"{text} ({', '.join(path.name for path in dataset.shards[:2])}{', ...' * (len(dataset.shards) > 2)})"
     elif named_by_timm:
-        dataset = NamedDataset(name, root, split or "validation", source.mode)
+        dataset = NamedDataset(name, root, split, source.mode, exif)
+        place = f"{text} ({dataset.split})"
     elif text == "fashion_mnist" or any(Path(text).glob("*-images-idx3-ubyte*")):
-        dataset = FashionMnist(split or "test", None if text == "fashion_mnist" else text, source.mode)
+        split = split or "test"
+        dataset = FashionMnist(split, None if text == "fashion_mnist" else text, source.mode)
+        place = f"{text} ({split})"
     else:
         folder = Path(text)
-        if split is not None and not (folder / split).is_dir():
-            raise ValueError(f"split must be a folder in {folder}, got {split!r}")
-        inside = SPLITS if split is None else (split,)
-        found = next((folder / name for name in inside if (folder / name).is_dir()), folder)
-        dataset = ImageFolder(found, mode=source.mode)
-    images = Images(dataset, text, source.mode)
+        parts = class_folders(folder, split)
+        dataset = ImageFolder(folder, mode=source.mode, parts=parts, exif=exif)
+        place = ", ".join(str(folder / part) for part in parts) or text
+    images = Images(dataset, text, source.mode, place)
     if own_labels:
         return images
     names, own = images.class_names, source.class_names
@@ -258,6 +276,6 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
         return images
     count = getattr(source.model, "num_classes", None)
     if names is not None and count is not None and len(names) != count:
-        raise ValueError(f"{text} must have as many classes as the model, {count}, got {len(names)}")
+        raise ValueError(f"{shown(text)} must have as many classes as the model, {count}, got {len(names)}")
     images.class_names = own or names
     return images

@@ -62,5 +62,6 @@ class VMoEOptions(ExpertOptions, VisionTransformerOptions, total=False):
     act_layer: Layer
     fc_norm: bool | None
     pos_embed: PositionEmbedding
+    pos_embed_temperature: float
     no_embed_class: bool
     weight_init: WeightInit

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vmoe_torch.checkpoints import upcycle
-from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards
+from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards, described
 from vmoe_torch.data import fashion_mnist as fm
+from vmoe_torch.data.folder import find_split
+from vmoe_torch.data.names import shown
 from vmoe_torch.data.shards import WDS
 from vmoe_torch.train.config import Config, DataConfig, ModelConfig
 from vmoe_torch.train.mixup import DirichletMixup
@@ -27,6 +29,25 @@ class Data:
     train: Dataset
     val: Dataset
     class_names: tuple[str, ...]
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Of each split, how many images and classes it has, and a digest of its list of images."""
+        return {
+            split: {"images": len(data), "classes": len(self.class_names), "digest": data.digest()}
+            for split, data in (("train", self.train), ("val", self.val))
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people, and what was passed over."""
+        return [
+            f"{split}{f', {shown(data.root)}' if isinstance(data, ImageFolder) else ''}: {described(data)}"
+            for split, data in (("train", self.train), ("val", self.val))
+        ]
+
+    def notices(self) -> list[str]:
+        """What was passed over."""
+        splits = (("train", self.train), ("val", self.val))
+        return [f"{split}: {notice}" for split, data in splits for notice in getattr(data, "notices", ())]
 
 
 def build_data(config: DataConfig, mode: str = "RGB") -> Data:
@@ -43,20 +64,40 @@ def build_data(config: DataConfig, mode: str = "RGB") -> Data:
     if config.name == "fashion_mnist":
         train, val = (FashionMnist(split, config.root, mode) for split in ("train", "test"))
     elif config.name == WDS:
-        train = TarShards(config.root, config.train_split, mode=mode)
-        val = TarShards(config.root, config.val_split, train.class_names, mode)
+        train = TarShards(config.root, config.train_split, None, mode, config.exif)
+        val = TarShards(config.root, config.val_split, train.class_names, mode, config.exif)
     elif "/" in config.name:
         train, val = (
-            NamedDataset(config.name, config.root, split, mode) for split in (config.train_split, config.val_split)
+            NamedDataset(config.name, config.root, split, mode, config.exif)
+            for split in (config.train_split, config.val_split)
         )
         if train.class_names is None or train.class_names != val.class_names:
             raise ValueError(
                 f"both splits of {config.name} must name the same classes, got {_count(train)} and {_count(val)}"
             )
     else:
-        train = ImageFolder(Path(config.root) / config.train_split, mode=mode)
-        val = ImageFolder(Path(config.root) / config.val_split, class_names=train.class_names, mode=mode)
+        root = Path(config.root)
+        folders = [root / (find_split(root, split) or split) for split in (config.train_split, config.val_split)]
+        train = ImageFolder(folders[0], mode=mode, exif=config.exif)
+        if train.empty:
+            # A model would be given outputs that it never learns.
+            raise ValueError(
+                f"class folders in {shown(folders[0])} must hold an image each, got {'; '.join(train.notices)}"
+            )
+        val = ImageFolder(folders[1], class_names=train.class_names, mode=mode, exif=config.exif)
     return Data(train, val, train.class_names)
+
+
+def check_alike(facts: list[dict[str, dict[str, Any]]]) -> None:
+    """Raises ValueError, in every process, if the processes see other images or classes."""
+    for rank, own in enumerate(facts):
+        for split, first in facts[0].items():
+            if own[split] != first:
+                seen = (f"{each['images']:,} images in {each['classes']:,} classes" for each in (first, own[split]))
+                raise ValueError(
+                    f"images of data.{split}_split must be the same for every process, got {next(seen)} in process 0, "
+                    f"{next(seen)} in process {rank}, and their names or labels differ"
+                )
 
 
 def _count(data: NamedDataset) -> str:

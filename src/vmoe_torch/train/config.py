@@ -43,10 +43,11 @@ class DataConfig:
     # "folder", "fashion_mnist", "wds/" for WebDataset's shards, or a data set of timm's `create_dataset` whose images
     # have numbers, as "torch/cifar10" or "hfds/NAME".
     name: str = "folder"
-    # folder: holds one folder per split, which holds one folder per class. fashion_mnist: the full IDX files. wds/: the
-    # shards. timm's: where the files are.
+    # folder: holds one folder per split, which holds one folder per class, with images at any depth. fashion_mnist: the
+    # full IDX files. wds/: the shards. timm's: where the files are.
     root: str | None = None
     train_split: str = "train"
+    # "val", "valid" and "validation" mean the same, as "train" and "training".
     val_split: str = "val"
     batch_size: int = 128
     # Images per process in one forward.
@@ -57,6 +58,8 @@ class DataConfig:
     # Broken images that are skipped, in training and in validation each; the next one stops the run. Another image
     # takes the place of a broken one in training, in validation it does not count. Each process counts its own.
     max_broken: int = 0
+    # Turn images as their EXIF orientation says. The original does not; commands do as the run that trained the model.
+    exif: bool = False
     # None: those of the model.
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None

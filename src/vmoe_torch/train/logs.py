@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -101,15 +102,25 @@ class Logs:
         model: whose MoE layers routing.csv is about.
         first_update: update to go on from; what the logs hold beyond it is dropped.
         total_updates: for the bar.
+        data: which images the run has, in words, for environment.json.
     """
 
-    def __init__(self, config: Config, enabled: bool, model: nn.Module, first_update: int, total_updates: int):
+    def __init__(
+        self,
+        config: Config,
+        enabled: bool,
+        model: nn.Module,
+        first_update: int,
+        total_updates: int,
+        data: Sequence[str] = (),
+    ):
         self.enabled = enabled
         if not enabled:
             return
         folder = Path(config.run.output)
         (folder / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+        facts = {**environment(), "data": list(data)}
+        (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         self.metrics, self.progress, self.routing_table, self.alarms = (
             CsvTable(folder / f"{name}.csv", columns, first_update)
             for name, columns in (

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
+from tqdm import tqdm
 
 from vmoe_torch.data import EpochSampler, evaluation_loader, training_loader
 from vmoe_torch.data.loader import read_item
@@ -24,6 +26,7 @@ from vmoe_torch.train.build import (
     build_mixup,
     build_model,
     build_transforms,
+    check_alike,
     image_mode,
 )
 from vmoe_torch.train.config import Config
@@ -129,6 +132,9 @@ class _Run:
         group.wait()
         self.checkpoints = RunCheckpoints(config, group, resume)
         data = build_data(config.data, image_mode(config.model))
+        facts = data.facts()
+        check_alike(group.gather(facts))
+        self.data = data
         classes = len(data.class_names)
         seed_everything(config.run.seed)
         model = self._build_model(classes)
@@ -154,6 +160,7 @@ class _Run:
             torch.amp.GradScaler(group.device.type, enabled=config.run.precision == "float16"),
             Meter(group.device),
             data.class_names,
+            facts,
         )
         # Processes draw different noise.
         seed_everything(config.run.seed, group.rank)
@@ -202,10 +209,15 @@ class _Run:
         """All epochs, or those up to run.max_updates."""
         config, state, total = self.config, self.state, self.total
         last = total if config.run.max_updates is None else min(total, config.run.max_updates)
-        logs = Logs(config, self.group.is_first, state.model, state.update, total)
+        logs = Logs(config, self.group.is_first, state.model, state.update, total, self.data.lines())
         self.alarms = Alarms(config.alarms, logs.losses())
         for batches in (self.train_batches, self.val_batches):
             batches.warn = lambda message: logs.alarm(Alarm(state.update, "broken image", "", message), everywhere=True)
+        for notice in self.data.notices():
+            logs.alarm(Alarm(state.update, "data", "", notice))
+        # A quiet run says at its end what it was about.
+        if config.run.progress:
+            self._tell()
         history = []
         stopped, ended = False, state.pending
         try:
@@ -222,6 +234,8 @@ class _Run:
                 if not ended:
                     self._save()
             self.checkpoints.wait()
+            if not config.run.progress:
+                self._tell()
         except NonFiniteError:
             # All processes raise it together; what they are still writing is from before, and good.
             self.checkpoints.wait()
@@ -237,6 +251,11 @@ class _Run:
             state.best_accuracy,
             history,
         )
+
+    def _tell(self) -> None:
+        """Which images it trains on and is measured on."""
+        if self.group.is_first:
+            tqdm.write("\n".join(self.data.lines()), file=sys.stderr)
 
     def _is_epoch_end(self) -> bool:
         return self.state.update % self.updates_per_epoch == 0 or self.state.update == self.total

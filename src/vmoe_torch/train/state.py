@@ -8,6 +8,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from vmoe_torch.data.names import shown
 from vmoe_torch.parallel import ShardedCheckpoints, full_state_dict, load_checkpoint, part_of
 from vmoe_torch.train.checkpoint import (
     FORMAT,
@@ -35,6 +36,8 @@ class RunState:
     scaler: torch.amp.GradScaler
     meter: Meter
     class_names: tuple[str, ...]
+    # Of each split: images, classes and a digest of the list of images.
+    data: dict[str, dict[str, Any]]
     # Finished updates.
     update: int = 0
     best_accuracy: float = 0.0
@@ -92,6 +95,13 @@ class RunCheckpoints:
             raise ValueError(
                 f"data must have the classes of the run to resume, {_shown(names)}, got {_shown(run.class_names)}"
             )
+        # Checkpoints of earlier versions do not tell.
+        for split, known in found.get("data", {}).items():
+            if known["digest"] != run.data[split]["digest"]:
+                raise ValueError(
+                    f"images of data.{split}_split must be those of the run to resume, {known['images']:,}, got "
+                    f"{run.data[split]['images']:,}: some were added, removed or renamed"
+                )
         if self.path.is_dir():
             load_checkpoint(self.path, run.model, run.optimizer, self.sharded.group)
         elif self.config.parallel.enabled:
@@ -123,6 +133,7 @@ class RunCheckpoints:
             "format": FORMAT,
             "config": self.config.to_dict(),
             "class_names": list(run.class_names),
+            "data": run.data,
             "update": run.update,
             "best_accuracy": run.best_accuracy,
             "pending": run.pending,
@@ -171,12 +182,12 @@ def _load_moments(run: RunState, states: dict[int, dict[str, Any]], order: torch
 
 def _shown(names: tuple[str, ...]) -> str:
     """How many names, and the first of them."""
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names)} ({', '.join(map(shown, names[:3]))}{', ...' if len(names) > 3 else ''})"
 
 
 def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     """The checkpoint's configuration computes the same."""
-    now = config.to_dict()
+    now, usual = config.to_dict(), Config().to_dict()
     free = {"run": set(now["run"]) - {"seed", "precision"}, "data": {"root", "workers", "prefetch", "max_broken"}}
     free["model"] = {"checkpoint", "pretrained"}
     # Other numbers of processes compute the same.
@@ -184,7 +195,7 @@ def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     free["alarms"] = set(now["alarms"])
     for section, values in now.items():
         for name, value in values.items():
-            if name not in free.get(section, ()) and saved[section].get(name) != value:
-                raise ValueError(
-                    f"{section}.{name} must be that of the run to resume, {saved[section].get(name)!r}, got {value!r}"
-                )
+            # What an earlier version did not know was as it is by default.
+            was = saved[section].get(name, usual[section][name])
+            if name not in free.get(section, ()) and was != value:
+                raise ValueError(f"{section}.{name} must be that of the run to resume, {was!r}, got {value!r}")
