@@ -96,11 +96,12 @@ def _tie_losses(model: nn.Module, output: Any) -> Any:
 
 
 class _Tied(torch.autograd.Function):
-    """Identity of several tensors; each of them gets a gradient, if only zeros, when one does."""
+    """Copies of several tensors; each of them gets a gradient, if only zeros, when one does."""
 
     @staticmethod
     def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        # No views, which FSDP warns of.
+        return tuple(tensor.clone() for tensor in tensors)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, ...]:

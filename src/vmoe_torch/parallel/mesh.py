@@ -1,6 +1,8 @@
 """The device mesh: `dp` replicas of the experts, each spread over `ep` ranks; data is sharded over both axes."""
 
 import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,22 @@ def keep_timeout(group: dist.ProcessGroup) -> dist.ProcessGroup:
         device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
         group._get_backend(device)._set_default_timeout(timeout)
     return group
+
+
+@contextmanager
+def timeout_of_all(seconds: float) -> Iterator[None]:
+    """Gives the group of all ranks another timeout for the length of a `with` block, and so all groups made in it."""
+    before = group_timeout()
+    if before is None:
+        yield
+        return
+    everyone = dist.group.WORLD
+    backend = everyone._get_backend(torch.device(dist.distributed_c10d._get_object_coll_device(everyone)))
+    backend._set_default_timeout(datetime.timedelta(seconds=seconds))
+    try:
+        yield
+    finally:
+        backend._set_default_timeout(before)
 
 
 def group_timeout() -> datetime.timedelta | None:

@@ -109,14 +109,28 @@ def _explain_not_finite(config: Config, group: Processes, update: int) -> str:
         reasons = [reason for reason in group.gather(found) if reason is not None]
         message += f": {reasons[0] if reasons else 'it did not repeat when trained again'}"
     if group.is_first:
-        folder = Path(config.run.output)
-        alarm = Alarm(update, "not finite", "", message)
-        CsvTable(folder / "alarms.csv", ALARM_COLUMNS, update).add(vars(alarm))
-        if config.run.summary:
-            from vmoe_torch.train.summary import write_summary
-
-            write_summary(folder)
+        # What a full disk says is no news beside this, and would be one process's error.
+        with contextlib.suppress(OSError):
+            _write_alarm(config, Alarm(update, "not finite", "", message))
     return message + (f"; the last good checkpoint is {last}" if last is not None else "; there is no checkpoint yet")
+
+
+def _write_alarm(config: Config, alarm: Alarm) -> None:
+    """A row of alarms.csv after the end of a run, and summary.html anew."""
+    folder = Path(config.run.output)
+    CsvTable(folder / "alarms.csv", ALARM_COLUMNS, alarm.update).add(vars(alarm))
+    if config.run.summary:
+        from vmoe_torch.train.summary import write_summary
+
+        write_summary(folder)
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """What must be the same in all processes, by key; paths and loading may differ between machines."""
+    free = {"data.root", "data.workers", "data.prefetch", "model.checkpoint", "run.output", "run.device"}
+    free |= {"run.progress", "run.tensorboard", "run.summary"}
+    values = {f"{section}.{name}": value for section, part in config.to_dict().items() for name, value in part.items()}
+    return {key: value for key, value in values.items() if key not in free}
 
 
 class _Run:
@@ -125,12 +139,14 @@ class _Run:
     def __init__(self, config: Config, group: Processes, resume: bool):
         self.config = config
         self.group = group
-        if group.is_first:
-            check_writable(Path(config.run.output))
-        group.wait()
+        group.require_same({"--resume": resume, **_compared(config)})
+        group.on_first(lambda: check_writable(Path(config.run.output)))
         self.checkpoints = RunCheckpoints(config, group, resume)
         data = build_data(config.data, image_mode(config.model))
         classes = len(data.class_names)
+        group.require_same(
+            {"data's classes": data.class_names, "training images": len(data.train), "validation images": len(data.val)}
+        )
         seed_everything(config.run.seed)
         model = self._build_model(classes)
         if getattr(model, "num_classes", classes) != classes:
@@ -334,7 +350,7 @@ class _Run:
         while state.update < update:
             for batches in self._updates():
                 if state.update + 1 == update:
-                    return explain(self.update_once, state.model, batches)
+                    return explain(self.update_once, state.model, batches, self.group.gather)
                 self.update_once(batches)
                 state.update += 1
         return None
