@@ -49,7 +49,7 @@ def parallelize(
         chunks: parts along the capacity whose exchange overlaps the experts' work.
         ranks_per_node: M > 1 exchanges inside nodes of M ranks first, then between nodes.
         recompute: activation checkpointing of every block that saves the routing.
-        compile: torch.compile of every block.
+        compile: torch.compile of every block; with `recompute`, of a MoE block's attention and norms only.
         param_dtype: dtype of compute; None is that of the parameters. Reductions are in float32. Routers compute in
             float32 in any case, with weights that are not rounded.
         reshard_after_forward: frees gathered parameters between forward and backward.
@@ -99,7 +99,11 @@ def parallelize(
     for block in model.blocks:
         if recompute:
             recompute_block(block)
-        if compile:
+        if compile and recompute and isinstance(block.mlp, MoeMlp):
+            # The compiler does not look into a checkpoint with FSDP's hooks in it: those of the MoE layer.
+            for part in (block.norm1, block.attn, block.norm2):
+                part.compile()
+        elif compile:
             block.compile()
     _shard_parameters(model, mesh, param_dtype, reshard_after_forward)
     return model
