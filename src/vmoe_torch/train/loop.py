@@ -234,8 +234,10 @@ class _Run:
                     history.append(row)
                 if stopped or state.update >= last:
                     break
+                before = state.update
                 stopped = self._epoch(last, stop, logs)
-                ended = self._is_epoch_end()
+                # Told to stop before the first update, it ends none.
+                ended = state.update > before and self._is_epoch_end()
                 if not ended:
                     self._save()
             self.checkpoints.wait()
