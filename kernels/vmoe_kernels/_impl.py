@@ -53,6 +53,12 @@ def use_reference(impl: str, x: Tensor, *others: Tensor | None) -> bool:
             raise ValueError(f"impl='triton' needs Triton and a CUDA tensor, got a tensor on {x.device}")
         if x.dtype == torch.float64:
             raise ValueError("impl='triton' takes float16, bfloat16 and float32, got float64")
+    if on_triton and INTERPRET and x.dtype == torch.bfloat16:
+        raise ValueError(
+            "dtype must be float16 or float32 under TRITON_INTERPRET=1, got bfloat16, with whose bits Triton's "
+            "interpreter computes as with integers; impl='reference' takes it"
+        )
+    if impl == "triton":
         return False
     return on_triton and (not HAS_TRITON or x.dtype == torch.float64)
 

@@ -3,8 +3,11 @@
 An update at any place of an epoch can so be had again: from a checkpoint, with other numbers of workers or processes.
 """
 
+import multiprocessing
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -235,9 +238,41 @@ def _collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor
     return images, labels, [message for _, _, broken in items for message in broken]
 
 
-def _outlive_sigterm(number: int) -> None:
-    """Schedulers send SIGTERM to all processes of a job: a worker loads on until the one that trains has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+# Schedulers and Ctrl-C send these to all processes of a job: a worker loads on until the one that trains has saved.
+_STOPPING = {signal.SIGTERM, signal.SIGINT}
+# Windows has no masks, macOS does not say who sent a signal.
+_SENDER_KNOWN = hasattr(signal, "sigwaitinfo")
+
+
+class _Loader(DataLoader):
+    """Its workers are born with the signals blocked: until they could say so themselves, one would end them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.num_workers == 0 or not _SENDER_KNOWN:
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_parent(number: int) -> None:
+    """In a worker: SIGTERM ends it if its own parent sends it, which then waits for that without end."""
+    if not _SENDER_KNOWN:
+        for stopping in _STOPPING:
+            signal.signal(stopping, signal.SIG_IGN)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    threading.Thread(target=_end_for, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+
+
+def _end_for(parent: int) -> None:
+    while True:
+        came = signal.sigwaitinfo(_STOPPING)
+        if came.si_signo == signal.SIGTERM and came.si_pid == parent:
+            # At once, as torch's own handler does; whatever the worker hangs in.
+            os._exit(0)
 
 
 def training_loader(
@@ -260,7 +295,7 @@ def training_loader(
         prefetch: batches that each worker has ready.
         max_broken: how many broken images are replaced, by others that the seed decides.
     """
-    loader = DataLoader(
+    loader = _Loader(
         SeededDataset(dataset, transform, sampler.seed),
         batch_sampler=sampler,
         num_workers=workers,
@@ -268,7 +303,7 @@ def training_loader(
         collate_fn=_collate,
         prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=_obey_parent,
         # Its base seed would otherwise be drawn from the generator that the model's noise uses.
         generator=torch.Generator().manual_seed(sampler.seed),
     )
@@ -307,14 +342,14 @@ def evaluation_loader(
         kind, collate = TransformedDataset, None
     elif option is not None:
         kind, collate = SkippingDataset, _skip
-    loader = DataLoader(
+    loader = _Loader(
         kind(dataset, transform),
         sampler=range(first, last),
         batch_size=batch_size,
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=collate,
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=_obey_parent,
         generator=torch.Generator().manual_seed(0),
     )
     if max_broken is None:

@@ -68,7 +68,8 @@ class RunCheckpoints:
         folder = output / "checkpoints"
         self.files = CheckpointFolder(folder, config.run.keep_checkpoints)
         self.sharded = ShardedCheckpoints(folder, config.run.keep_checkpoints)
-        last, any_sharded = self.files.last(), self.sharded.any()
+        # One look for all: file systems of several machines do not show everybody the same at once.
+        last, any_sharded = group.on_first(lambda: (self.files.last(), self.sharded.any()))
         # Those of a spread run can be resumed without spreading, too.
         if not config.parallel.enabled and not any_sharded:
             self.sharded = None
@@ -77,7 +78,7 @@ class RunCheckpoints:
         self.path = None if self.sharded is None else next(iter(self.sharded.usable()), None)
         if self.path is None and last is not None:
             # A run that is spread may go on from one that was not.
-            self.path = group.gather(self.files.usable() if group.is_first else None)[0]
+            self.path = group.on_first(self.files.usable)
         self.found = None
         if self.path is not None:
             self.found = self.sharded.state(self.path) if self.path.is_dir() else read_checkpoint(self.path)
@@ -143,8 +144,8 @@ class RunCheckpoints:
         if self.sharded is not None:
             if best:
                 weights = full_state_dict(run.model, keep=self.group.is_first)
-                if self.group.is_first:
-                    self.files.save_best({**state, "model": weights, "ema": None, "optimizer": None})
+                whole = {**state, "model": weights, "ema": None, "optimizer": None}
+                self.group.on_first(lambda: self.files.save_best(whole))
             self.sharded.save(run.update, run.model, run.optimizer, state)
             return
         if self.group.is_first:
@@ -153,8 +154,8 @@ class RunCheckpoints:
                 "ema": None if run.ema is None else run.ema.module.state_dict(),
                 "optimizer": run.optimizer.state_dict(),
             }
-            self.files.save({**state, **whole}, best)
-        self.group.wait()
+            state |= whole
+        self.group.on_first(lambda: self.files.save(state, best))
 
     def wait(self) -> None:
         """Until what is being written is on the disk."""
