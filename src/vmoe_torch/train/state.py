@@ -184,7 +184,7 @@ def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     free["alarms"] = set(now["alarms"])
     for section, values in now.items():
         for name, value in values.items():
-            if name not in free.get(section, ()) and saved[section].get(name) != value:
-                raise ValueError(
-                    f"{section}.{name} must be that of the run to resume, {saved[section].get(name)!r}, got {value!r}"
-                )
+            # An older checkpoint has no word on a newer key.
+            before = saved[section].get(name, value)
+            if name not in free.get(section, ()) and before != value:
+                raise ValueError(f"{section}.{name} must be that of the run to resume, {before!r}, got {value!r}")
