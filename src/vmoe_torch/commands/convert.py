@@ -4,6 +4,8 @@ import argparse
 import sys
 
 from vmoe_torch.checkpoints import convert, export_original
+from vmoe_torch.commands.options import keep
+from vmoe_torch.train.rules import count
 
 
 def add(commands) -> None:
@@ -20,6 +22,8 @@ def add(commands) -> None:
     parser.add_argument("--train-state", action="store_true", help="keep optimizer, step and random keys too")
     parser.add_argument("--num-heads", type=int, metavar="N", help="attention heads, for a file that does not say it")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="data files to write (default: 1)")
+    keep(parser, count(1), "--num-heads")
+    keep(parser, count(1), "--shards")
     parser.set_defaults(run=run)
 
 

@@ -3,6 +3,7 @@
 Every error names the path of the key, the rule and what was got.
 """
 
+import difflib
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
@@ -291,8 +292,10 @@ class Config:
             if not equals:
                 raise ValueError(f"an override must read key=value, got {assignment!r}")
             *parents, name = path.split(".")
-            if not parents and name not in known and (near := suggestions(name)):
-                raise ValueError(f"unknown config key {name!r}; did you mean {' or '.join(near)}?")
+            free = parents[:2] in (["model", "kwargs"], ["model", "upcycle"])
+            near = [] if free or name in known else suggestions(name)
+            if near and (near[0].endswith(f".{name}") or not difflib.get_close_matches(name, known)):
+                raise ValueError(f"unknown config key {path!r}; did you mean {' or '.join(near)}?")
             values: Any = {name: Text(text)}
             for parent in reversed(parents):
                 values = {parent: values}
