@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "budget": {"control", "evaluate"},
     "export": {"control", "evaluate"},
     "analyze": {"layers", "models", "control", "data", "evaluate", "report", "style"},
-    "train": {"layers", "models", "checkpoints", "control", "data", "parallel", "evaluate", "report", "style"},
+    "train": {"layers", "models", "checkpoints", "control", "cores", "data", "parallel", "evaluate", "report", "style"},
     "recipes": {"train"},
 }
 # The one way up: a model that is asked to load pretrained weights fetches the reader, inside that function.

@@ -1,6 +1,6 @@
 """vmoe-torch: V-MoE, the sparse vision mixture of experts (arXiv 2106.05974), for PyTorch and timm."""
 
-from vmoe_torch import models
+from vmoe_torch import cores, models  # noqa: F401  cores comes before torch is loaded
 from vmoe_torch.control import auxiliary_loss, moe_layers, routing, routing_stats, set_routing
 from vmoe_torch.models.vmoe import VMoE
 

@@ -51,9 +51,11 @@ def _run(arguments: list[str]) -> int:
         options = whole.parse_args(arguments)
     if options.traceback:
         os.environ["VMOE_TRACEBACK"] = "1"
+    from vmoe_torch import cores
     from vmoe_torch.commands.options import check_options
 
     check_options(options)
+    cores.share(getattr(options, "workers", 0))
     return options.run(options)
 
 

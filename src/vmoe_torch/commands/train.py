@@ -2,6 +2,7 @@
 
 import argparse
 
+from vmoe_torch import cores
 from vmoe_torch.recipes import load_recipe, recipe_names
 from vmoe_torch.train import Config, train
 
@@ -41,5 +42,6 @@ def run(options: argparse.Namespace) -> int:
         print(config.to_json())
         return 0
     config.check(given={text.partition("=")[0] for text in options.overrides})
+    cores.share(config.data.workers)
     train(config, resume=options.resume)
     return 0
