@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # What says how threads wait, and how many there are: who has set one of a kind is left alone.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -128,5 +129,17 @@ def told(workers: int) -> str | None:
     return f"threads: {count}{who} on {cores()} cores{beside}; waiting: {policy}{why}"
 
 
+def _say_interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """One line, and the exit code of an interrupt, for who interrupts the seconds in which torch is loaded."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print("vmoe: interrupted", file=sys.stderr, flush=True)
+    # Nothing has begun that would have to end.
+    os._exit(130)
+
+
 OURS = is_command(sys.orig_argv)
 CHOSEN = OURS and set_waiting(os.environ)
+if OURS:
+    sys.excepthook = _say_interrupted
