@@ -52,7 +52,7 @@ def model_arguments(model_name: str, values: Mapping[str, Any]) -> dict[str, Any
     return _typed_all("model.kwargs", values, parameters, known, takes_all, model_name)
 
 
-def upcycle_arguments(upcycle: Callable, layer: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def upcycle_arguments(model_name: str, upcycle: Callable, layer: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """What `model.upcycle` says, in the types that `upcycle` and the layer it makes want.
 
     Raises:
@@ -63,7 +63,7 @@ def upcycle_arguments(upcycle: Callable, layer: type, values: Mapping[str, Any])
     for name in ("model", "pretrained", "model_args"):
         del own[name]
     parameters = {**layers, **own}
-    return _typed_all("model.upcycle", values, parameters, parameters.keys(), False, "upcycle")
+    return _typed_all("model.upcycle", values, parameters, parameters.keys(), False, model_name)
 
 
 def suggestions(name: str) -> list[str]:
@@ -78,7 +78,7 @@ def _typed_all(section, values, parameters, known, takes_all, owner) -> dict[str
         if name not in known and not takes_all:
             near = difflib.get_close_matches(name, sorted(known), n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ValueError(f"{key} must be an argument of {owner}, got {name!r}; {hint}")
+            raise ValueError(f"{section} of {owner}: {key} is an unexpected keyword argument {name!r}; {hint}")
         kind = parameters.get(name, inspect.Parameter.empty)
         typed[name] = _typed(key, value, kind)
         # A size may be a pair.

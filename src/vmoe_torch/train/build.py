@@ -127,7 +127,7 @@ def upcycled(model: nn.Module, config: ModelConfig) -> nn.Module:
     """
     if not config.upcycle:
         return model
-    arguments = upcycle_arguments(upcycle, MoeMlp, config.upcycle)
+    arguments = upcycle_arguments(config.name, upcycle, MoeMlp, config.upcycle)
     try:
         return upcycle(model, **arguments)
     except Exception as error:

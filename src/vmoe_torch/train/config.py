@@ -78,7 +78,7 @@ class DataConfig:
     # None: those of the model.
     mean: Annotated[tuple[float, ...] | None, Each(Number())] = None
     std: Annotated[tuple[float, ...] | None, Each(POSITIVE)] = None
-    interpolation: Annotated[str, OneOf(INTERPOLATIONS)] = "bicubic"
+    interpolation: Annotated[str, SOMETHING] = "bicubic"
     crop_pct: Annotated[float | None, Number(0.05, 1)] = None
     # For evaluation, as timm has it: "center", "squash" or "border"; None is the model's.
     crop_mode: Annotated[str | None, OneOf(("center", "squash", "border"))] = None
@@ -318,6 +318,7 @@ class Config:
         """
         check_declared(self)
         data = self.data
+        check("data must describe timm's transforms: data.interpolation", OneOf(INTERPOLATIONS), data.interpolation)
         if not data.name.startswith((*NUMBERED, *STREAMS)):
             check(
                 "data.name",
