@@ -129,7 +129,7 @@ def test_a_length_in_updates_ends_with_a_validation(tiny):
 
 
 def test_moving_average_of_a_short_run_forgets_the_random_weights(tiny):
-    run = ("schedule.updates=4", "schedule.warmup_epochs=0", "optim.ema_decay=0.9999", "data.mixup=0")
+    run = ("schedule.warmup_epochs=0", "optim.ema_decay=0.9999", "data.mixup=0")
 
     def behind(*changes):
         """How far the average is behind the weights, as a share of all their way."""
@@ -139,5 +139,5 @@ def test_moving_average_of_a_short_run_forgets_the_random_weights(tiny):
         end, average = (model.state_dict()["head.weight"] for model in (result.model, result.ema))
         return ((average - end).norm() / (begin - end).norm()).item()
 
-    assert behind() < 0.6
-    assert behind("optim.ema_warmup=no") > 0.9
+    # timm's average begins after the first update, and hardly moves from there.
+    assert 2 * behind() < behind("optim.ema_warmup=no")
