@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "budget": {"control", "evaluate"},
     "export": {"control", "evaluate"},
     "analyze": {"layers", "models", "control", "data", "evaluate", "report", "style"},
-    "train": {"layers", "models", "checkpoints", "control", "data", "parallel", "evaluate", "report", "style"},
+    "train": {"layers", "models", "checkpoints", "control", "cores", "data", "parallel", "evaluate", "report", "style"},
     "recipes": {"train"},
     "trainers": {"layers"},
 }

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vmoe_torch import models
+from vmoe_torch import cores, models  # noqa: F401  cores comes before torch is loaded
 from vmoe_torch.control import auxiliary_loss, moe_layers, routing, routing_stats, set_routing
 from vmoe_torch.hub import push_to_hf_hub, save_for_hf
 from vmoe_torch.layers.loss_scale import follow_loss_scale

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
-from vmoe_torch.commands.images import add_max_broken, batches, check_max_broken, tell, warn
-from vmoe_torch.commands.options import integers, numbers, progress
+from vmoe_torch.commands.images import add_max_broken, batches, tell, warn
+from vmoe_torch.commands.options import integers, keep, numbers, progress
 from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model
 from vmoe_torch.data.names import shown
 from vmoe_torch.evaluate import evaluate
+from vmoe_torch.train.rules import DEVICE, count
 
 IMAGES = 2000
 
@@ -44,6 +45,10 @@ def add(commands) -> None:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     add_max_broken(parser)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    keep(parser, count(1), "--images", "--batch-size")
+    keep(parser, count(0), "--workers")
+    keep(parser, count(0), "--seed")
+    keep(parser, DEVICE, "--device")
     parser.set_defaults(run=run)
 
 
@@ -52,9 +57,6 @@ def run(options: argparse.Namespace) -> int:
     # Drawing takes long to import, and other commands do without.
     from vmoe_torch.analyze import CAPACITY_FACTORS, Section, analyze, describe_model, sample
 
-    if options.images < 1 or options.batch_size < 1:
-        raise ValueError(f"--images and --batch-size must be at least 1, got {options.images} and {options.batch_size}")
-    check_max_broken(options)
     out = Path(options.out)
     _check_folder(out)
     source = open_model(options.model, options.device)

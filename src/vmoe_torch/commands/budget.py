@@ -8,9 +8,13 @@ import torch
 from torch.utils.data import Subset
 
 from vmoe_torch.budget import set_budget
-from vmoe_torch.commands.images import add_max_broken, batches, check_max_broken, tell
-from vmoe_torch.commands.options import progress, writable
+from vmoe_torch.commands.images import add_max_broken, batches, tell
+from vmoe_torch.commands.options import keep, progress, writable
 from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model, save_source
+from vmoe_torch.train.rules import DEVICE, Number, count
+
+# Of what the model costs as it is set.
+SHARE = Number(0, open_low=True)
 
 
 def add(commands) -> None:
@@ -35,15 +39,18 @@ def add(commands) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--out", metavar="FILE", help="write what was chosen and tried as JSON")
     parser.add_argument("--save", metavar="FILE.pt", help="write the model, set so, as a MODEL of every command")
+    keep(parser, SHARE, "--flops")
+    keep(parser, SHARE, "--latency")
+    keep(parser, count(1), "--images")
+    keep(parser, count(1), "--batch-size")
+    keep(parser, count(0), "--workers")
+    keep(parser, count(0), "--seed")
+    keep(parser, DEVICE, "--device")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    for name in ("images", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    check_max_broken(options)
     writable(options.out)
     writable(options.save, "--save")
     if options.save is not None and not options.save.endswith(".pt"):

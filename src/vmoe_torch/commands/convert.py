@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 from vmoe_torch.checkpoints import convert, export_original
-from vmoe_torch.commands.options import writable
+from vmoe_torch.commands.options import keep, writable
 from vmoe_torch.commands.sources import open_model
 from vmoe_torch.parallel import export_safetensors
+from vmoe_torch.train.rules import count
 
 
 def add(commands) -> None:
@@ -25,6 +26,8 @@ def add(commands) -> None:
     parser.add_argument("--train-state", action="store_true", help="keep optimizer, step and random keys too")
     parser.add_argument("--num-heads", type=int, metavar="N", help="attention heads, for a file that does not say it")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="data files to write (default: 1)")
+    keep(parser, count(1), "--num-heads")
+    keep(parser, count(1), "--shards")
     parser.set_defaults(run=run)
 
 

@@ -2,11 +2,12 @@
 
 import argparse
 
-from vmoe_torch.commands.images import add_max_broken, batches, check_max_broken, tell
-from vmoe_torch.commands.options import ORDERS, integers, numbers, progress, words, writable
+from vmoe_torch.commands.images import add_max_broken, batches, tell
+from vmoe_torch.commands.options import ORDERS, integers, keep, numbers, progress, words, writable
 from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model
 from vmoe_torch.control import moe_layers
 from vmoe_torch.evaluate import RoutingSetting, evaluate, format_table, setting_grid, write_csv, write_json
+from vmoe_torch.train.rules import DEVICE, count
 
 
 def add(commands) -> None:
@@ -28,14 +29,14 @@ def add(commands) -> None:
     add_max_broken(parser)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--out", metavar="FILE", help="write every number as CSV, or JSON if it ends in .json")
+    keep(parser, count(1), "--batch-size")
+    keep(parser, count(0), "--workers")
+    keep(parser, DEVICE, "--device")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
-    check_max_broken(options)
     writable(options.out)
     source = open_model(options.model, options.device)
     asked = options.capacity or options.k or options.order

@@ -2,10 +2,11 @@
 
 import argparse
 
-from vmoe_torch.commands.images import add_max_broken, check_max_broken, tell, warn
-from vmoe_torch.commands.options import integers, progress, writable
+from vmoe_torch.commands.images import add_max_broken, tell, warn
+from vmoe_torch.commands.options import integers, keep, progress, writable
 from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, Source, open_images, open_model
 from vmoe_torch.evaluate.fewshot import SHOTS, Task, fewshot, format_fewshot, write_fewshot
+from vmoe_torch.train.rules import DEVICE, count
 
 
 def add(commands) -> None:
@@ -28,14 +29,14 @@ def add(commands) -> None:
     add_max_broken(parser)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--out", metavar="FILE", help="write every result as CSV, or JSON if it ends in .json")
+    keep(parser, count(1), "--seeds", "--batch-size")
+    keep(parser, count(0), "--workers")
+    keep(parser, DEVICE, "--device")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    if options.seeds < 1 or options.batch_size < 1:
-        raise ValueError(f"--seeds and --batch-size must be at least 1, got {options.seeds} and {options.batch_size}")
-    check_max_broken(options)
     writable(options.out)
     source = open_model(options.model, options.device)
     tasks = [_task(source, data, options.train_split, options.test_split) for data in options.data]

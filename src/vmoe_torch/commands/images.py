@@ -5,9 +5,11 @@ import sys
 
 from torch.utils.data import DataLoader, Dataset
 
+from vmoe_torch.commands.options import keep
 from vmoe_torch.commands.sources import Images, Source
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.data.loader import Batches
+from vmoe_torch.train.rules import count
 
 # What errors call it, those of the library, too.
 MAX_BROKEN = "max_broken"
@@ -22,12 +24,7 @@ def add_max_broken(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images that cannot be read and are left out; more are an error that names them (default: 0)",
     )
-
-
-def check_max_broken(options: argparse.Namespace) -> None:
-    """Raises ValueError if the option is below 0."""
-    if options.max_broken < 0:
-        raise ValueError(f"--max-broken must be at least 0, got {options.max_broken}")
+    keep(parser, count(0), "--max-broken")
 
 
 def batches(source: Source, images: Dataset, options: argparse.Namespace) -> DataLoader | Batches:

@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 
 import vmoe_torch
+from vmoe_torch.commands.options import keep
 from vmoe_torch.commands.sources import MODEL_HELP, open_model
 from vmoe_torch.data import BrokenImageError, read_image
 from vmoe_torch.data.names import shown
+from vmoe_torch.train.rules import DEVICE, count
 
 
 def add(commands) -> None:
@@ -25,14 +27,14 @@ def add(commands) -> None:
         "--batch-priority", action=argparse.BooleanOptionalAction, help="drop the least important tokens first"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    keep(parser, count(1), "--topk")
+    keep(parser, DEVICE, "--device")
     parser.set_defaults(run=run)
 
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    if options.topk < 1:
-        raise ValueError(f"--topk must be at least 1, got {options.topk}")
     source = open_model(options.checkpoint, options.device)
     model = source.model
     changes = {

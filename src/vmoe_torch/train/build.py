@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -18,8 +19,11 @@ from vmoe_torch.data import fashion_mnist as fm
 from vmoe_torch.data.folder import find_split
 from vmoe_torch.data.names import shown
 from vmoe_torch.data.shards import WDS
+from vmoe_torch.layers import MoeMlp
+from vmoe_torch.train.arguments import model_arguments, upcycle_arguments
 from vmoe_torch.train.config import Config, DataConfig, ModelConfig
 from vmoe_torch.train.mixup import DirichletMixup
+from vmoe_torch.train.rules import OneOf, check
 
 
 @dataclass
@@ -123,11 +127,39 @@ def create_model(config: ModelConfig, num_classes: int, pretrained: bool = False
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"model.name must be a timm model, got {config.name!r}{hint}")
-    kwargs = {"num_classes": num_classes, **config.kwargs}
+    kwargs = {"num_classes": num_classes, **model_arguments(config.name, config.kwargs)}
     try:
         return timm.create_model(config.name, pretrained=pretrained, **kwargs)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"model.kwargs of {config.name}: {error}") from error
+    # Constructors fail in their own ways at what they do not expect; what fails without being asked for is no such.
+    except Exception as error:
+        if not config.kwargs and not pretrained:
+            raise
+        key = _culprit(config) or ("model.pretrained and model.kwargs" if pretrained else "model.kwargs")
+        raise ValueError(f"{key} of {config.name}: {_told(error)}") from error
+
+
+def _culprit(config: ModelConfig) -> str | None:
+    """The one argument without which the model can be built, if there is one."""
+    found = []
+    for name in config.kwargs:
+        rest = {other: value for other, value in config.kwargs.items() if other != name}
+        try:
+            with torch.device("meta"):
+                timm.create_model(config.name, **model_arguments(config.name, rest))
+        except Exception:
+            continue
+        found.append(name)
+    return f"model.kwargs.{found[0]}={config.kwargs[found[0]]!r}" if len(found) == 1 else None
+
+
+def _told(error: Exception) -> str:
+    """An error's text, with its kind where the text alone says little."""
+    text = str(error)
+    if not text:
+        return type(error).__name__
+    return (
+        f"{type(error).__name__} {text}" if isinstance(error, LookupError | AttributeError | ArithmeticError) else text
+    )
 
 
 def upcycled(model: nn.Module, config: ModelConfig) -> nn.Module:
@@ -138,15 +170,22 @@ def upcycled(model: nn.Module, config: ModelConfig) -> nn.Module:
     """
     if not config.upcycle:
         return model
+    arguments = upcycle_arguments(config.name, upcycle, MoeMlp, config.upcycle)
     try:
-        return upcycle(model, **config.upcycle)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"model.upcycle of {config.name}: {error}") from error
+        return upcycle(model, **arguments)
+    except Exception as error:
+        raise ValueError(f"model.upcycle of {config.name}: {_told(error)}") from error
 
 
 def image_mode(config: ModelConfig) -> str:
-    """PIL mode of the images that the model takes."""
-    return "L" if config.kwargs.get("in_chans", 3) == 1 else "RGB"
+    """PIL mode of the images that the model takes.
+
+    Raises:
+        ValueError: if images have no such number of channels.
+    """
+    channels = config.kwargs.get("in_chans", 3)
+    check("model.kwargs.in_chans", OneOf((1, 3)), channels)
+    return "L" if channels == 1 else "RGB"
 
 
 def build_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
@@ -168,8 +207,8 @@ def build_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[An
     common = {
         "input_size": (channels, height, width),
         "interpolation": config.interpolation,
-        "mean": _per_channel(config.mean or normal["mean"], channels),
-        "std": _per_channel(config.std or normal["std"], channels),
+        "mean": _per_channel("data.mean", config.mean or normal["mean"], channels),
+        "std": _per_channel("data.std", config.std or normal["std"], channels),
     }
     crop_pct = size["crop_pct"] if config.crop_pct is None else config.crop_pct
     crop_mode = size["crop_mode"] if config.crop_mode is None else config.crop_mode
@@ -186,15 +225,23 @@ def build_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[An
             auto_augment=config.auto_augment,
             re_prob=config.random_erasing,
         )
-        return train, create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode)
-    except (KeyError, AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"data must describe timm's transforms, got {type(error).__name__}: {error}") from error
+    # The only value that timm reads rather than takes; it fails in many ways at what it cannot read.
+    except Exception as error:
+        if config.auto_augment is None:
+            raise
+        name = config.auto_augment
+        raise ValueError(
+            f"data.auto_augment must be a policy of timm's, as rand-m10-n2, got {name!r}: {error!r}"
+        ) from error
+    return train, create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode)
 
 
-def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+def _per_channel(key: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """One value per channel; a grey image gets the mean of the colours' values, a colour image repeats one value."""
     if len(values) == channels:
         return tuple(values)
+    if 1 not in (len(values), channels):
+        raise ValueError(f"{key} must have 1 or {channels} values, one per channel, got {len(values)}")
     return (sum(values) / len(values),) * channels
 
 

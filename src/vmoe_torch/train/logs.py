@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from vmoe_torch import cores
 from vmoe_torch.train.alarms import Alarm
 from vmoe_torch.train.config import Config
 from vmoe_torch.train.routing import LayerSample, routing_columns, routing_row, routing_scalars
@@ -71,6 +72,7 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "gpus": gpus,
         "threads": torch.get_num_threads(),
+        "waiting": {name: os.environ[name] for name in cores.WAITING if name in os.environ},
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "commit": _commit(),
         "command": sys.argv,
@@ -131,6 +133,7 @@ class Logs:
             )
         )
         self.folder = folder
+        self.first_update = first_update
         self.write_summary = None
         if config.run.summary:
             from vmoe_torch.train.summary import write_summary
@@ -141,6 +144,8 @@ class Logs:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(folder / "tb", purge_step=first_update + 1)
+        if (line := cores.told(config.data.workers)) is not None:
+            print(line, file=sys.stderr)
         self.bar = tqdm(
             total=total_updates,
             initial=first_update,
@@ -153,9 +158,15 @@ class Logs:
         )
 
     def advance(self) -> None:
-        """One more update is done."""
-        if self.enabled:
+        """One more update is done; the first one, in which much is set up, is left out of the time that is promised."""
+        if not self.enabled:
+            return
+        if self.bar.n > self.first_update:
             self.bar.update()
+            return
+        self.bar.initial = self.bar.n = self.bar.last_print_n = self.first_update + 1
+        self.bar.unpause()
+        self.bar.refresh()
 
     def losses(self) -> list[float]:
         """Those of the log points so far."""

@@ -172,7 +172,7 @@ class _Run:
         self.state = RunState(
             model,
             optimizer,
-            None if decay is None else ModelEmaV3(model, decay=decay),
+            None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=config.optim.ema_warmup),
             torch.amp.GradScaler(group.device.type, enabled=config.run.precision == "float16"),
             Meter(group.device),
             data.class_names,
