@@ -13,9 +13,10 @@ from vmoe_torch.checkpoints.convert import Origin, read_converted, read_state, w
 from vmoe_torch.checkpoints.sources import Weights
 from vmoe_torch.checkpoints.wire import CheckpointError
 from vmoe_torch.layers.choice import metadata_of, restore_routing
+from vmoe_torch.models.adapt import grid_of, load_adapted, square_grid
 from vmoe_torch.models.description import description_of
 from vmoe_torch.models.vmoe import VMoE
-from vmoe_torch.models.weights import grid_of, join_members, load_adapted, square_grid
+from vmoe_torch.models.weights import join_members
 
 # Of our models, as timm lists them.
 MODULES = ("vmoe", "ensemble")

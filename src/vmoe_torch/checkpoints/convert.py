@@ -17,8 +17,9 @@ from vmoe_torch.checkpoints.reader import read_index, read_original
 from vmoe_torch.checkpoints.wire import CheckpointError
 from vmoe_torch.checkpoints.writer import MAX_CHUNK_BYTES, replacing, write_original
 from vmoe_torch.layers.choice import FILE_KEY, MODEL_KEY, ROUTING_KEY, metadata_of, with_metadata
+from vmoe_torch.models.adapt import square_grid
 from vmoe_torch.models.description import description_of
-from vmoe_torch.models.weights import from_original, split_members, square_grid, to_original
+from vmoe_torch.models.weights import from_original, split_members, to_original
 
 _METADATA = "vmoe_torch"
 # What else a train state holds keeps its path, behind this.

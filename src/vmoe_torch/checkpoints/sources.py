@@ -29,7 +29,8 @@ from vmoe_torch.checkpoints.convert import Origin, read_converted, read_state, s
 from vmoe_torch.checkpoints.fetch import is_remote
 from vmoe_torch.checkpoints.wire import CheckpointError
 from vmoe_torch.layers.choice import metadata_of, restore_routing, with_metadata
-from vmoe_torch.models.weights import grid_of, load_adapted, read_original_npz
+from vmoe_torch.models.adapt import grid_of, load_adapted
+from vmoe_torch.models.weights import read_original_npz
 
 # What `vmoe train` writes.
 RUN_FORMAT = 1
@@ -118,7 +119,7 @@ def read_weights(source: str | os.PathLike, *, average: bool = True, progress: b
 def load_original(prefix: str | os.PathLike, model: nn.Module, *, progress: bool = False) -> None:
     """Loads a checkpoint of the original, or any other weights, into a model.
 
-    Resolution, patch size, channels and number of classes are adapted, as `models.weights.load_adapted` says. The
+    Resolution, patch size, channels and number of classes are adapted, as `models.adapt.load_adapted` says. The
     routing that was chosen for the weights, where they say it, becomes the model's.
 
     Args:

@@ -23,6 +23,7 @@ from vmoe_torch.layers.losses import cv_squared, gshard_from_means
 from vmoe_torch.layers.record import Record
 from vmoe_torch.layers.recording import is_recorded, static_sizes
 from vmoe_torch.layers.routers import Router, expert_choice, logits
+from vmoe_torch.layers.scripted import run_experts
 from vmoe_torch.layers.settings import activation_name, group_images, one_of
 
 ROUTERS = ("top_experts", "expert_choice")
@@ -264,7 +265,7 @@ class MoeMlp(TravellingRouting):
         impl = "reference" if recorded else self.impl
         # Noise, losses and `choices` need the twins with all that they compute.
         steps = portable if recorded and not self.training and self.choices is None else kernels
-        local = _itself if self.exchange is None else self.exchange.local
+        local = (lambda weight: weight) if self.exchange is None else self.exchange.local
         if self.router_type == "expert_choice":
             gates, slots = self._choose_tokens(tokens, local, group, capacity, last_capacity, noise_std)
         else:
@@ -420,22 +421,7 @@ class MoeMlp(TravellingRouting):
         )
         rest = tokens.shape[0] % group
         rows = tokens.shape[0] // group * capacity + (last_capacity if rest > 0 else 0)
-        if self.dispatch_dtype is not None:
-            # As `_routed`: what goes into the experts and what comes out is rounded.
-            buffer = torch.ops.vmoe.dispatch(tokens.to(self.dispatch_dtype), slots, self.num_experts * rows)
-            out = torch.ops.vmoe.expert_mlp(
-                buffer.to(tokens.dtype).view(self.num_experts, rows, tokens.shape[1]),
-                self.fc1.weight,
-                self.fc1.bias,
-                self.fc2.weight,
-                self.fc2.bias,
-                self.activation,
-                0.0,
-                None,
-                False,
-            )[0]
-            return torch.ops.vmoe.combine(out.to(self.dispatch_dtype).to(tokens.dtype).flatten(0, 1), slots, weights)
-        return torch.ops.vmoe.moe_mlp(
+        return run_experts(
             tokens,
             slots,
             weights,
@@ -445,10 +431,8 @@ class MoeMlp(TravellingRouting):
             self.fc2.bias,
             rows,
             self.activation,
-            0.0,
-            None,
-            False,
-        )[0]
+            self.dispatch_dtype,
+        )
 
     def extra_repr(self) -> str:
         group = self.group_size or "batch"
@@ -457,11 +441,6 @@ class MoeMlp(TravellingRouting):
             f"capacity_factor={self.capacity_factor}, batch_priority={self.batch_priority}, group_size={group}, "
             f"activation={self.activation}"
         )
-
-
-def _itself(weight: Tensor) -> Tensor:
-    """What stands for the exchange's local part where there is none."""
-    return weight
 
 
 def _parameters(_, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

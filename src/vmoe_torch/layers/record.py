@@ -60,6 +60,9 @@ class Record:
         A reading with gradients on takes them: the next forward starts a new sum.
         """
         losses = [loss for reference in self.losses if (loss := reference()) is not None]
+        if losses and self.loss is not None and self.loss.requires_grad:
+            # Who parallelises the model may have put another of the same value in the last one's place.
+            losses[-1] = self.loss
         self.is_closed |= torch.is_grad_enabled()
         return torch.stack(losses).sum() if losses else None
 

@@ -28,9 +28,9 @@ from vmoe_torch.layers import ExpertLinear, MoeMlp
 from vmoe_torch.layers import options as opt
 from vmoe_torch.layers.choice import MODEL_KEY, ROUTING
 from vmoe_torch.models import description
+from vmoe_torch.models.adapt import checkpoint_filter_fn, load_original_npz
 from vmoe_torch.models.options import Layer, MoeLayers, PositionEmbedding, VisionTransformerOptions, WeightInit
 from vmoe_torch.models.position import TEMPERATURE, sincos2d
-from vmoe_torch.models.weights import checkpoint_filter_fn, load_original_npz
 
 __all__ = ["MoeBlock", "VMoE", "parse_moe_layers"]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from vmoe_torch.checkpoints import cached_checkpoint
 from vmoe_torch.checkpoints.convert import weights_of
 from vmoe_torch.checkpoints.sources import Weights, read_weights
+from vmoe_torch.models.adapt import load_adapted
 from vmoe_torch.models.vmoe import VMoE
-from vmoe_torch.models.weights import load_adapted
 from vmoe_torch.train.build import create_model, upcycled
 from vmoe_torch.train.checkpoint import load_weights
 from vmoe_torch.train.config import ModelConfig
