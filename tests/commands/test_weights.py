@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vmoe_torch
 from vmoe_torch.checkpoints import export_original, load_original, read_weights
@@ -102,6 +102,21 @@ def test_the_moving_average_is_taken_or_left(tmp_path):
     same(made(seed=1), source)
     assert "moving average" in source.about
     same(made(), open_model(tmp_path, average=False))
+    same(made(seed=1), open_model(tmp_path, average=True))
+    timm_checkpoint(tmp_path / "last.pth.tar", made())
+    same(made(), open_model(tmp_path, average=False))
+    with pytest.raises(ValueError, match="must hold a moving average of the weights for --weights average, got none"):
+        open_model(tmp_path, average=True)
+
+
+def test_commands_take_the_weights_that_are_asked_for(tmp_path, capsys):
+    timm_checkpoint(tmp_path / "last.pth.tar", made(), average=made(seed=1), plain=True)
+    for choice, seed in (("last", 0), ("average", 1)):
+        assert main(["convert", str(tmp_path), str(tmp_path / "x.safetensors"), "--weights", choice]) == 0
+        written = load_file(tmp_path / "x.safetensors")
+        assert torch.equal(written["blocks.0.attn.qkv.weight"], made(seed=seed).blocks[0].attn.qkv.weight)
+    assert main(["convert", str(tmp_path / "x.safetensors"), str(tmp_path / "y"), "--weights", "last"]) == 2
+    assert "--weights must go with a run" in capsys.readouterr().err
 
 
 def test_another_timm_model_and_its_size(tmp_path):

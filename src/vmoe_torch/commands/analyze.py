@@ -7,7 +7,7 @@ from pathlib import Path
 from timm.data import ImageNetInfo
 
 from vmoe_torch.commands.images import add_max_broken, batches, tell, warn
-from vmoe_torch.commands.options import integers, keep, numbers, progress
+from vmoe_torch.commands.options import add_weights, integers, keep, numbers, progress, wants_average
 from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model
 from vmoe_torch.data.names import shown
 from vmoe_torch.evaluate import evaluate
@@ -49,6 +49,7 @@ def add(commands) -> None:
     keep(parser, count(0), "--workers")
     keep(parser, count(0), "--seed")
     keep(parser, DEVICE, "--device")
+    add_weights(parser)
     parser.set_defaults(run=run)
 
 
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
     out = Path(options.out)
     _check_folder(out)
-    source = open_model(options.model, options.device)
+    source = open_model(options.model, options.device, average=wants_average(options))
     images = open_images(source, options.data, options.split)
     names = images.class_names
     dense = None

@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 
 from vmoe_torch.budget import set_budget
 from vmoe_torch.commands.images import add_max_broken, batches, tell
-from vmoe_torch.commands.options import keep, progress, writable
+from vmoe_torch.commands.options import add_weights, keep, progress, wants_average, writable
 from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model, save_source
 from vmoe_torch.train.rules import DEVICE, Number, count
 
@@ -46,6 +46,7 @@ def add(commands) -> None:
     keep(parser, count(0), "--workers")
     keep(parser, count(0), "--seed")
     keep(parser, DEVICE, "--device")
+    add_weights(parser)
     parser.set_defaults(run=run)
 
 
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     writable(options.save, "--save")
     if options.save is not None and not options.save.endswith(".pt"):
         raise ValueError(f"--save must end in .pt, got {options.save}")
-    source = open_model(options.model, options.device)
+    source = open_model(options.model, options.device, average=wants_average(options))
     images = open_images(source, options.data, options.split, own_labels=options.no_labels)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))
     taken = Subset(images, order[: options.images].tolist())

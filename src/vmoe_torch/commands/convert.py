@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from vmoe_torch.checkpoints import convert, export_original
-from vmoe_torch.commands.options import keep, writable
+from vmoe_torch.commands.options import add_weights, keep, wants_average, writable
 from vmoe_torch.commands.sources import open_model
 from vmoe_torch.parallel import export_safetensors
 from vmoe_torch.train.rules import count
@@ -28,6 +28,7 @@ def add(commands) -> None:
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="data files to write (default: 1)")
     keep(parser, count(1), "--num-heads")
     keep(parser, count(1), "--shards")
+    add_weights(parser)
     parser.set_defaults(run=run)
 
 
@@ -41,12 +42,15 @@ def run(options: argparse.Namespace) -> int:
         if options.train_state:
             raise ValueError(f"--train-state must go with a PREFIX, got {options.source}")
         writable(options.target, "TARGET")
-        model = open_model(options.source).model
+        model = open_model(options.source, average=wants_average(options)).model
         if ends[1]:
             export_safetensors(model, options.target)
         else:
             export_original(model, options.target, num_heads=options.num_heads, num_shards=options.shards)
-    elif ends[1]:
+        return 0
+    if options.weights is not None:
+        raise ValueError(f"--weights must go with a run or another file with both, got {options.source}")
+    if ends[1]:
         convert(options.source, options.target, train_state=options.train_state, progress=sys.stderr.isatty())
     else:
         export_original(options.source, options.target, num_heads=options.num_heads, num_shards=options.shards)

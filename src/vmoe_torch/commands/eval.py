@@ -3,7 +3,17 @@
 import argparse
 
 from vmoe_torch.commands.images import add_max_broken, batches, tell
-from vmoe_torch.commands.options import ORDERS, integers, keep, numbers, progress, words, writable
+from vmoe_torch.commands.options import (
+    ORDERS,
+    add_weights,
+    integers,
+    keep,
+    numbers,
+    progress,
+    wants_average,
+    words,
+    writable,
+)
 from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model
 from vmoe_torch.control import moe_layers
 from vmoe_torch.evaluate import RoutingSetting, evaluate, format_table, setting_grid, write_csv, write_json
@@ -32,13 +42,14 @@ def add(commands) -> None:
     keep(parser, count(1), "--batch-size")
     keep(parser, count(0), "--workers")
     keep(parser, DEVICE, "--device")
+    add_weights(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     writable(options.out)
-    source = open_model(options.model, options.device)
+    source = open_model(options.model, options.device, average=wants_average(options))
     asked = options.capacity or options.k or options.order
     if asked and not moe_layers(source.model):
         raise ValueError(f"--capacity, --k and --order need a model with MoE layers, got {options.model}")

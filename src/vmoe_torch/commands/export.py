@@ -10,7 +10,7 @@ from PIL import Image
 
 from vmoe_torch.budget import LayerSetting
 from vmoe_torch.budget.settings import assign
-from vmoe_torch.commands.options import ORDERS, writable
+from vmoe_torch.commands.options import ORDERS, add_weights, wants_average, writable
 from vmoe_torch.commands.sources import MODEL_HELP, open_model
 from vmoe_torch.control import moe_layers, set_routing
 from vmoe_torch.export import check_compiled, check_file, export_program, files_of, save_onnx, save_pt2
@@ -37,6 +37,7 @@ def add(commands) -> None:
     parser.add_argument("--group-size", type=_group, metavar="N", help="images routed together, image or batch")
     parser.add_argument("--budget", metavar="FILE", help="take what vmoe budget chose and wrote there")
     parser.add_argument("--compile", action="store_true", help="also check torch.compile(model, fullgraph=True)")
+    add_weights(parser)
     parser.set_defaults(run=run)
 
 
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     if suffix not in SAVE:
         raise ValueError(f"OUT must end in {' or '.join(SAVE)}, got {options.out}")
     writable(options.out, "OUT")
-    source = open_model(options.model)
+    source = open_model(options.model, average=wants_average(options))
     model = source.model
     changes = {
         "capacity_factor": options.capacity,

@@ -3,7 +3,7 @@
 import argparse
 
 from vmoe_torch.commands.images import add_max_broken, tell, warn
-from vmoe_torch.commands.options import integers, keep, progress, writable
+from vmoe_torch.commands.options import add_weights, integers, keep, progress, wants_average, writable
 from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, Source, open_images, open_model
 from vmoe_torch.evaluate.fewshot import SHOTS, Task, fewshot, format_fewshot, write_fewshot
 from vmoe_torch.train.rules import DEVICE, count
@@ -32,13 +32,14 @@ def add(commands) -> None:
     keep(parser, count(1), "--seeds", "--batch-size")
     keep(parser, count(0), "--workers")
     keep(parser, DEVICE, "--device")
+    add_weights(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     writable(options.out)
-    source = open_model(options.model, options.device)
+    source = open_model(options.model, options.device, average=wants_average(options))
     tasks = [_task(source, data, options.train_split, options.test_split) for data in options.data]
     results = fewshot(
         source.model,

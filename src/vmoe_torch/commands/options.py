@@ -53,6 +53,20 @@ def writable(path: str | None, name: str = "--out") -> None:
         raise ValueError(f"{name} must be a file in a folder that exists, got {path}")
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice between a model's last weights and their moving average."""
+    parser.add_argument(
+        "--weights",
+        choices=("average", "last"),
+        help="a moving average of the weights, or the weights themselves (default: the average where there is one)",
+    )
+
+
+def wants_average(options: argparse.Namespace) -> bool | None:
+    """What `open_model` takes for it."""
+    return None if options.weights is None else options.weights == "average"
+
+
 def keep(parser: argparse.ArgumentParser, rule: Rule, *options: str) -> None:
     """Declares a rule for the values of options, or for each where an option takes several.
 

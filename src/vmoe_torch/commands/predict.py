@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import vmoe_torch
-from vmoe_torch.commands.options import keep
+from vmoe_torch.commands.options import add_weights, keep, wants_average
 from vmoe_torch.commands.sources import MODEL_HELP, open_model
 from vmoe_torch.data import BrokenImageError, read_image
 from vmoe_torch.data.names import shown
@@ -29,13 +29,14 @@ def add(commands) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     keep(parser, count(1), "--topk")
     keep(parser, DEVICE, "--device")
+    add_weights(parser)
     parser.set_defaults(run=run)
 
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    source = open_model(options.checkpoint, options.device)
+    source = open_model(options.checkpoint, options.device, average=wants_average(options))
     model = source.model
     changes = {
         "capacity_factor": options.capacity_factor,

@@ -58,7 +58,7 @@ class Source:
     about: str = ""
 
 
-def open_model(name: str | Path, device: str | torch.device = "cpu", *, average: bool = True) -> Source:
+def open_model(name: str | Path, device: str | torch.device = "cpu", *, average: bool | None = None) -> Source:
     """Opens a trained model, with the routing that was chosen for it where its file says it.
 
     Args:
@@ -66,25 +66,27 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
             of `vmoe train` or of timm's train.py, or the prefix of a checkpoint of the original, which has the routing
             that `VMoE` has by default; or a timm model's name, with or without tag, that has pretrained weights.
         device: where to put the model.
-        average: whether to take the moving average of the weights, where there is one.
+        average: whether to take the moving average of the weights; None takes it where there is one.
 
     Raises:
-        ValueError: if it is none of these, cannot be read or fetched, or there is no such device.
+        ValueError: if it is none of these, cannot be read or fetched, has no moving average where one is wanted, or
+            there is no such device.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be cpu on a machine without CUDA, got {device}")
     text = str(name)
     config = class_names = None
-    data, about = {}, text
+    data, about, averaged = {}, text, False
     if is_weights(text) or not timm.is_model(text):
-        weights = _read(text, average)
+        weights = _read(text, average is not False)
         if weights.run is not None:
-            model, config, class_names = model_of(weights.run, average)
+            model, config, class_names = model_of(weights.run, average is not False)
             told = "vmoe train's configuration"
         else:
             model, told = open_weights(weights)
             class_names = None if weights.hub is None else weights.hub.class_names
             data = {} if weights.timm is None else weights.timm.args
+        averaged = weights.average
         about = f"{weights.source}: {told}{', moving average of the weights' if weights.average else ''}"
     else:
         model = _pretrained(text)
@@ -92,6 +94,8 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
         if subset is not None:
             info = ImageNetInfo(subset)
             class_names = tuple(info.index_to_label_name(label) for label in range(info.num_classes()))
+    if average and not averaged:
+        raise ValueError(f"{text} must hold a moving average of the weights for --weights average, got none")
     if chosen := described_routing(model):
         about += f"\nrouting chosen for these weights: {chosen}"
     # A run's own configuration is what its user knows already.
