@@ -11,6 +11,7 @@ benchmarks/results/<machine>/bench_train_loop.{json,md}.
 """
 
 import argparse
+import hashlib
 import itertools
 import sys
 import tempfile
@@ -57,6 +58,10 @@ class Synthetic(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index % len(self.images)], index % len(CLASSES)
+
+    def digest(self) -> str:
+        """Of the images, as every data set of a run has one."""
+        return hashlib.sha256(self.images.cpu().numpy().tobytes()).hexdigest()
 
 
 class Clock:
