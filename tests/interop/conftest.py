@@ -1,7 +1,9 @@
 """Other people's tools on our models: one tiny model, no network, their warnings are their own."""
 
+import contextlib
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
@@ -9,8 +11,10 @@ import torch
 
 import vmoe_torch  # noqa: F401  registers the models
 
-# Before any of them is imported.
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", OPENVINO_TELEMETRY="0")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "OPENVINO_TELEMETRY": "0"}
+# The library of the Hub reads them when it is imported, ours when it downloads: other tests download from here.
+with mock.patch.dict(os.environ, OFFLINE), contextlib.suppress(ImportError):
+    import huggingface_hub  # noqa: F401
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_experts": 4}
 
@@ -23,6 +27,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.interop)
             item.add_marker(pytest.mark.filterwarnings(r"error:::vmoe_(torch|kernels)(\..*)?"))
             item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

@@ -131,8 +131,9 @@ def test_multiplier_compiled_checkpointed():
     assert_multiplier_is_one(model, reference(batches(2)))
 
 
-def test_multiplier_compiled_checkpointed_in_one_graph(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
+# monkeypatch would hide the option for good when it puts it back.
+@torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+def test_multiplier_compiled_checkpointed_in_one_graph():
     (x,) = batches(1)
     model = tiny()
     model.set_grad_checkpointing()

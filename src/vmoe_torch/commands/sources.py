@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from vmoe_torch.checkpoints.architecture import open_weights
 from vmoe_torch.checkpoints.sources import Weights, is_weights, read_weights
 from vmoe_torch.control import moe_layers
-from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards, described
+from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards
 from vmoe_torch.data.folder import class_folders
-from vmoe_torch.data.named import NUMBERED, STREAMS, class_names_of
+from vmoe_torch.data.named import NUMBERED, STREAMS, class_names_of, described
 from vmoe_torch.data.names import shown, some
 from vmoe_torch.data.shards import WDS
 from vmoe_torch.models.description import description_of

@@ -5,7 +5,7 @@ from vmoe_torch.data.fashion_mnist import FashionMnist
 from vmoe_torch.data.folder import ImageFolder
 from vmoe_torch.data.image import BrokenImageError, read_image
 from vmoe_torch.data.loader import EpochSampler, evaluation_loader, training_loader
-from vmoe_torch.data.named import NamedDataset, described
+from vmoe_torch.data.named import NamedDataset
 from vmoe_torch.data.shards import TarShards
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "ImageFolder",
     "NamedDataset",
     "TarShards",
-    "described",
     "evaluation_loader",
     "read_image",
     "training_loader",

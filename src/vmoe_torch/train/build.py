@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vmoe_torch.checkpoints import upcycle
-from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards, described
+from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards
 from vmoe_torch.data import fashion_mnist as fm
 from vmoe_torch.data.folder import find_split
+from vmoe_torch.data.named import described
 from vmoe_torch.data.names import shown
 from vmoe_torch.data.shards import WDS
 from vmoe_torch.layers import MoeMlp
