@@ -1,0 +1,180 @@
+"""Characters in typefaces: any fonts, any characters; the task is to read a character in a typeface never seen.
+
+A folder holds one folder of font files per split, and beside them, if not all that the training fonts have in common is
+meant, `characters.txt` with the characters to tell apart:
+
+    FONTS/characters.txt
+    FONTS/train/*.ttf, *.otf, *.ttc ...
+    FONTS/val/...
+
+Fonts are drawn once, into a file of the cache. That fits rare scripts, for which there are fonts but no photographs.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from vmoe_torch.data.glyphs import Face, draw, faces_of, font_files
+
+CHARACTERS = "characters.txt"
+# Of the drawing: a cache of another version is drawn anew.
+_VERSION = 1
+
+
+class Typefaces(Dataset):
+    """Drawn characters; an item is (PIL image, label), ink white on black, ordered by face and then by character.
+
+    Args:
+        root: folder with a folder of font files per split.
+        split: name of the split's folder.
+        characters: the classes, a string or strings of one character each; None takes those of characters.txt, and
+            without it all that every face of the split has.
+        side: height and width of the pictures in pixels.
+        mode: PIL mode of the items, "L" or "RGB".
+        cache: folder of the drawn pictures; None is vmoe_torch/typefaces in the user's cache folder.
+
+    Attributes:
+        class_names: the characters, by label.
+        faces: the faces that have at least one of them.
+        labels: (N,) int64.
+        face_numbers: (N,) int64 place of each item's face in `faces`.
+
+    Raises:
+        ValueError: if a folder is missing or holds no font, a font cannot be read, a character is named twice, or no
+            font has any of them.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        split: str = "train",
+        characters: Sequence[str] | None = None,
+        side: int = 48,
+        mode: str = "L",
+        cache: Path | str | None = None,
+    ):
+        if isinstance(side, bool) or not isinstance(side, int) or side < 8:
+            raise ValueError(f"side must be at least 8 pixels, got {side!r}")
+        files = font_files(Path(root) / split)
+        if characters is None:
+            listed = Path(root) / CHARACTERS
+            characters = _read_characters(listed) if listed.is_file() else _in_common(files)
+        characters = _checked(tuple(characters))
+        cache = _cache_folder() if cache is None else Path(cache)
+        self.class_names = characters
+        self.mode = mode
+        self.faces: list[Face] = []
+        self._pictures: list[np.ndarray] = []
+        labels, numbers = [], []
+        for path in tqdm(files, desc=f"fonts of {split}", unit="font", leave=False, disable=None):
+            for face, pictures in _drawn(path, characters, side, cache):
+                there = np.flatnonzero(pictures.any(axis=(1, 2)))
+                if len(there) == 0:
+                    continue
+                labels.append(there)
+                numbers.append(np.full(len(there), len(self.faces)))
+                self.faces.append(face)
+                self._pictures.append(pictures)
+        if not self.faces:
+            raise ValueError(f"fonts in {Path(root) / split} must have some of the characters, got none that has any")
+        self.labels = np.concatenate(labels).astype(np.int64)
+        self.face_numbers = np.concatenate(numbers).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        label = int(self.labels[index])
+        image = Image.fromarray(np.asarray(self._pictures[self.face_numbers[index]][label]))
+        return (image if self.mode == "L" else image.convert(self.mode)), label
+
+
+def _checked(characters: tuple[str, ...]) -> tuple[str, ...]:
+    wrong = next((c for c in characters if len(c) != 1 or c.isspace()), None)
+    if wrong is not None:
+        raise ValueError(f"characters must be single characters that draw something, got {wrong!r}")
+    if len(set(characters)) < len(characters):
+        twice = next(c for c in characters if characters.count(c) > 1)
+        raise ValueError(f"characters must be named once each, got {twice!r} twice")
+    if not characters:
+        raise ValueError("characters must be at least one, got none")
+    return characters
+
+
+def _read_characters(path: Path) -> tuple[str, ...]:
+    """The characters of a text file in its order; white space separates nothing and means nothing."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be a text file in UTF-8: {error}") from None
+    return tuple(c for c in text if not c.isspace())
+
+
+def _in_common(files: list[Path]) -> tuple[str, ...]:
+    """The characters that every face of every file has, by code point; those without a form of their own left out."""
+    # Comes with matplotlib, which the training needs anyway.
+    from fontTools.ttLib import TTFont, TTLibError
+
+    common: set[int] | None = None
+    for path in files:
+        for face in faces_of(path):
+            try:
+                with TTFont(path, fontNumber=face.index, lazy=True) as font:
+                    found = set(font.getBestCmap() or ())
+            except (TTLibError, KeyError, AssertionError) as error:
+                raise ValueError(
+                    f"font {path} does not say which characters it has ({error}): list them in {CHARACTERS}"
+                ) from None
+            common = found if common is None else common & found
+    return tuple(chr(code) for code in sorted(common or ()) if chr(code).isprintable() and not chr(code).isspace())
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "vmoe_torch" / "typefaces"
+
+
+def _drawn(path: Path, characters: tuple[str, ...], side: int, cache: Path) -> list[tuple[Face, np.ndarray]]:
+    """Each face of a file with its (N, side, side) pictures, from the cache or into it."""
+    faces = list(faces_of(path))
+    wanted = json.dumps([_VERSION, side, "".join(characters)]).encode()
+    key = hashlib.sha256(wanted + path.read_bytes()).hexdigest()[:32]
+    drawn = []
+    for face in faces:
+        file = cache / f"{key}-{face.index}.npy"
+        pictures = _read(file, (len(characters), side, side))
+        if pictures is None:
+            pictures = draw(face, characters, side)
+            _write(file, pictures)
+        drawn.append((face, pictures))
+    return drawn
+
+
+def _read(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The pictures of a file, left on the disk; None where it is missing or damaged."""
+    try:
+        pictures = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return pictures if pictures.shape == shape and pictures.dtype == np.uint8 else None
+
+
+def _write(file: Path, pictures: np.ndarray) -> None:
+    """Whole or not at all; where there is no room for a cache, the pictures stay in memory."""
+    partial = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as opened:
+            np.save(opened, pictures)
+        partial.replace(file)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
