@@ -85,6 +85,13 @@ def test_typefaces_are_drawn_once(root, cache, monkeypatch):
         Typefaces(root, cache=cache, side=47)
 
 
+def test_typefaces_leave_out_faces_that_draw_the_same(root, cache):
+    shutil.copy(SHIPPED / "DejaVuSans.ttf", root / "train" / "Other.ttf")
+    data = Typefaces(root, cache=cache)
+    assert [face.path.name for face in data.faces] == ["Other.ttf", "DejaVuSerif-Bold.ttf"]
+    assert len(data) == 10
+
+
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY\x01\x00", None])
 def test_typefaces_draw_anew_what_is_damaged(root, cache, damage):
     want = [np.asarray(image) for image, _ in Typefaces(root, cache=cache)]

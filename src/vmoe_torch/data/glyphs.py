@@ -67,7 +67,7 @@ def draw(face: Face, characters: Sequence[str], side: int) -> np.ndarray:
 
     All are drawn at one size of the face, so that a small kana stays smaller than a kanji; what would not fit is drawn
     at a smaller size of its own. What the face has no glyph for is recognised by being drawn as the sign for missing
-    glyphs, or by being drawn as nothing, and stays empty.
+    glyphs, or by being drawn as nothing, and stays empty, as does a glyph that FreeType cannot draw.
 
     Args:
         face: the face.
@@ -88,11 +88,15 @@ def draw(face: Face, characters: Sequence[str], side: int) -> np.ndarray:
 
 
 def _draw_one(font: ImageFont.FreeTypeFont, character: str, side: int) -> np.ndarray:
-    ink = _ink(font, character)
-    largest = side * _LARGEST_INK
-    if max(ink.size) > largest:
-        ink = _ink(font.font_variant(size=max(int(font.size * largest / max(ink.size)), 1)), character)
     image = Image.new("L", (side, side))
+    largest = side * _LARGEST_INK
+    try:
+        ink = _ink(font, character)
+        if max(ink.size) > largest:
+            ink = _ink(font.font_variant(size=max(int(font.size * largest / max(ink.size)), 1)), character)
+    except OSError:
+        # A glyph whose program FreeType refuses; fonts have such ones beside thousands that are sound.
+        return np.asarray(image)
     image.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
     return np.asarray(image)
 

@@ -43,7 +43,7 @@ class Typefaces(Dataset):
 
     Attributes:
         class_names: the characters, by label.
-        faces: the faces that have at least one of them.
+        faces: the faces that have at least one of them, without those that draw all as an earlier one does.
         labels: (N,) int64.
         face_numbers: (N,) int64 place of each item's face in `faces`.
 
@@ -73,12 +73,15 @@ class Typefaces(Dataset):
         self.mode = mode
         self.faces: list[Face] = []
         self._pictures: list[np.ndarray] = []
-        labels, numbers = [], []
+        labels, numbers, known = [], [], set()
         for path in tqdm(files, desc=f"fonts of {split}", unit="font", leave=False, disable=None):
             for face, pictures in _drawn(path, characters, side, cache):
                 there = np.flatnonzero(pictures.any(axis=(1, 2)))
-                if len(there) == 0:
+                # A proportional and a monospaced face differ in nothing here, as often those of one collection.
+                digest = hashlib.sha256(pictures).digest()
+                if len(there) == 0 or digest in known:
                     continue
+                known.add(digest)
                 labels.append(there)
                 numbers.append(np.full(len(there), len(self.faces)))
                 self.faces.append(face)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vmoe_torch.checkpoints import upcycle
-from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards
+from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards, Typefaces
 from vmoe_torch.data import fashion_mnist as fm
 from vmoe_torch.data.shards import WDS
 from vmoe_torch.train.config import Config, DataConfig, ModelConfig
@@ -40,6 +40,8 @@ def build_data(config: DataConfig, mode: str = "RGB") -> Data:
     """
     if config.name == "fashion_mnist":
         train, val = (FashionMnist(split, config.root, mode) for split in ("train", "test"))
+    elif config.name == "typefaces":
+        train, val = _typefaces(config, mode)
     elif config.name == WDS:
         train = TarShards(config.root, config.train_split, mode=mode)
         val = TarShards(config.root, config.val_split, train.class_names, mode)
@@ -55,6 +57,16 @@ def build_data(config: DataConfig, mode: str = "RGB") -> Data:
         train = ImageFolder(Path(config.root) / config.train_split, mode=mode)
         val = ImageFolder(Path(config.root) / config.val_split, class_names=train.class_names, mode=mode)
     return Data(train, val, train.class_names)
+
+
+def _typefaces(config: DataConfig, mode: str) -> tuple[Typefaces, Typefaces]:
+    """Both splits, of the characters that the first one has."""
+    try:
+        train = Typefaces(config.root, config.train_split, mode=mode, **config.kwargs)
+        kwargs = {**config.kwargs, "characters": train.class_names}
+        return train, Typefaces(config.root, config.val_split, mode=mode, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"data.kwargs: {error}") from None
 
 
 def _count(data: NamedDataset) -> str:

@@ -40,12 +40,14 @@ class ModelConfig:
 class DataConfig:
     """Where the images come from, and timm's transforms; `batch_size` is images per update over all processes."""
 
-    # "folder", "fashion_mnist", "wds/" for WebDataset's shards, or a data set of timm's `create_dataset` whose images
-    # have numbers, as "torch/cifar10" or "hfds/NAME".
+    # "folder", "fashion_mnist", "typefaces", "wds/" for WebDataset's shards, or a data set of timm's `create_dataset`
+    # whose images have numbers, as "torch/cifar10" or "hfds/NAME".
     name: str = "folder"
     # folder: holds one folder per split, which holds one folder per class. fashion_mnist: the full IDX files. wds/: the
-    # shards. timm's: where the files are.
+    # shards. typefaces: one folder of fonts per split. timm's: where the files are.
     root: str | None = None
+    # Arguments of the data set, as kwargs.side=64; of "typefaces" only.
+    kwargs: dict[str, Any] = field(default_factory=dict)
     train_split: str = "train"
     val_split: str = "val"
     batch_size: int = 128
@@ -277,7 +279,7 @@ class Config:
         """Raises ValueError if a value is out of its range; the model and the data check their own."""
         data, optim, schedule, run = self.data, self.optim, self.schedule, self.run
         if not data.name.startswith((*NUMBERED, *STREAMS)):
-            names = ("folder", "fashion_mnist", WDS, *(f"{prefix}NAME" for prefix in NUMBERED))
+            names = ("folder", "fashion_mnist", "typefaces", WDS, *(f"{prefix}NAME" for prefix in NUMBERED))
             _one_of("data.name", data.name, names)
         _one_of("loss.kind", self.loss.kind, ("softmax", "sigmoid"))
         _one_of("run.device", run.device.partition(":")[0], ("auto", "cpu", "cuda"))
@@ -288,7 +290,9 @@ class Config:
         _one_of("data.mixup_mode", data.mixup_mode, ("batch", "pair", "elem", "dirichlet"))
         if data.mixup_mode == "dirichlet" and data.cutmix > 0:
             raise ValueError(f"data.cutmix must be 0 with data.mixup_mode=dirichlet, got {data.cutmix}")
-        if data.name.startswith(("folder", "torch/", WDS)) and data.root is None:
+        if data.kwargs and data.name != "typefaces":
+            raise ValueError(f"data.kwargs must be empty for data.name={data.name}, got {data.kwargs}")
+        if data.name.startswith(("folder", "typefaces", "torch/", WDS)) and data.root is None:
             raise ValueError(f"data.root must name the folder of images for data.name={data.name}, got none")
         for name, value, least in (
             ("data.batch_size", data.batch_size, 1),
