@@ -9,9 +9,10 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from torch.utils.data import Dataset
+from torchvision.transforms import Compose
 
 from vmoe_torch.checkpoints import upcycle
-from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards, Typefaces
+from vmoe_torch.data import Distort, FashionMnist, ImageFolder, NamedDataset, TarShards, Typefaces
 from vmoe_torch.data import fashion_mnist as fm
 from vmoe_torch.data.shards import WDS
 from vmoe_torch.train.config import Config, DataConfig, ModelConfig
@@ -143,6 +144,11 @@ def build_transforms(config: DataConfig, model: nn.Module):
     crop_pct = size["crop_pct"] if config.crop_pct is None else config.crop_pct
     crop_mode = size["crop_mode"] if config.crop_mode is None else config.crop_mode
     try:
+        evaluation = create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode)
+        if config.name == "typefaces" and config.augment:
+            # A crop that misses a stroke, or a mirror, would make another character.
+            plain = create_transform(**common, crop_pct=1.0, crop_mode="squash")
+            return Compose([Distort((height, width)), plain]), evaluation
         train = create_transform(
             **common,
             is_training=True,
@@ -155,7 +161,7 @@ def build_transforms(config: DataConfig, model: nn.Module):
             auto_augment=config.auto_augment,
             re_prob=config.random_erasing,
         )
-        return train, create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode)
+        return train, evaluation
     except (KeyError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"data must describe timm's transforms, got {type(error).__name__}: {error}") from error
 
