@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo docs test test-timm browser lint clean
+.PHONY: demo docs test test-interop test-timm browser lint clean
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ test: $(STAMP) lint
 	$(PYTEST) tests --ignore=tests/interpreter
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 	$(BIN)/python -m benchmarks.compile_report --check --processes 2 > /dev/null
+
+# Other people's tools on our models; `make test` runs these tests too.
+test-interop: $(STAMP)
+	$(PYTEST) tests/interop
 
 test-timm: $(STAMP)
 	$(BIN)/python tests/timm_suite/run.py

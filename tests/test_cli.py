@@ -1,14 +1,19 @@
 """The vmoe command: results, and one line on stderr with exit code 2 for what a user can get wrong."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from PIL import Image
 
+from vmoe_torch import cli
 from vmoe_torch.cli import main
+from vmoe_torch.commands import eval as eval_command
+from vmoe_torch.commands.options import integers, numbers
 from vmoe_torch.data import FashionMnist
 from vmoe_torch.data.idx import write_idx
 from vmoe_torch.train.logs import EPOCH_COLUMNS
@@ -154,3 +159,151 @@ def test_module_runs_as_the_command():
     assert done.returncode == 2
     assert done.stderr.startswith("vmoe train: data.root")
     assert "Traceback" not in done.stderr
+
+
+def test_options_and_overrides_come_in_any_order(tmp_path, capsys):
+    words = ["optim.lr=0.5", "--recipe", "fashion_mnist", "run.seed=7", "--print-config", "optim.lr=0.25"]
+    for order in (words, [*words[3:5], *words[:3], words[5]], ["--print-config", *words[:4], words[5]]):
+        assert main(["train", *order]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert (printed["run"]["seed"], printed["optim"]["lr"]) == (7, 0.25)
+        assert printed["data"]["name"] == "fashion_mnist"
+    assert main(["train", "data.name=fashion_mnist", "--resume", "run.device=gpu"]) == 2
+    assert "run.device must be" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "optim.lr=1", "--wings", "run.seed=1"])
+    assert "unrecognized arguments: --wings" in capsys.readouterr().err
+
+
+def test_images_and_options_of_predict_come_in_any_order(trained, image, capsys):
+    assert main(["predict", str(image), "--checkpoint", str(trained), str(image), "--topk=1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.kwargs.in_chans=4", "model.kwargs.in_chans must be one of 1, 3, got 4"),
+        ("model.kwargs.patch_size=0", "model.kwargs.patch_size must be at least 1, got 0"),
+        ("model.kwargs.drop_path_rate=2", "model.kwargs.drop_path_rate must be in [0, 1), got 2.0"),
+        ("model.kwargs.global_pool=", "model.kwargs.global_pool must be text that is not empty, got ''"),
+        ("model.kwargs.batch_priority=perhaps", "model.kwargs.batch_priority must be bool, got 'perhaps'"),
+        ("model.name=vmoe_s33", "model.name must be a timm model, got 'vmoe_s33'; did you mean"),
+        ("optim.name=adahessian", "optim.name must be an optimiser that needs no second derivative"),
+        ("optim.momentum=0.9", "optim.momentum must be left out with optim.name=adamw, which has none, got 0.9"),
+        ("schedule.warmup_epochs=99", "the schedule's warm-up must be shorter"),
+        ("data.auto_augment=foo", "data.auto_augment must be a policy of timm's"),
+        ("data.batch_size=100000", "batch_size must be at most"),
+        ("lr=1e-3", "did you mean optim.lr?"),
+        ("num_experts=4", "did you mean model.kwargs.num_experts?"),
+        ("run.device=cuda:x", "run.device must be auto, cpu, cuda or cuda:N"),
+        ("run.output=", "run.output must be text that is not empty"),
+    ],
+)
+def test_train_names_the_key_that_is_wrong(tmp_path, capsys, change, message):
+    fails(capsys, arguments(tmp_path / "run", change), message)
+
+
+def test_commands_refuse_options_out_of_their_range(trained, image, capsys):
+    data = ["--data", "fashion_mnist"]
+    for command in (["eval", trained, *data], ["analyze", trained, *data, "--out=o"], ["budget", trained, *data]):
+        fails(capsys, [*command, "--device=gpu"], "--device must be cpu, cuda or cuda:N, got gpu")
+        fails(capsys, [*command, "--workers=-1"], "--workers must be at least 0, got -1")
+        fails(capsys, [*command, "--batch-size=0"], "must be at least 1")
+    fails(capsys, ["fewshot", trained, *data, "--device=gpu"], "--device must be cpu, cuda or cuda:N, got gpu")
+    fails(capsys, ["predict", image, "--checkpoint", trained, "--device=tpu"], "--device must be cpu, cuda or cuda:N")
+    fails(capsys, ["budget", trained, *data, "--flops=nan"], "--flops must be above 0 and finite, got nan")
+    fails(capsys, ["convert", "a", "b.safetensors", "--shards=0"], "--shards must be at least 1, got 0")
+    fails(capsys, ["plan", "--model=test_vmoe", "--gpus=0", "--ep=1", "--batch=1"], "--gpus must be at least 1, got 0")
+
+
+def test_every_numeric_option_has_a_rule():
+    # Their ranges are those of the model's layers, which check them by their own names.
+    layers = {"--capacity", "--k", "--shots", "--capacity-factor", "--num-selected-experts"}
+    for name, command in cli._parsers()[1].items():
+        ruled = {option for options, _ in command.get_default("rules") or () for option in options}
+        numeric = {
+            action.option_strings[0] for action in command._actions if action.type in (int, float, integers, numbers)
+        }
+        assert numeric - layers <= ruled, name
+
+
+def test_damaged_checkpoints_end_in_one_line(trained, tmp_path, capsys):
+    for content in (b"", b"PK\x03\x04", b"no checkpoint at all" * 99):
+        (tmp_path / "best.pt").write_bytes(content)
+        fails(capsys, ["eval", tmp_path / "best.pt", "--data=fashion_mnist"], "best.pt")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(), 141), (torch.OutOfMemoryError("no room"), 2)]
+)
+def test_what_ends_a_command_has_its_exit_code(monkeypatch, capfd, error, code):
+    def ends(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(eval_command, "open_model", ends)
+    assert main(["eval", "model", "--data=fashion_mnist"]) == code
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == (0 if code == 141 else 1)
+
+
+def test_fault_of_ours_keeps_its_traceback(monkeypatch):
+    def ends(*args, **kwargs):
+        raise IndexError("ours")
+
+    monkeypatch.setattr(eval_command, "open_model", ends)
+    with pytest.raises(IndexError, match="ours"):
+        main(["eval", "model", "--data=fashion_mnist"])
+
+
+def test_traceback_is_shown_where_it_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setenv("VMOE_TRACEBACK", "1")
+    assert main(["train", "optim.lr=-1", "data.name=fashion_mnist"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].startswith("Traceback")
+    assert err[-1] == "vmoe train: optim.lr must be at least 0 and finite, got -1.0"
+    monkeypatch.setenv("VMOE_TRACEBACK", "0")
+    assert main(["train", "optim.lr=-1", "data.name=fashion_mnist", "--traceback"]) == 2
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_package_that_is_not_there_is_named(monkeypatch, capsys):
+    def ends(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
+
+    monkeypatch.setattr(eval_command, "open_model", ends)
+    fails(capsys, ["eval", "model", "--data=fashion_mnist"], "needs the package onnx, which is not installed")
+
+
+def test_interrupted_command_says_so_in_one_line(trained):
+    # Whole processes: torch's import, too, may be what the user interrupts.
+    command = [sys.executable, "-m", "vmoe_torch.cli", "eval", str(trained), "--data=fashion_mnist", "--batch-size=1"]
+    loading = "import signal, sys, os; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    loading += (
+        "sys.orig_argv = ['vmoe', '/bin/vmoe']; from vmoe_torch import cores; os.kill(os.getpid(), signal.SIGINT)"
+    )
+    done = subprocess.run([sys.executable, "-c", loading], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "vmoe: interrupted\n")
+
+    # A test may run where SIGINT is ignored.
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
+        # Late enough for Python to have its handler, before 1,000 forwards are done.
+        time.sleep(4.0)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1].endswith(": interrupted")
+    assert "Traceback" not in err
+
+
+def test_recipe_that_is_nearly_there_is_suggested(capsys):
+    fails(capsys, ["train", "--recipe=fashionmnist"], "did you mean fashion_mnist")
+
+
+def test_key_twice_in_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "c.json").write_text('{"optim": {"lr": 1, "lr": 2}}')
+    fails(capsys, ["train", f"--config={tmp_path}/c.json"], "every key must be there once, got lr twice")

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
 # Their commands are run in order with their Python, as a reader would.
 RUN = {"docs/tutorial.md"}
+# Examples that need the extra `interop`, each a program of its own: tests/interop runs them.
+APART = {"docs/use-with.md"}
 # What is neither run nor parsed, and why.
 ELSEWHERE = {
     r"pip install .*": "installs the package that is under test",
@@ -97,7 +99,9 @@ def _bash(words: list[str]) -> None:
 COMMANDS = {"vmoe": _parsed, "torchrun": _torchrun, "python": _python, "make": _make, "bash": _bash, "pip": None}
 
 
-@pytest.mark.parametrize("page", [page for page, path in PAGES.items() if "```python" in path.read_text()])
+@pytest.mark.parametrize(
+    "page", [page for page, path in PAGES.items() if "```python" in path.read_text() and page not in APART]
+)
 def test_programs_run(page, tmp_path, monkeypatch, capsys):
     """The Python of a page is one program; what it needs of a launcher is that of `torchrun --nproc-per-node 1`."""
     monkeypatch.chdir(tmp_path)

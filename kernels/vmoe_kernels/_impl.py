@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vmoe_kernels.checks import MAX_ROWS
+from vmoe_kernels.transforms import carries_tangent, differentiating
+
 IMPLS = ("auto", "triton", "reference")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -29,18 +32,33 @@ def register_triton(op, launcher: Callable) -> None:
         op.register_kernel("cpu")(launcher)
 
 
-def use_reference(impl: str, x: Tensor) -> bool:
-    """Decides whether a call on `x` runs the eager twin; an explicit request never falls back in silence."""
+def use_reference(impl: str, x: Tensor, *others: Tensor | None) -> bool:
+    """Decides whether a call on `x` runs the eager twin; an explicit request never falls back in silence.
+
+    `others` are the remaining inputs that may be differentiated: what the registered ops cannot do is the twin's.
+    """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     if impl == "reference":
         return True
+    if differentiating() or carries_tangent(x, *others):
+        if impl == "auto":
+            return True
+        raise ValueError(
+            f"impl must be 'reference' or 'auto' under forward-mode AD and torch.func's gradients, got {impl!r}"
+        )
     on_triton = x.device.type == "cuda" or (INTERPRET and x.device.type == "cpu")
     if impl == "triton":
         if not HAS_TRITON or not on_triton:
             raise ValueError(f"impl='triton' needs Triton and a CUDA tensor, got a tensor on {x.device}")
         if x.dtype == torch.float64:
             raise ValueError("impl='triton' takes float16, bfloat16 and float32, got float64")
+    if on_triton and INTERPRET and x.dtype == torch.bfloat16:
+        raise ValueError(
+            "dtype must be float16 or float32 under TRITON_INTERPRET=1, got bfloat16, with whose bits Triton's "
+            "interpreter computes as with integers; impl='reference' takes it"
+        )
+    if impl == "triton":
         return False
     return on_triton and (not HAS_TRITON or x.dtype == torch.float64)
 
@@ -92,3 +110,5 @@ def check_slots(slots: Tensor, num_tokens: int, device: torch.device) -> None:
         raise ValueError(f"slots must be (T, K) with T={num_tokens}, got {tuple(slots.shape)}")
     if slots.device != device:
         raise ValueError(f"slots must be on {device}, got {slots.device}")
+    if not torch.compiler.is_compiling() and slots.numel() >= MAX_ROWS:
+        raise ValueError(f"slots must hold fewer than 2**31 choices, got {slots.numel()}")

@@ -15,7 +15,9 @@ from vmoe_kernels._impl import (
     register_triton,
     use_reference,
 )
+from vmoe_kernels.checks import check_rows
 from vmoe_kernels.dispatch import choice_of_row
+from vmoe_kernels.transforms import differs_backward, twin_gradients
 
 
 @no_autocast
@@ -77,6 +79,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, d_y):
     buffer, slots, gates = ctx.saved_tensors
+    if differs_backward():
+        d_buffer, d_gates = twin_gradients(lambda b, g: combine_reference(b, slots, g), (buffer, gates), (d_y,))
+        return d_buffer, None, d_gates
     d_buffer, d_gates = torch.ops.vmoe.combine_backward(d_y.contiguous(), buffer, slots, gates)
     return d_buffer, None, d_gates
 
@@ -98,7 +103,7 @@ def combine(buffer: Tensor, slots: Tensor, gates: Tensor, *, impl: str = "auto")
         dropped are 0.
 
     Raises:
-        ValueError: if shapes, devices or the dtype of slots disagree.
+        ValueError: if shapes, devices or the dtype of slots disagree, or N is 2**31 or more.
     """
     check_floating(buffer=buffer, gates=gates)
     if buffer.ndim != 2:
@@ -106,7 +111,8 @@ def combine(buffer: Tensor, slots: Tensor, gates: Tensor, *, impl: str = "auto")
     if gates.shape != slots.shape:
         raise ValueError(f"gates must have the shape of slots {tuple(slots.shape)}, got {tuple(gates.shape)}")
     check_slots(slots, gates.shape[0], buffer.device)
-    if use_reference(impl, buffer):
+    check_rows(buffer.shape[0])
+    if use_reference(impl, buffer, gates):
         return combine_reference(buffer, slots, gates)
     return torch.ops.vmoe.combine(buffer, slots, gates)
 

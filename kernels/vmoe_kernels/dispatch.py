@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from vmoe_kernels._impl import HAS_TRITON, check_floating, check_slots, no_autocast, register_triton, use_reference
+from vmoe_kernels.checks import check_integer, check_rows
+from vmoe_kernels.transforms import differs_backward, twin_gradients
 
 
 @no_autocast
@@ -60,6 +62,11 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, d_buffer):
     (slots,) = ctx.saved_tensors
+    if differs_backward():
+        # Dispatch is linear: its gradient is the same at any x.
+        x = d_buffer.new_zeros(slots.shape[0], d_buffer.shape[1], requires_grad=True)
+        (d_x,) = twin_gradients(lambda x: dispatch_reference(x, slots, d_buffer.shape[0]), (x,), (d_buffer,))
+        return d_x, None, None
     return torch.ops.vmoe.dispatch_backward(d_buffer.contiguous(), slots), None, None
 
 
@@ -79,14 +86,14 @@ def dispatch(x: Tensor, slots: Tensor, num_rows: int, *, impl: str = "auto") -> 
         (N, D) in the dtype of `x`; rows that no choice holds are 0.
 
     Raises:
-        ValueError: if shapes, devices or the dtype of slots disagree.
+        ValueError: if shapes, devices or the dtype of slots disagree, or num_rows is negative, or 2**31 or more.
     """
     check_floating(x=x)
     if x.ndim != 2:
         raise ValueError(f"x must be (T, D), got {tuple(x.shape)}")
     check_slots(slots, x.shape[0], x.device)
-    if num_rows < 0:
-        raise ValueError(f"num_rows must be at least 0, got {num_rows}")
+    num_rows = check_integer("num_rows", num_rows, 0)
+    check_rows(num_rows)
     if use_reference(impl, x):
         return dispatch_reference(x, slots, num_rows)
     return torch.ops.vmoe.dispatch(x, slots, num_rows)

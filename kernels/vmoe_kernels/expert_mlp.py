@@ -21,7 +21,9 @@ from vmoe_kernels._impl import (
     use_reference,
 )
 from vmoe_kernels.activations import FORWARD, activate, chain, check_activation
+from vmoe_kernels.checks import check_draws, check_number, check_rows, check_seed
 from vmoe_kernels.philox import dropout_keep
+from vmoe_kernels.transforms import differs_backward, twin_gradients
 
 # Floats of the hidden block that stays in a core's cache between the two GEMMs; benchmarks/bench_moe_layer.py chose it.
 _BLOCK_FLOATS = 1 << 20
@@ -59,6 +61,13 @@ def row_blocks(rows: int, hidden: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+def gradient_blocks(rows: int, hidden: int, dtype: torch.dtype) -> Iterator[slice]:
+    """`row_blocks`, but one for 16-bit rows, whose weight gradients would be rounded after every block."""
+    if dtype in (torch.float32, torch.float64):
+        return row_blocks(rows, hidden)
+    return iter([slice(0, rows)] if rows else [])
+
+
 def largest_block(rows: int, hidden: int) -> int:
     """Rows that no block of `row_blocks` exceeds, for any number of rows up to this one."""
     return min(rows, -(-_BLOCK_FLOATS // max(hidden, 1)))
@@ -66,10 +75,16 @@ def largest_block(rows: int, hidden: int) -> int:
 
 def linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x @ weight^T + bias, into memory that is there already: fresh pages cost a CPU more than the activation."""
+    # aten's: counters that patch torch's functions would count the rows that happen to be filled.
     if bias is None:
-        torch.mm(x, weight.t(), out=out)
+        torch.ops.aten.mm.out(x, weight.t(), out=out)
     else:
-        torch.addmm(bias, x, weight.t(), out=out)
+        torch.ops.aten.addmm.out(bias, x, weight.t(), out=out)
+
+
+def dropout(values: Tensor, keep: Tensor, drop: float) -> None:
+    """Zeroes what is not kept, also what is not finite, and scales the rest in place: one rounding in any dtype."""
+    values.masked_fill_(~keep, 0.0).mul_(1.0 / (1.0 - drop))
 
 
 def forward_rows(
@@ -87,7 +102,7 @@ def forward_rows(
     linear_out(x, fc1_weight, fc1_bias, pre)
     activate(activation, pre, hidden)
     if keep is not None:
-        hidden.mul_(keep).mul_(1.0 / (1.0 - drop))
+        dropout(hidden, keep, drop)
     linear_out(hidden, fc2_weight, fc2_bias, out)
 
 
@@ -122,12 +137,12 @@ class ExpertGradients:
             x: (n, D) inputs.
             pre: (n, H) saved pre-activation.
             d_out: (n, O) gradient of the expert's output, or of gate * output where a gate is given (overwritten).
-            gate: (n, 1) combine weight.
+            gate: (n, 1) combine weight, in the dtype that accumulates.
             keep: (n, H) dropout mask.
 
         Returns:
-            (n, D) gradient of x, and (n,) gradient of the gate, <d_out, output>, without the output itself:
-            <d_out W2, hidden> + <d_out, b2>.
+            (n, D) gradient of x, and (n,) gradient of the gate, <d_out, output>. In float32 and float64 without the
+            output itself: <d_out W2, hidden> + <d_out, b2>.
         """
         fc1_weight, _, fc2_weight, fc2_bias = self.weights
         rows = x.shape[0]
@@ -135,12 +150,17 @@ class ExpertGradients:
             self.scratch = pre.new_empty(3, rows, pre.shape[1])
         hidden, d_hidden, work = self.scratch[:, :rows]
         activate(self.activation, pre, hidden)
-        torch.mm(d_out, fc2_weight[expert], out=d_hidden)
         if keep is not None:
-            keep = keep.to(pre.dtype) * (1.0 / (1.0 - self.drop))
-            hidden.mul_(keep)
+            dropout(hidden, keep, self.drop)
         d_gate = None
-        if gate is not None:
+        if gate is not None and gate.dtype != d_out.dtype:
+            # 16-bit rows: a product that lacks its gate rounds once more, and may leave float16's range.
+            out = torch.empty_like(d_out)
+            linear_out(hidden, fc2_weight[expert], None if fc2_bias is None else fc2_bias[expert], out)
+            d_gate = torch.linalg.vecdot(d_out.to(gate.dtype), out.to(gate.dtype))
+            d_out.mul_(gate)
+        torch.mm(d_out, fc2_weight[expert], out=d_hidden)
+        if gate is not None and d_gate is None:
             d_gate = torch.linalg.vecdot(d_hidden, hidden)
             if fc2_bias is not None:
                 d_gate += d_out @ fc2_bias[expert]
@@ -149,7 +169,7 @@ class ExpertGradients:
         beta = 0 if first else 1
         self.d_fc2_weight[expert].addmm_(d_out.t(), hidden, beta=beta)
         if keep is not None:
-            d_hidden.mul_(keep)
+            dropout(d_hidden, keep, self.drop)
         # The hidden activations have served: their memory is free.
         chain(self.activation, pre, d_hidden, (hidden, work))
         self.d_fc1_weight[expert].addmm_(d_hidden.t(), x, beta=beta)
@@ -247,7 +267,7 @@ def _expert_mlp_backward_op(
         if rows == 0:
             gradients.no_rows(e)
         keep = dropout_keep(seed, e, (rows, width), drop) if drop > 0 else None
-        for block in row_blocks(rows, width):
+        for block in gradient_blocks(rows, width, x.dtype):
             mask = None if keep is None else keep[block]
             first = block.start == 0
             d_x[e, block], _ = gradients.add_rows(e, first, x[e, block], pre[e, block], d_out[e, block], keep=mask)
@@ -282,6 +302,11 @@ def _backward(ctx, d_out, _pre):
     if d_out is None:
         return (None,) * 9
     x, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed = ctx.saved_tensors
+    if differs_backward():
+        settings = {"activation": ctx.activation, "drop": ctx.drop, "seed": seed}
+        inputs = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        gradients = twin_gradients(lambda *inputs: expert_mlp_reference(*inputs, **settings), inputs, (d_out,))
+        return (*gradients, None, None, None, None)
     d_x, d_fc1, d_b1, d_fc2, d_b2 = torch.ops.vmoe.expert_mlp_backward(
         d_out.contiguous(), x, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ctx.activation, ctx.drop, seed
     )
@@ -324,12 +349,13 @@ def check_expert_weights(
             raise ValueError(f"{name} must be {shape}, got {tuple(bias.shape)}")
 
 
-def check_dropout(drop: float, seed: Tensor | None) -> None:
-    """A dropout probability comes with a Philox key."""
-    if not 0.0 <= drop < 1.0:
-        raise ValueError(f"drop must be in [0, 1), got {drop}")
-    if drop > 0 and seed is None:
-        raise ValueError("seed must be a 0-dim int64 tensor when drop > 0, got None")
+def check_dropout(drop: float, seed: Tensor | None, device: torch.device, elements: int) -> float:
+    """A dropout probability comes with a Philox key; an expert has so many elements to drop."""
+    drop = check_number("drop", drop, "in [0, 1)", 0.0, 1.0)
+    if drop > 0:
+        check_seed(seed, device, "drop > 0")
+        check_draws("rows times hidden width of an expert", elements)
+    return drop
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -374,9 +400,10 @@ def expert_mlp(
     check_dtypes(x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     check_expert_weights(x.shape[2], fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_activation(activation)
-    check_dropout(drop, seed)
+    check_rows(x.shape[0] * x.shape[1])
+    drop = check_dropout(drop, seed, x.device, x.shape[1] * fc1_weight.shape[1])
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if use_reference(impl, x):
+    if use_reference(impl, x, *weights):
         return expert_mlp_reference(x, *weights, activation=activation, drop=drop, seed=seed)
     return torch.ops.vmoe.expert_mlp(x, *weights, activation, drop, seed, wants_grad(x, *weights))[0]
 

@@ -21,6 +21,7 @@ from vmoe_kernels._impl import (
     use_reference,
 )
 from vmoe_kernels.activations import check_activation
+from vmoe_kernels.checks import check_integer, check_rows
 from vmoe_kernels.combine import _nan_gates, combine_reference
 from vmoe_kernels.dispatch import choice_of_row, dispatch_reference
 from vmoe_kernels.expert_mlp import (
@@ -30,12 +31,14 @@ from vmoe_kernels.expert_mlp import (
     expert_mlp_reference,
     fake_weight_gradients,
     forward_rows,
+    gradient_blocks,
     largest_block,
     row_blocks,
     wants_grad,
     weights_of,
 )
 from vmoe_kernels.philox import dropout_keep
+from vmoe_kernels.transforms import differs_backward, twin_gradients
 
 
 @no_autocast
@@ -146,13 +149,13 @@ def _moe_mlp_backward_op(
     gradients = ExpertGradients((fc1_weight, fc1_bias, fc2_weight, fc2_bias), activation, drop)
     d_x = torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device)
     d_gates = gates.new_zeros(gates.shape)
-    weight = gates.reshape(-1, 1).to(x.dtype)
+    weight = gates.reshape(-1, 1).to(d_x.dtype)
     for e, rows, choices in _filled_rows(slots, num_experts, rows_per_expert):
         if rows.numel() == 0:
             gradients.no_rows(e)
         tokens = choices // slots.shape[1]
         keep = dropout_keep(seed, e, (rows_per_expert, width), drop)[rows] if drop > 0 else None
-        for block in row_blocks(rows.numel(), width):
+        for block in gradient_blocks(rows.numel(), width, x.dtype):
             d_rows, d_gate = gradients.add_rows(
                 e,
                 block.start == 0,
@@ -189,6 +192,14 @@ def _backward(ctx, d_y, _pre):
     if d_y is None:
         return (None,) * 12
     x, slots, gates, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed = ctx.saved_tensors
+    if differs_backward():
+
+        def twin(x, gates, *weights):
+            settings = {"rows_per_expert": ctx.rows_per_expert, "activation": ctx.activation}
+            return moe_mlp_reference(x, slots, gates, *weights, **settings, drop=ctx.drop, seed=seed)
+
+        d_x, *others = twin_gradients(twin, (x, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias), (d_y,))
+        return (d_x, None, *others, None, None, None, None, None)
     d_x, d_gates, d_fc1, d_b1, d_fc2, d_b2 = torch.ops.vmoe.moe_mlp_backward(
         d_y.contiguous(),
         x,
@@ -271,11 +282,11 @@ def moe_mlp(
         raise ValueError(f"gates must have the shape of slots {tuple(slots.shape)}, got {tuple(gates.shape)}")
     check_dtypes(x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     check_expert_weights(x.shape[1], *weights)
-    if rows_per_expert < 0:
-        raise ValueError(f"rows_per_expert must be at least 0, got {rows_per_expert}")
+    rows_per_expert = check_integer("rows_per_expert", rows_per_expert, 0)
+    check_rows(fc1_weight.shape[0] * rows_per_expert)
     check_activation(activation)
-    check_dropout(drop, seed)
-    if use_reference(impl, x):
+    drop = check_dropout(drop, seed, x.device, rows_per_expert * fc1_weight.shape[1])
+    if use_reference(impl, x, gates, *weights):
         return moe_mlp_reference(
             x, slots, gates, *weights, rows_per_expert=rows_per_expert, activation=activation, drop=drop, seed=seed
         )

@@ -20,7 +20,9 @@ from vmoe_kernels._impl import (
     register_triton,
     use_reference,
 )
+from vmoe_kernels.checks import check_draws, check_integer, check_number, check_seed, check_selected
 from vmoe_kernels.philox import philox_normal
+from vmoe_kernels.transforms import differs_backward, twin_gradients
 
 
 class RouterOutput(NamedTuple):
@@ -46,6 +48,19 @@ def router_reference(
     seed: Tensor | None = None,
 ) -> RouterOutput:
     """Eager twin of `router`: differentiable PyTorch that defines the op."""
+    return _scored(x, weight, None, num_selected_experts, group_size, noise_std, seed)
+
+
+def _scored(
+    x: Tensor,
+    weight: Tensor,
+    experts: Tensor | None,
+    num_selected_experts: int,
+    group_size: int,
+    noise_std: float,
+    seed: Tensor | None,
+) -> RouterOutput:
+    """The twin; with `experts` (T, K) int64 those are taken as chosen already."""
     num_tokens, num_experts = x.shape[0], weight.shape[0]
     dtype = accumulation_dtype(x.dtype)
     logits = x.to(dtype) @ weight.to(dtype).t()
@@ -55,7 +70,8 @@ def router_reference(
         noise = philox_normal(seed, num_tokens * num_experts).view(num_tokens, num_experts).to(dtype)
         noisy = logits + noise * (noise_std / num_experts)
         noisy_probs = noisy.softmax(-1)
-    experts = _top_experts(noisy_probs.detach(), num_selected_experts)
+    if experts is None:
+        experts = _top_experts(noisy_probs.detach(), num_selected_experts)
     gates = noisy_probs.gather(1, experts)
     groups = -(-num_tokens // group_size)
     load = probs.new_zeros(groups, num_experts)
@@ -76,14 +92,12 @@ def router_reference(
 
 def _top_experts(probs: Tensor, num_selected_experts: int) -> Tensor:
     """(T, E) -> (T, K) int64, largest first, ties to the lower index, NaN before numbers (as torch.topk has it)."""
-    if num_selected_experts == 1:
-        return probs.argmax(1, keepdim=True)
-    chosen = []
-    probs = probs.clone()
-    for _ in range(num_selected_experts):
+    chosen = [probs.argmax(1, keepdim=True)]
+    for _ in range(num_selected_experts - 1):
+        # Not in place, for which vmap has no rule.
+        probs = probs.scatter(1, chosen[-1], -1.0)
         chosen.append(probs.argmax(1, keepdim=True))
-        probs.scatter_(1, chosen[-1], -1.0)
-    return torch.cat(chosen, 1)
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, 1)
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
@@ -208,6 +222,15 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, d_gates, _experts, d_logits, d_importance, d_load, d_mean_gates, _top1):
     x, weight, logits, experts, seed = ctx.saved_tensors
+    if differs_backward():
+        # The forward's choices: another rounding of the logits could make others.
+        settings = (experts.long(), experts.shape[1], ctx.group_size, ctx.noise_std, seed)
+        gradients = twin_gradients(
+            no_autocast(lambda x, weight: _scored(x, weight, *settings)),
+            (x, weight),
+            (d_gates, None, d_logits, d_importance, d_load, d_mean_gates, None),
+        )
+        return (*gradients, None, None, None, None)
     d_x, d_weight = torch.ops.vmoe.router_backward(
         x,
         weight,
@@ -269,16 +292,14 @@ def router(
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x (T, D) and weight (E, D) must agree, got {tuple(x.shape)} and {tuple(weight.shape)}")
     num_experts = weight.shape[0]
-    if not 1 <= num_selected_experts <= num_experts:
-        raise ValueError(f"num_selected_experts must be in 1..num_experts={num_experts}, got {num_selected_experts}")
+    num_selected_experts = check_selected(num_selected_experts, num_experts)
     group_size = max(x.shape[0], 1) if group_size is None else group_size
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1 token, got {group_size}")
-    if noise_std < 0:
-        raise ValueError(f"noise_std must be at least 0, got {noise_std}")
-    if noise_std > 0 and seed is None:
-        raise ValueError("seed must be a 0-dim int64 tensor when noise_std > 0, got None")
-    if use_reference(impl, x):
+    group_size = check_integer("group_size", group_size, 1, "at least 1 token")
+    noise_std = check_number("noise_std", noise_std, "at least 0", 0.0)
+    if noise_std > 0:
+        check_seed(seed, x.device, "noise_std > 0")
+        check_draws("tokens times experts", x.shape[0] * num_experts)
+    if use_reference(impl, x, weight):
         return router_reference(
             x,
             weight,

@@ -6,8 +6,10 @@ Chains `router` and `assign_slots`; `compute_capacity` is the paper's capacity (
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from vmoe_kernels.checks import check_integer, check_number, check_rows
 from vmoe_kernels.router import router, router_reference
 from vmoe_kernels.slots import assign_slots, assign_slots_reference, rows_per_expert
 
@@ -49,10 +51,19 @@ def compute_capacity(
         C, at least 1.
 
     Raises:
-        ValueError: if the rounding is unknown or the capacity falls below one slot.
+        ValueError: if a number is of the wrong kind or not finite, the rounding is unknown, or the capacity falls below
+            one slot or does not fit in int32.
     """
-    # TorchScript compiles this function, so it spells out rounding half to even.
+    # TorchScript compiles this function, so it spells out rounding half to even, and knows its types.
+    if not torch.jit.is_scripting():
+        num_tokens = check_integer("num_tokens", num_tokens, 0)
+        num_experts = check_integer("num_experts", num_experts, 1)
+        capacity_factor = check_number("capacity_factor", capacity_factor, "above 0", 0.0)
+        num_selected_experts = check_integer("num_selected_experts", num_selected_experts, 1)
+        multiple_of = check_integer("multiple_of", 0 if multiple_of is None else multiple_of, 0)
     exact = num_tokens * num_selected_experts * capacity_factor / num_experts
+    if not torch.jit.is_scripting():
+        check_rows(exact)
     if rounding == "ceil":
         capacity = math.ceil(exact)
     elif rounding == "round":
@@ -74,6 +85,8 @@ def compute_capacity(
 
 def num_groups(num_tokens: int, group_size: int) -> int:
     """G: whole groups, and a smaller one for what remains."""
+    num_tokens = check_integer("num_tokens", num_tokens, 0)
+    group_size = check_integer("group_size", group_size, 1, "at least 1 token")
     return -(-num_tokens // group_size)
 
 

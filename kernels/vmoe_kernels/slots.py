@@ -11,14 +11,35 @@ import torch
 from torch import Tensor
 
 from vmoe_kernels._impl import HAS_TRITON, register_triton, use_reference
+from vmoe_kernels.checks import check_flag, check_integer, check_rows
+from vmoe_kernels.transforms import differentiating
 
 PRIORITIES = ("max", "sum")
 
 
 def rows_per_expert(num_tokens: int, group_size: int, capacity: int, last_capacity: int) -> int:
-    """Rows of one expert in the buffer: C for every whole group, then those of a smaller last group."""
+    """Rows of one expert in the buffer: C for every whole group, then those of a smaller last group.
+
+    Args:
+        num_tokens: T.
+        group_size: S, tokens per group.
+        capacity: C, slots per expert in a whole group.
+        last_capacity: slots per expert in a smaller last group.
+
+    Returns:
+        R.
+
+    Raises:
+        ValueError: if a number is no integer or negative, or R is 2**31 or more.
+    """
+    num_tokens = check_integer("num_tokens", num_tokens, 0)
+    group_size = check_integer("group_size", group_size, 1, "at least 1 token")
+    capacity = check_integer("capacity", capacity, 0)
+    last_capacity = check_integer("last_capacity", last_capacity, 0)
     rest = num_tokens % group_size
-    return num_tokens // group_size * capacity + (last_capacity if rest else 0)
+    rows = num_tokens // group_size * capacity + (last_capacity if rest else 0)
+    check_rows(rows)
+    return rows
 
 
 def assign_slots_reference(
@@ -35,6 +56,8 @@ def assign_slots_reference(
     """Eager twin of `assign_slots`: two stable sorts, no one-hot, no host synchronisation."""
     num_tokens, _ = experts.shape
     rows = rows_per_expert(num_tokens, group_size, capacity, last_capacity)
+    # Here as well, for a compiled graph calls the op itself.
+    check_rows(num_experts * rows)
     groups = num_tokens // group_size
     whole = groups * group_size
     parts = []
@@ -70,19 +93,25 @@ def _positions(experts: Tensor, key: Tensor | None, num_experts: int) -> Tensor:
         experts = experts.gather(1, order.unsqueeze(-1).expand(-1, -1, choices))
     # (G, K, S): rank-major queue order, then a stable sort by (group, expert) lines the queues up.
     queue = (torch.arange(groups, device=device).view(-1, 1, 1) * num_experts + experts.transpose(1, 2)).reshape(-1)
-    sorted_queue, index = queue.sort(stable=True)
     if torch.compiler.is_exporting():
-        # The same begin of each queue, in operators that ONNX has.
+        # Keys that are all different: ONNX has no stable sort, and OpenVINO returns equal keys in any order.
+        index = (queue * queue.numel() + torch.arange(queue.numel(), device=device)).argsort()
+        sorted_queue = queue[index]
+    else:
+        sorted_queue, index = queue.sort(stable=True)
+    if torch.compiler.is_exporting() or differentiating():
+        # The same begin of each queue, in operators that ONNX has, and vmap within torch.func's gradients.
         length = queue.new_zeros(groups * num_experts).scatter_add(0, queue, torch.ones_like(queue))
         begin = length.cumsum(0) - length
     else:
+        sorted_queue, index = queue.sort(stable=True)
         begin = torch.searchsorted(sorted_queue, torch.arange(groups * num_experts, device=device))
     place = torch.empty_like(queue)
     place[index] = torch.arange(queue.numel(), device=device) - begin[sorted_queue]
     place = place.view(groups, choices, tokens).transpose(1, 2)
     if order is None:
         return place
-    return torch.empty_like(place).scatter_(1, order.unsqueeze(-1).expand(-1, -1, choices), place)
+    return place.scatter(1, order.unsqueeze(-1).expand(-1, -1, choices), place)
 
 
 @torch.library.custom_op("vmoe::assign_slots", mutates_args=(), device_types="cpu")
@@ -150,10 +179,12 @@ def assign_slots(
         raise ValueError(f"gates must have the shape of experts {tuple(experts.shape)}, got {tuple(gates.shape)}")
     group_size = max(experts.shape[0], 1) if group_size is None else group_size
     last_capacity = capacity if last_capacity is None else last_capacity
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1 token, got {group_size}")
-    if capacity < 1 or last_capacity < 1:
-        raise ValueError(f"capacity must be at least 1 slot, got {capacity} (last group: {last_capacity})")
+    num_experts = check_integer("num_experts", num_experts, 1)
+    group_size = check_integer("group_size", group_size, 1, "at least 1 token")
+    capacity = check_integer("capacity", capacity, 1, "at least 1 slot")
+    last_capacity = check_integer("last_capacity", last_capacity, 1, "at least 1 slot")
+    batch_priority = check_flag("batch_priority", batch_priority)
+    check_rows(num_experts * rows_per_expert(experts.shape[0], group_size, capacity, last_capacity))
     if priority not in PRIORITIES:
         raise ValueError(f"priority must be one of {PRIORITIES}, got {priority!r}")
     # The gates name the dtype: float64 ones are the reference's.

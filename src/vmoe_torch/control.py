@@ -2,21 +2,15 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vmoe_torch.layers.moe_mlp import MoeMlp
+from vmoe_torch.layers.options import GroupSize, Priority
 
-_ROUTING = (
-    "num_selected_experts",
-    "capacity_factor",
-    "eval_capacity_factor",
-    "batch_priority",
-    "priority",
-    "group_size",
-)
-_UNSET = object()
+_UNSET: Any = object()
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoeMlp]:
@@ -30,19 +24,21 @@ def set_routing(
     layers: Iterable[str] | None = None,
     num_selected_experts: int = _UNSET,
     capacity_factor: float = _UNSET,
-    eval_capacity_factor: float = _UNSET,
+    eval_capacity_factor: float | None = _UNSET,
     batch_priority: bool = _UNSET,
-    priority: str = _UNSET,
-    group_size: int | str = _UNSET,
+    priority: Priority = _UNSET,
+    group_size: GroupSize = _UNSET,
 ) -> None:
     """Changes the routing of every MoE layer, or of some, for good; what is not given stays.
+
+    What was chosen so goes where the model's weights go: into state dicts, checkpoints and folders for the Hub.
 
     Args:
         model: any module with MoE layers.
         layers: names of the layers to change, as `moe_layers` has them; None is all.
         num_selected_experts: K, in 1..E of every layer.
         capacity_factor: in training and, unless eval_capacity_factor is given too, in eval mode.
-        eval_capacity_factor: in eval mode only.
+        eval_capacity_factor: in eval mode only; None is capacity_factor.
         batch_priority: Batch Priority Routing or position order.
         priority: "max" or "sum" of a token's gates.
         group_size: images per group, "batch" or "image".
@@ -71,42 +67,58 @@ def set_routing(
     unknown = [name for name in names if name not in found]
     if unknown:
         raise ValueError(f"layers must be among {', '.join(found)}, got {', '.join(unknown)}")
-    before = [(found[name], _routing_of(found[name])) for name in names]
+    before = [(found[name], found[name].routing_state()) for name in names]
     try:
-        for layer, current in before:
-            layer.set_routing(**{**current, **given})
+        for layer, _ in before:
+            layer.choose_routing(given)
     except ValueError:
-        for layer, current in before:
-            layer.set_routing(**current)
+        for layer, state in before:
+            layer.restore_routing(state)
         raise
 
 
 @contextmanager
-def routing(model: nn.Module, **changes) -> Iterator[nn.Module]:
+def routing(
+    model: nn.Module,
+    *,
+    layers: Iterable[str] | None = None,
+    num_selected_experts: int = _UNSET,
+    capacity_factor: float = _UNSET,
+    eval_capacity_factor: float | None = _UNSET,
+    batch_priority: bool = _UNSET,
+    priority: Priority = _UNSET,
+    group_size: GroupSize = _UNSET,
+) -> Iterator[nn.Module]:
     """`set_routing` for the length of a `with` block; what was set before comes back, also after an error.
 
     Whatever sets the routing inside the block is undone too, so without changes it guards `set_budget` and the like.
     """
-    before = [(layer, _routing_of(layer)) for layer in moe_layers(model).values()]
-    set_routing(model, **changes)
+    before = [(layer, layer.routing_state()) for layer in moe_layers(model).values()]
+    set_routing(
+        model,
+        layers=layers,
+        num_selected_experts=num_selected_experts,
+        capacity_factor=capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        batch_priority=batch_priority,
+        priority=priority,
+        group_size=group_size,
+    )
     try:
         yield model
     finally:
-        for layer, current in before:
-            layer.set_routing(**current)
-
-
-def _routing_of(layer: MoeMlp) -> dict:
-    current = {name: getattr(layer, name) for name in _ROUTING}
-    current["group_size"] = current["group_size"] or "batch"
-    return current
+        for layer, state in before:
+            layer.restore_routing(state)
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:
     """The auxiliary loss of the last forward: each layer's mean over groups, weighted, summed over layers.
 
-    Layers in the "manual" mode give a loss to add to the total (training mode only); layers in the "injected" mode have
-    seen to their gradient already and give a detached value, to log.
+    Layers in the "injected" mode have seen to their gradient already and give a detached value, to log. Layers in the
+    "manual" mode give a loss to add to the total (training mode only), the sum over all forwards since the last reading
+    or the last backward whose outputs are still there: read it after each forward or once after all crops of a step.
+    Reading again before the next forward gives the same, and a reading under `torch.no_grad()` takes nothing away from
+    the next one. A compiled layer remembers its last forward only: read it after each.
 
     Args:
         model: any module with MoE layers, after a forward.
@@ -117,7 +129,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     total = None
     for layer in moe_layers(model).values():
         record = layer.record
-        loss = record.loss
+        loss = None if torch.compiler.is_compiling() else record.waiting()
+        if loss is None:
+            loss = record.loss
         if loss is None and record.importance is not None and record.importance.shape[0] > 0:
             loss = layer.auxiliary_loss(record.importance, record.load, record.mean_gates, record.top1_share)
         if loss is not None:
@@ -139,14 +153,20 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             "dropped": 0-dim share of choices dropped,
             "unprocessed": 0-dim share of tokens whose choices were all dropped,
             "gates": (K,) mean gate of each choice rank,
-        }}; layers that have not run are left out. Expert-choice layers
-        drop nothing: they have no "dropped", "assigned" and "importance".
+        }}; layers that have not run are left out, also those whose last forward was recorded by a tracer. Expert-choice
+        layers drop nothing: they have no "dropped", "assigned" and "importance". After `torch.vmap`, of all samples.
+
+    Raises:
+        ValueError: if the last forward had no values: on the meta device or with fake tensors.
     """
     stats = {}
     for name, layer in moe_layers(model).items():
         record = layer.record
         if record.slots is None or record.slots.numel() == 0:
             continue
+        if not record.has_values():
+            kind = f"{type(record.slots).__name__} on {record.slots.device}"
+            raise ValueError(f"the last forward must have had values to give statistics, got a {kind} in {name}")
         kept = record.slots >= 0
         experts = record.experts
         if experts is None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from vmoe_torch import cores
 from vmoe_torch.analyze import Section, analyze, describe_model
 from vmoe_torch.data import FashionMnist
 from vmoe_torch.evaluate import format_table
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(config: Config, clock: Path):
     """Trains, or goes on; returns the result and the seconds spent so far, which `clock` keeps between calls."""
     before = float(clock.read_text()) if clock.exists() else 0.0
+    cores.share(config.data.workers)
     start = time.monotonic()
     try:
         result = train(config, resume=True)
@@ -133,5 +135,8 @@ def _machine() -> str:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        print("demo: interrupted; run again to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

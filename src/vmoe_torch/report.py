@@ -4,10 +4,12 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
+from html import escape as escape_html
 from pathlib import Path
 
 from matplotlib.figure import Figure as Canvas
+
+from vmoe_torch.data.names import shown
 
 _CSS = """
 :root { color-scheme: light; }
@@ -154,6 +156,11 @@ def write_report(
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def escape(text: str) -> str:
+    """Text for the page, names of files and classes in it as they can be shown."""
+    return escape_html("\n".join(map(shown, text.split("\n"))))
 
 
 def _section(section: Section, folder: Path | None, dpi: int) -> list[str]:

@@ -93,3 +93,12 @@ def test_report_without_pictures_is_one_file(evaluations, tmp_path):
     path = write_report(Report("Title", [], [Section("One", figures=[figure])]), tmp_path, pictures=False)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     assert len(Page(path.read_text()).pictures()) == 1
+
+
+def test_names_of_every_kind_can_be_written(tmp_path):
+    name = "b\udce9 \x1b[31m <i>"
+    section = Section(name, [name], {name: name}, Table((name,), [(name,)]), links={name: "x"})
+    page = write_report(Report(name, ["one\ntwo", name], [section]), tmp_path).read_text(encoding="utf-8")
+    assert page.count(r"b\xe9 \x1b[31m &lt;i&gt;") == 10
+    assert "one\ntwo" in page
+    assert "\x1b" not in page

@@ -20,8 +20,9 @@ from vmoe_torch.checkpoints import (
 )
 from vmoe_torch.checkpoints.architecture import model_arguments
 from vmoe_torch.checkpoints.convert import Origin, read_converted
+from vmoe_torch.models.adapt import adapt_channels
 from vmoe_torch.models.position import zoom_position
-from vmoe_torch.models.weights import adapt_channels, from_original, to_original
+from vmoe_torch.models.weights import from_original, to_original
 
 PARAMS = [name for name in VARIANTS if name.startswith(("params", "unknown"))]
 

@@ -1,6 +1,10 @@
 """The order of images and their augmentation: by seed, epoch and image alone."""
 
+import multiprocessing
+import os
 import random
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -129,3 +133,35 @@ def test_evaluation_shares_out_every_image_once(world_size):
         loader = evaluation_loader(Numbers(10), lambda image: image, 4, 0, False, rank, world_size)
         labels += [label for _, batch in loader for label in batch.tolist()]
     assert labels == list(range(10))
+
+
+class Readers(Dataset):
+    """Items that say which process read them."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.tensor(os.getpid()), 0
+
+
+def _kill_from_outside(pid, name):
+    """By another process than the worker's parent, as a scheduler does."""
+    subprocess.run(["sh", "-c", f"kill -{name} {pid}"], check=True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs to know who sent a signal")
+def test_worker_outlives_signals_from_its_birth_on_but_its_parents():
+    loader = evaluation_loader(Readers(), lambda image: image, 1, workers=1, pin_memory=False)
+    batches = iter(loader)
+    (worker,) = multiprocessing.active_children()
+    # Long before it can have said that it wants to.
+    for name in ("TERM", "INT"):
+        _kill_from_outside(worker.pid, name)
+    assert next(batches)[0].item() == worker.pid
+    for name in ("TERM", "INT"):
+        _kill_from_outside(worker.pid, name)
+    assert next(batches)[0].item() == worker.pid
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0

@@ -135,3 +135,143 @@ def test_build_data_takes_shards(root):
     data = build_data(config.data)
     assert (len(data.train), len(data.val)) == (5, 2)
     assert data.class_names == data.val.class_names == ("0", "1", "2")
+
+
+def write_files(path, *files, form=tarfile.PAX_FORMAT):
+    """A tar file of (name, content), (name, grey value of an image), or TarInfo without content."""
+    with tarfile.open(path, "w", format=form) as tar:
+        for file in files:
+            if isinstance(file, tarfile.TarInfo):
+                tar.addfile(file)
+                continue
+            name, content = file
+            if isinstance(content, int):
+                data = io.BytesIO()
+                Image.fromarray(np.full((4, 5, 3), content, np.uint8)).save(data, "png")
+                content = data.getvalue()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            [("000.jpg", 0), ("000.png", 1), ("000.cls", b"0")],
+            r"sample 000 in .*x-train\.tar must have one image, got 000\.jpg and 000\.png",
+        ),
+        ([("000.jpg", 0), ("000.jpg", 1), ("000.cls", b"0")], "must have one image, got 000.jpg and 000.jpg"),
+        ([("000.jpg", 0), ("000.cls", b"0"), ("000.cls", b"1")], r"sample 000 in .* must have one \.cls file, got two"),
+        (
+            [("0.jpg", 0), ("0.cls", b"0"), ("1.jpg", 0), ("1.cls", b"0"), ("0.jpg", 0), ("0.cls", b"1")],
+            r"sample 0 in .* must come once, with its files in a row, got it again",
+        ),
+        ([("0.jpg", 0), ("0.cls", b"1" * 20)], r"sample 0 in .* must have a number in its \.cls file, got b'1111"),
+        (
+            [("0.jpg", 0), ("0.cls", b"1" * 18)],
+            r"label of 0\.jpg in .* must be in 0\.\.1048575, got 111111111111111111",
+        ),
+        ([("0.jpg", 0), ("0.cls", b"-1")], r"label of 0\.jpg in .* must be in 0\.\.1048575, got -1"),
+        *(
+            ([("0.jpg", 0), ("0.cls", label)], r"sample 0 in .* must have a number in its \.cls file, got b")
+            for label in (
+                b"1.0",
+                b"1e0",
+                b'{"label": 1}',
+                b"1 2",
+                b"1_0",
+                b"+1",
+                b"\xef\xbb\xbf1",
+                b"0x1",
+                b"\0",
+                b" \n",
+            )
+        ),
+    ],
+)
+def test_samples_that_are_not_one_image_and_one_label_are_named(tmp_path, files, message):
+    write_files(tmp_path / "x-train.tar", *files)
+    with pytest.raises(ValueError, match=message):
+        TarShards(tmp_path, "train")
+
+
+def test_links_and_sparse_files_are_named(tmp_path):
+    for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+        link = tarfile.TarInfo("1.jpg")
+        link.type, link.linkname = kind, "0.jpg"
+        write_files(tmp_path / "x-train.tar", ("0.jpg", 0), ("0.cls", b"0"), link)
+        with pytest.raises(ValueError, match=r"1\.jpg in .*x-train\.tar must be a plain file, got a link"):
+            TarShards(tmp_path, "train")
+    sparse = tarfile.TarInfo("1.jpg")
+    sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.name": "1.jpg"}
+    write_files(tmp_path / "x-train.tar", ("0.jpg", 0), ("0.cls", b"0"), sparse)
+    with pytest.raises(ValueError, match=r"1\.jpg in .*x-train\.tar must be a plain file, got a sparse one"):
+        TarShards(tmp_path, "train")
+
+
+def test_what_belongs_to_no_sample_is_passed_over(tmp_path):
+    write_files(
+        tmp_path / "x-train.tar",
+        ("README", b"text"),
+        ("._0.jpg", b"resource"),
+        ("__MACOSX/._0.jpg", b"resource"),
+        ("__MACOSX/0.jpg", b"resource"),
+        (".DS_Store", b""),
+        ("./0.JPG", 50),
+        ("./0.CLS", b"\n 1\r\n"),
+        ("./0.json", b"{}"),
+    )
+    (tmp_path / "._x-train.tar").write_bytes(b"resource")
+    data = TarShards(tmp_path, "train")
+    assert (len(data), data.labels.tolist(), data[0][0].getpixel((0, 0))) == (1, [1], (50, 50, 50))
+
+
+def test_all_that_pillow_reads_counts(tmp_path):
+    write_files(tmp_path / "x-train.tar", ("0.bmp", 0), ("0.cls", b"0"), ("1.tiff", 0), ("1.cls", b"1"))
+    assert TarShards(tmp_path, "train").labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_that_are_no_text_are_shown_escaped(tmp_path, form):
+    write_files(tmp_path / "x-train.tar", ("b\udce9.jpg", b"none"), ("b\udce9.cls", b"0"), form=form)
+    data = TarShards(tmp_path, "train")
+    with pytest.raises(BrokenImageError, match=r"image b.*xe9\.jpg in .* cannot be read") as caught:
+        data[0]
+    str(caught.value).encode()
+    assert len(data.digest()) == 64
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_splits_are_known_by_name(tmp_path, name):
+    write_shard(tmp_path / "x-train-0.tar", [("0", 0, b"0")])
+    with pytest.raises(
+        ValueError, match=r"split must name shards .* got one of val, valid, .*; it holds x-train-0\.tar"
+    ):
+        find_shards(tmp_path, None)
+    write_shard(tmp_path / f"x-{name}-0.tar", [("0", 0, b"0")])
+    assert find_shards(tmp_path, None) == [tmp_path / f"x-{name}-0.tar"]
+    if name != "test":
+        assert find_shards(tmp_path, "val") == find_shards(tmp_path, None)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"splits": {"train": {}}}', '{"splits": 3}'])
+def test_damaged_lists_of_splits_are_named(root, text):
+    (root / "_info.json").write_text(text)
+    with pytest.raises(ValueError, match=r"_info\.json must list the shards of each split, got"):
+        TarShards(root, "train")
+
+
+def test_names_of_classes_are_lines(root):
+    (root / "classnames.txt").write_bytes("\ufeffcat\r\ndog\u2028s\r\n\r\nowl\r\n\r\n".encode())
+    assert TarShards(root, "train").class_names == ("cat", "dog\u2028s", "", "owl")
+    (root / "classnames.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"classnames\.txt must be text in UTF-8"):
+        TarShards(root, "train")
+
+
+def test_digest_tells_lists_of_images_apart(root):
+    first = TarShards(root, "train").digest()
+    assert TarShards(root, "train").digest() == first
+    write_shard(root / "pets-train-0001.tar", [("b/0", 20, b"1")])
+    assert TarShards(root, "train").digest() != first

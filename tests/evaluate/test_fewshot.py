@@ -112,3 +112,18 @@ def test_bad_input_is_refused(model, tasks):
     model.reset_classifier(5, "")
     with pytest.raises(ValueError, match="features must be one vector for each of 2 images"):
         collect_features(model, [(torch.zeros(2, 3, 16, 16), torch.zeros(2))])
+
+
+def test_an_ensembles_features_are_the_mean_over_members(tasks):
+    torch.manual_seed(0)
+    size = {**SIZE, "num_experts": 4, "moe_layers": "last1"}
+    model = timm.create_model("eee_s32_last2_e8", num_classes=5, weight_init="jax", group_size="image", **size)
+    images = torch.randn(3, 3, 16, 16)
+    features, labels = collect_features(model, [(images, torch.arange(3))])
+    with torch.no_grad():
+        members = model.eval().forward_head(model.forward_features(images), pre_logits=True)
+    assert torch.allclose(features, (members[0::2] + members[1::2]) / 2)
+    assert not torch.allclose(members[0::2], members[1::2])
+    assert labels.tolist() == [0, 1, 2]
+    (result,) = fewshot(model, to_tensor, tasks[:1], shots=[2])
+    assert result.test_images == 30

@@ -112,3 +112,26 @@ def test_layer_runs_under_vmap():
     got = torch.vmap(op, (0, *[None] * len(inputs)))(samples, *inputs.values())
     want = torch.stack([op(x, *inputs.values()) for x in samples])
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_second_derivatives_equal_reference():
+    inputs = _inputs(ODD)
+    results = []
+    for impl in ("auto", "reference"):
+        leaves = [value.clone().requires_grad_() for value in inputs.values()]
+        y = _layer(*leaves, shape=ODD, impl=impl, noise_std=1.0, everything=True)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        results.append(torch.autograd.grad(sum(each.square().sum() for each in first), leaves))
+    for name, got, want in zip(inputs, *results):
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max(), name
+
+
+def test_explicit_triton_is_refused_under_forward_mode():
+    inputs = _inputs(ODD)
+    values = tuple(inputs.values())
+    run = partial(_layer, shape=ODD)
+    with pytest.raises(ValueError, match=r"^impl must be 'reference' or 'auto' under forward-mode AD .*got 'triton'"):
+        torch.func.jvp(partial(run, impl="triton"), values, values)
+    got, want = (torch.func.jvp(partial(run, impl=impl), values, values)[1] for impl in ("auto", "reference"))
+    assert torch.equal(got, want)
+    assert want.abs().max() > 0

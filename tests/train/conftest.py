@@ -32,12 +32,17 @@ def tiny_images(tmp_path_factory):
 @pytest.fixture
 def tiny(tiny_images, tmp_path):
     """Five updates of 16 images per epoch, two epochs; everything random is on."""
+    return tiny_config(tiny_images, tmp_path / "run")
+
+
+def tiny_config(images, output):
+    """The same of any folder of images."""
     return Config.from_dict(
         {
             "model": {"name": "vmoe_s32", "kwargs": {**MODEL, "proj_drop_rate": 0.1, "drop_path_rate": 0.1}},
             "data": {
                 "name": "fashion_mnist",
-                "root": str(tiny_images),
+                "root": str(images),
                 "batch_size": 16,
                 "crop_pct": 1.0,
                 "auto_augment": "rand-m5-n1",
@@ -47,7 +52,7 @@ def tiny(tiny_images, tmp_path):
             "optim": {"lr": 3e-3, "ema_decay": 0.9},
             "schedule": {"epochs": 2, "warmup_epochs": 0.5},
             "run": {
-                "output": str(tmp_path / "run"),
+                "output": str(output),
                 "device": "cpu",
                 "progress": False,
                 "tensorboard": False,

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from vmoe_torch.data.loader import SeededDataset
 from vmoe_torch.train import read_checkpoint, train
+from vmoe_torch.train.loop import _Run
+from vmoe_torch.train.step import Update
 from vmoe_torch.train.table import CsvTable, read_table
 
 PROGRAM = Path(__file__).with_name("stopped_run.py")
@@ -60,19 +63,65 @@ def test_kill_in_the_middle_of_saving_loses_no_checkpoint(tiny):
     assert checkpoints(config) == ["best.pt", "update_00000010.pt"]
 
 
-def test_sigterm_to_all_processes_saves_and_exits_with_0_in_time(tiny):
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_signal_to_all_processes_saves_and_exits_with_0_in_time(tiny, told):
     config = tiny.override("schedule.epochs=100000", "data.workers=1", "run.log_every=1")
     progress = Path(config.run.output) / "progress.csv"
     with Stopped(config) as run:
         while len(read_table(progress)) < 3:
             assert run.process.poll() is None, run.log.read_text()
             time.sleep(0.05)
-        os.killpg(run.process.pid, signal.SIGTERM)
+        os.killpg(run.process.pid, told)
         began = time.monotonic()
         code = run.process.wait(120)
         assert (code, time.monotonic() - began < SECONDS_TO_STOP) == (0, True), run.log.read_text()
     assert read_checkpoint(Path(config.run.output) / "checkpoints" / checkpoints(config)[-1])["update"] >= 3
     assert not [name for name in checkpoints(config) if name.startswith(".")]
+    assert ("Ctrl-C once more stops at once" in run.log.read_text()) == (told == signal.SIGINT)
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_second_interrupt_stops_at_once(tiny, monkeypatch, worker):
+    before = signal.getsignal(signal.SIGINT)
+    original = Update.__call__
+
+    def update(self, batches):
+        if self.state.update == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batches)
+
+    monkeypatch.setattr(Update, "__call__", update)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny.override(f"data.workers={worker}"))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (Path(tiny.run.output) / "checkpoints").exists()
+
+
+def test_signal_is_obeyed_while_a_worker_hangs(tiny, monkeypatch):
+    item = SeededDataset._item
+
+    def hangs(self, epoch, index):
+        if epoch == 1:
+            time.sleep(600)
+        return item(self, epoch, index)
+
+    monkeypatch.setattr(SeededDataset, "_item", hangs)
+    epoch, killers = _Run._end_epoch, []
+
+    def end_epoch(self, *arguments):
+        row = epoch(self, *arguments)
+        killers.append(subprocess.Popen(["sh", "-c", f"sleep 1; kill -TERM {os.getpid()}"]))
+        return row
+
+    monkeypatch.setattr(_Run, "_end_epoch", end_epoch)
+    began = time.monotonic()
+    result = train(tiny.override("data.workers=1"))
+    assert [killer.wait() for killer in killers] == [0]
+    assert (result.updates, result.finished) == (5, False)
+    assert time.monotonic() - began < 120
+    assert checkpoints(tiny)[-1] == "update_00000005.pt"
+    assert not read_checkpoint(Path(tiny.run.output) / "checkpoints" / "update_00000005.pt")["pending"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")

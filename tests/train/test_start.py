@@ -11,6 +11,7 @@ from vmoe_torch.checkpoints import convert, read_original
 from vmoe_torch.models.position import zoom_position
 from vmoe_torch.train import build_model, load_model, train
 from vmoe_torch.train.config import ModelConfig
+from vmoe_torch.train.determinism import seed_everything
 from vmoe_torch.train.start import build_starting_model
 
 # What the golden checkpoints are of, at another resolution.
@@ -125,3 +126,18 @@ def test_a_length_in_updates_ends_with_a_validation(tiny):
     assert result.finished
     # Five updates are an epoch.
     assert [(row["epoch"], row["update"]) for row in result.history] == [(1, 5), (2, 7)]
+
+
+def test_moving_average_of_a_short_run_forgets_the_random_weights(tiny):
+    run = ("schedule.warmup_epochs=0", "optim.ema_decay=0.9999", "data.mixup=0")
+
+    def behind(*changes):
+        """How far the average is behind the weights, as a share of all their way."""
+        result = train(tiny.override(*run, f"run.output={tiny.run.output}{len(changes)}", *changes))
+        seed_everything(tiny.run.seed)
+        begin = build_model(tiny.model, 10).state_dict()["head.weight"]
+        end, average = (model.state_dict()["head.weight"] for model in (result.model, result.ema))
+        return ((average - end).norm() / (begin - end).norm()).item()
+
+    # timm's average begins after the first update, and hardly moves from there.
+    assert 2 * behind() < behind("optim.ema_warmup=no")

@@ -186,6 +186,8 @@ def analyze(
     seed: int = 0,
     batch_size: int = 128,
     workers: int = 0,
+    max_broken: int = 0,
+    warn: Callable[[str], None] = lambda message: None,
     progress: Callable[[str], Callable[[Iterable], Iterable]] = lambda text: iter,
 ) -> Analysis:
     """Runs every analysis on a model, reading the images three times and keeping none; the model stays as it is.
@@ -201,11 +203,13 @@ def analyze(
         seed: of the random routers.
         batch_size: images per forward, best a multiple of the images of a group.
         workers: processes that read images.
+        max_broken: images that cannot be read and are left out.
+        warn: told of each of them.
         progress: makes, of a text, what wraps a loader, e.g. a `tqdm`.
 
     Raises:
-        ValueError: if the model has no MoE layer or one that cannot be counted, there is no image, a label is not among
-            the model's classes, or a setting does not suit the model.
+        ValueError: if the model has no MoE layer or one that cannot be counted, there is no image, more images than
+            `max_broken` cannot be read, a label is not among the model's classes, or a setting does not suit the model.
     """
     layers = routed_layers(model)
     if class_names is None:
@@ -213,7 +217,8 @@ def analyze(
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one image, got none")
     pin = next(model.parameters()).device.type == "cuda"
-    loader = evaluation_loader(dataset, transform, batch_size, workers, pin)
+    loader = evaluation_loader(dataset, transform, batch_size, workers, pin, max_broken=max_broken, option="max_broken")
+    loader.warn = warn
     counts = {layer.num_selected_experts for layer in layers.values()}
     trained = counts.pop() if len(counts) == 1 else None
     most = min(layer.num_experts for layer in layers.values())

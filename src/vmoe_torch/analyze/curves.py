@@ -7,8 +7,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from vmoe_torch.analyze.ablation import Ablation
+from vmoe_torch.analyze.lettering import Lettering
 from vmoe_torch.evaluate import Evaluation
-from vmoe_torch.style import BLUE, GREEN, GREY, ORANGE, flops_unit, layer_label, shorten
+from vmoe_torch.style import BLUE, GREEN, GREY, ORANGE, flops_unit, layer_label
 
 _STYLE = {True: (BLUE, "BPR", "o"), False: (ORANGE, "vanilla", "s"), None: (GREEN, "as trained", "D")}
 _DASHES = ("-", "--", ":", "-.")
@@ -37,6 +38,7 @@ def capacity_curve(
         raise ValueError(f"against must be 'capacity' or 'flops', got {against!r}")
     canvas = Canvas(figsize=(6.4, 4.6), layout="constrained")
     axes = canvas.add_subplot()
+    lettering = Lettering([dense_name])
     scale, unit = flops_unit(max(e.flops.total for e in evaluations))
     selected = sorted({e.setting.num_selected_experts or 0 for e in evaluations}, reverse=True)
     for rank, count in enumerate(selected):
@@ -58,7 +60,9 @@ def capacity_curve(
                     label=f"{label}, K={count}" if count else label,
                 )
     if dense is not None:
-        axes.axhline(100 * dense.top1, color=GREY, linewidth=1, label=shorten(dense_name, 30))
+        # A label that begins with an underscore would be left out.
+        label = f" {dense_name}" if dense_name.startswith("_") else dense_name
+        axes.axhline(100 * dense.top1, color=GREY, linewidth=1, label=lettering.text(label, 30))
         if against == "flops":
             axes.plot(dense.flops.total / scale, 100 * dense.top1, color=GREY, marker="*", markersize=12)
     if against == "capacity":
@@ -72,7 +76,11 @@ def capacity_curve(
         axes.set_xlabel(f"compute of a forward pass ({unit} per image)")
     axes.set_title("Accuracy against " + {"capacity": "capacity", "flops": "compute"}[against] + ", same weights")
     _accuracy_axis(axes)
-    axes.legend(title="order of claiming slots, experts per token", title_fontsize="small", fontsize="small")
+    axes.legend(
+        title="order of claiming slots, experts per token",
+        title_fontsize="small",
+        prop={"family": lettering.families, "size": "small"},
+    )
     return canvas
 
 

@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from torch import Tensor
 
+from vmoe_torch.analyze.lettering import Lettering
 from vmoe_torch.analyze.statistics import LayerRouting
-from vmoe_torch.style import HIDDEN, layer_label, shorten
+from vmoe_torch.style import HIDDEN, layer_label
 
 # Classes with a column and a name of their own; of more, the most specialised get a second map.
 NAMED_CLASSES = 24
@@ -56,8 +57,11 @@ def expert_by_class(routing: LayerRouting, class_names: Sequence[str], layer: st
         panels[1].set_title(f"the {len(named)} classes that depart most from the average", fontsize="medium")
     else:
         panels[0].set_title(title)
-    names = [shorten(class_names[int(seen[c])]) for c in named]
-    panels[-1].set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    names = [class_names[int(seen[c])] for c in named]
+    lettering = Lettering(names)
+    texts = [lettering.text(name, 18) for name in names]
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    panels[-1].set_xticks(range(len(texts)), texts, fontfamily=lettering.families, **slanted)
     if num_experts <= 16:
         _write_values(panels[-1], tables[-1], highest)
     bar = canvas.colorbar(image, ax=list(panels), shrink=0.9, aspect=30)

@@ -15,8 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from vmoe_torch.analyze.lettering import Lettering
 from vmoe_torch.analyze.statistics import kept_choices_per_patch
 from vmoe_torch.control import moe_layers, routing
+from vmoe_torch.data import BrokenImageError
 from vmoe_torch.style import HIDDEN, shorten
 
 # Vanilla first; what `batch_priority` is, and what it is called.
@@ -92,7 +94,11 @@ def _different_classes(dataset: Dataset, count: int) -> list[tuple[Image.Image, 
     """The first images that each show another class, then the first others; only the first few hundred are read."""
     first, others = {}, []
     for index in range(min(len(dataset), 40 * count)):
-        image, label = dataset[index]
+        try:
+            image, label = dataset[index]
+        # Whoever reads all images counts and names it.
+        except BrokenImageError:
+            continue
         if label in first:
             others.append((image, label))
         else:
@@ -151,8 +157,10 @@ def kept_patches_grid(
             x, y = column * right, row * down
             axes.imshow(picture.numpy(), extent=(x, x + width, y + height, y), vmin=0, vmax=1)
             axes.text(x + width / 2, y + height + 0.02 * width, text, ha="center", va="top", fontsize=7)
+    lettering = Lettering(class_names)
     for column, name in enumerate(class_names):
-        axes.text(column * right + width / 2, -0.08 * width, shorten(name, 13), ha="center", va="bottom", fontsize=8)
+        place = {"ha": "center", "va": "bottom", "fontsize": 8, "fontfamily": lettering.families}
+        axes.text(column * right + width / 2, -0.08 * width, lettering.text(name, 13), **place)
     axes.set_xlim(-0.1 * width, count * right)
     axes.set_ylim(len(lines) * down, -0.25 * width)
     axes.set_axis_off()
@@ -221,9 +229,11 @@ def _frame(patches: KeptPatches, layer: str, place: int, title: str, side: int) 
     full = size[0] - 3 * gap - 240
     draw.rectangle((240, 35, 240 + full, 47), outline="#6E6E6E")
     draw.rectangle((240, 35, 240 + round(full * capacity / patches.capacity_factors[0]), 47), fill="#0072B2")
+    lettering = Lettering(patches.class_names)
     for column, name in enumerate(patches.class_names):
         x = left + column * (side + gap) + side // 2
-        draw.text((x, top - 4), shorten(name, 14), "black", small, anchor="ms")
+        text, font = lettering.for_pillow(name, 14, 12)
+        draw.text((x, top - 4), text, "black", font, anchor="ms")
     for row, (_, order) in enumerate(ORDERS):
         y = top + row * (tall + foot + gap)
         draw.text((gap, y + tall // 2), order, "black", large, anchor="lm")

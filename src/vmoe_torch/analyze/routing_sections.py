@@ -7,6 +7,7 @@ from vmoe_torch.analyze.heatmaps import NAMED_CLASSES, expert_by_class, expert_b
 from vmoe_torch.analyze.loads import expert_loads, gates_by_depth
 from vmoe_torch.analyze.patches import ORDERS, KeptPatches, kept_patches_animation, kept_patches_grid
 from vmoe_torch.analyze.statistics import LayerRouting
+from vmoe_torch.data.names import shown
 from vmoe_torch.report import Figure, Section, Table
 from vmoe_torch.style import layer_label, percent
 
@@ -104,8 +105,9 @@ def _class_figure(name: str, routing: LayerRouting, class_names: Sequence[str]) 
         f"experts_{name.replace('.', '_')}",
         expert_by_class(routing, class_names, name),
         f"{layer_label(name).capitalize()}. Each column adds up to 100%. The most specialised pair: expert {expert} "
-        f"processes {percent(float(share.max()))} of what is kept of class {class_names[label]}; spread evenly, every "
-        f"cell would be {percent(1 / share.shape[1])}. Experts and classes are ordered so that neighbours look alike.",
+        f"processes {percent(float(share.max()))} of what is kept of class {shown(class_names[label])}; spread evenly, "
+        f"every cell would be {percent(1 / share.shape[1])}. Experts and classes are ordered so that neighbours look "
+        "alike.",
         f"Heat map of experts by classes in {layer_label(name)}",
     )
 

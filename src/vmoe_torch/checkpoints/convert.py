@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -15,11 +16,16 @@ from vmoe_torch.checkpoints.fetch import is_remote
 from vmoe_torch.checkpoints.reader import read_index, read_original
 from vmoe_torch.checkpoints.wire import CheckpointError
 from vmoe_torch.checkpoints.writer import MAX_CHUNK_BYTES, replacing, write_original
-from vmoe_torch.models.weights import from_original, load_adapted, split_members, to_original
+from vmoe_torch.layers.choice import FILE_KEY, MODEL_KEY, ROUTING_KEY, metadata_of, with_metadata
+from vmoe_torch.models.adapt import square_grid
+from vmoe_torch.models.description import description_of
+from vmoe_torch.models.weights import from_original, split_members, to_original
 
 _METADATA = "vmoe_torch"
 # What else a train state holds keeps its path, behind this.
 _REST = "original/"
+# Beside the original's files: what they have no place for, as `layers.choice.metadata_of` gives it.
+_BESIDE = ".vmoe_torch.json"
 
 
 @dataclass
@@ -39,27 +45,17 @@ class Origin:
     empty: dict[str, dict | None] = field(default_factory=dict)
 
 
-def load_original(prefix: str | os.PathLike, model: nn.Module, *, progress: bool = False) -> None:
-    """Loads a checkpoint of the original, or a converted one, into a model.
+def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters, without what else a train state holds."""
+    return {name: value for name, value in state.items() if not name.startswith(_REST)}
 
-    Resolution, patch size, channels and number of classes are adapted, as `models.weights.load_adapted` says.
 
-    Args:
-        prefix: what the names of the checkpoint's files begin with (a local path or a URL), or a .safetensors file.
-        model: a VMoE or VMoEEnsemble; nothing in it changes on an error.
-        progress: whether to show a bar.
-
-    Raises:
-        CheckpointError: if a file is damaged or missing.
-        ValueError: if a parameter does not fit the model.
-    """
-    prefix = os.fspath(prefix)
-    state, origin = read_converted(prefix) if prefix.endswith(".safetensors") else read_state(prefix, progress=progress)
-    size = 1 if origin is None else origin.ensemble_size
-    # Files without the members' dim may be an ensemble's too, as those that fine-tuning begins from.
-    if size not in (1, model.ensemble_size):
-        raise ValueError(f"{prefix} must be loaded into an ensemble of {size} members, got {model.ensemble_size}")
-    load_adapted(model, {name: value for name, value in state.items() if not name.startswith(_REST)}, prefix)
+def source_grid(state: Mapping[str, Tensor], origin: Origin | None) -> tuple[int, int] | None:
+    """Rows and columns of the patches that a state dict has positions for, where they are known."""
+    described = description_of(state)
+    if described is not None:
+        return tuple(described["grid"])
+    return None if origin is None else square_grid(state)
 
 
 def read_state(prefix: str, *, train_state: bool = False, progress: bool = False) -> tuple[dict[str, Tensor], Origin]:
@@ -97,7 +93,37 @@ def read_state(prefix: str, *, train_state: bool = False, progress: bool = False
             state = split_members(state, origin.ensemble_size)
     except ValueError as error:
         raise CheckpointError(f"{prefix}: {error}") from None
-    return state | {_REST + path: value for path, value in arrays.items()}, origin
+    state |= {_REST + path: value for path, value in arrays.items()}
+    return with_metadata(state, _read_beside(prefix)), origin
+
+
+def _read_beside(prefix: str) -> dict[str, dict[str, Any]]:
+    path = Path(f"{prefix}{_BESIDE}")
+    if is_remote(prefix) or not path.exists():
+        return {}
+    try:
+        return _said(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} must be as export_original wrote it, got: {error}") from None
+
+
+def _write_beside(prefix: str, metadata: Mapping[str, dict[str, Any]]) -> None:
+    """Writes what would be lost, and nothing where the original's files say all."""
+    path = Path(f"{prefix}{_BESIDE}")
+    grid = metadata.get("", {}).get(MODEL_KEY, {}).get("grid", (1, 1))
+    if grid[0] == grid[1] and not any(values.get(ROUTING_KEY) for values in metadata.values()):
+        path.unlink(missing_ok=True)
+        return
+    with replacing(str(path)) as part:
+        Path(part).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _said(text: str) -> dict[str, dict[str, Any]]:
+    """What a file says of the model, checked."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or any(not isinstance(values, dict) for values in found.values()):
+        raise ValueError("it does not say a routing of modules")
+    return found
 
 
 def convert(
@@ -127,6 +153,8 @@ def convert(
         mode = os.stat(part).st_mode
         # One key, as the order of several is not fixed.
         metadata = {_METADATA: json.dumps(asdict(origin), sort_keys=True)}
+        if said := metadata_of(state):
+            metadata[FILE_KEY] = json.dumps(said, sort_keys=True)
         try:
             safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, part, metadata)
         except safetensors.SafetensorError as error:
@@ -140,15 +168,18 @@ def convert(
 def read_converted(path: str | os.PathLike) -> tuple[dict[str, Tensor], Origin | None]:
     """Reads a safetensors file; the second is None where it does not come from `convert`.
 
+    What the file says of the model is in the state dict's metadata, as PyTorch would keep it.
+
     Raises:
         CheckpointError: if the file is missing or damaged.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = (file.metadata() or {}).get(_METADATA)
+            header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return state, None if metadata is None else Origin(**json.loads(metadata))
-    except (OSError, safetensors.SafetensorError, TypeError, json.JSONDecodeError) as error:
+        origin = Origin(**json.loads(header[_METADATA])) if _METADATA in header else None
+        return with_metadata(state, _said(header.get(FILE_KEY, "{}"))), origin
+    except (OSError, safetensors.SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} must be a readable safetensors file, got: {error}") from None
 
 
@@ -161,6 +192,9 @@ def export_original(
     max_chunk_bytes: int | None = MAX_CHUNK_BYTES,
 ) -> None:
     """Writes weights in the original's format.
+
+    It has no place for a routing that was chosen, nor for a grid of patches that is not square: these go into a file
+    PREFIX.vmoe_torch.json beside, which our readers of the format look at.
 
     Args:
         source: a model, a state dict, or a .safetensors file.
@@ -177,14 +211,22 @@ def export_original(
     origin = None
     if isinstance(source, nn.Module):
         state = source.state_dict()
+        metadata = metadata_of(state)
         # Fixed positions are computed, in the original too.
         if getattr(source, "fixed_pos_embed", False):
             del state["pos_embed"]
         origin = Origin(source.blocks[0].attn.num_heads, getattr(source, "ensemble_size", 1))
     elif isinstance(source, Mapping):
-        state = dict(source)
+        state, metadata = dict(source), metadata_of(source)
     else:
         state, origin = read_converted(source)
+        metadata = metadata_of(state)
+    described = metadata.get("", {}).get(MODEL_KEY, {})
+    if origin is None and "num_heads" in described:
+        origin = Origin(described["num_heads"])
+        # Fixed positions are computed, in the original too.
+        if described["model_args"].get("pos_embed") == "sincos2d":
+            state.pop("pos_embed", None)
     if origin is None and num_heads is None:
         raise ValueError("num_heads must be given for weights that do not say it, got None")
     origin = origin or Origin(num_heads)
@@ -195,3 +237,4 @@ def export_original(
     rest = {name.removeprefix(_REST): state.pop(name) for name in list(state) if name.startswith(_REST)}
     arrays = {origin.root + path: value for path, value in to_original(state, origin.num_heads, size).items()}
     write_original(prefix, arrays | rest, num_shards=num_shards, max_chunk_bytes=max_chunk_bytes, empty=origin.empty)
+    _write_beside(os.fspath(prefix), metadata)

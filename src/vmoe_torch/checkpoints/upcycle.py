@@ -3,7 +3,7 @@
 import copy
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import timm
 import torch
@@ -11,19 +11,21 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from vmoe_torch.layers import ExpertLinear, MoeMlp
+from vmoe_torch.layers.options import ExpertOptions
+from vmoe_torch.models.options import MoeLayers
 from vmoe_torch.models.vmoe import parse_moe_layers
 
 
 def upcycle(
     model: str | nn.Module,
-    moe_layers: str | int | tuple[int, ...] | list[int] = "every2",
+    moe_layers: MoeLayers = "every2",
     num_experts: int = 8,
     *,
     expert_noise: float = 0.0,
     renormalize_gates: bool = False,
     pretrained: bool = False,
     model_args: dict[str, Any] | None = None,
-    **moe,
+    **moe: Unpack[ExpertOptions],
 ) -> nn.Module:
     """A sparse model whose experts all begin as the dense model's MLPs.
 

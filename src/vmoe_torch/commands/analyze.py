@@ -6,10 +6,12 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
-from vmoe_torch.commands.options import integers, numbers, progress
+from vmoe_torch.commands.images import add_max_broken, batches, tell, warn
+from vmoe_torch.commands.options import integers, keep, numbers, progress
 from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model
-from vmoe_torch.data import evaluation_loader
+from vmoe_torch.data.names import shown
 from vmoe_torch.evaluate import evaluate
+from vmoe_torch.train.rules import DEVICE, count
 
 IMAGES = 2000
 
@@ -26,7 +28,7 @@ def add(commands) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
-    parser.add_argument("--split", metavar="NAME", help="part of the data (default: val, validation or test)")
+    parser.add_argument("--split", metavar="NAME", help="part of the data (default: val, valid, validation or test)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report; made if it is missing")
     parser.add_argument("--dense", metavar="MODEL", help="another model to compare with, on the same images")
     parser.add_argument(
@@ -41,7 +43,12 @@ def add(commands) -> None:
     parser.add_argument("--k", type=integers, metavar="K,K", help="experts per token (default: the model's, and 1)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per forward (default: 128)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    add_max_broken(parser)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    keep(parser, count(1), "--images", "--batch-size")
+    keep(parser, count(0), "--workers")
+    keep(parser, count(0), "--seed")
+    keep(parser, DEVICE, "--device")
     parser.set_defaults(run=run)
 
 
@@ -50,8 +57,6 @@ def run(options: argparse.Namespace) -> int:
     # Drawing takes long to import, and other commands do without.
     from vmoe_torch.analyze import CAPACITY_FACTORS, Section, analyze, describe_model, sample
 
-    if options.images < 1 or options.batch_size < 1:
-        raise ValueError(f"--images and --batch-size must be at least 1, got {options.images} and {options.batch_size}")
     out = Path(options.out)
     _check_folder(out)
     source = open_model(options.model, options.device)
@@ -71,25 +76,28 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         batch_size=options.batch_size,
         workers=options.workers,
+        max_broken=options.max_broken,
+        warn=warn,
         progress=progress,
     )
     if dense is not None:
         other, other_images = dense
         chosen = sample(other_images, options.images, options.seed)
-        pin = options.device.startswith("cuda")
-        loader = evaluation_loader(chosen, other.transform, options.batch_size, options.workers, pin)
+        loader = batches(other, chosen, options)
         (reached,) = evaluate(other.model, loader, progress=progress("the model to compare with"))
         analysis = analysis.with_dense(reached, _short(options.dense))
     facts = {
         "Model": f"{options.model}: {describe_model(source.model)}",
         "Routing": analysis.routing,
-        "Data": f"{options.data}: {analysis.own.images:,} of {len(images):,} images, drawn with seed {options.seed}",
+        "Data": f"{images.place}: {analysis.own.images:,} of {len(images):,} images, drawn with seed {options.seed}",
+        "Images": images.described(),
     }
     if options.dense is not None:
         facts["Compared with"] = options.dense
     about = Section("What was analysed", facts=facts)
     path = analysis.write(out, f"What the experts of {_short(options.model)} do", [about])
-    print(f"report: {path.resolve()}")
+    tell("data", images)
+    print(f"report: {shown(path.resolve())}")
     return 0
 
 

@@ -2,8 +2,13 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from vmoe_torch.checkpoints import convert, export_original
+from vmoe_torch.commands.options import keep, writable
+from vmoe_torch.commands.sources import open_model
+from vmoe_torch.parallel import export_safetensors
+from vmoe_torch.train.rules import count
 
 
 def add(commands) -> None:
@@ -12,23 +17,36 @@ def add(commands) -> None:
         "convert",
         help="convert checkpoints of the original JAX V-MoE, and back",
         description="Converts PREFIX.index and PREFIX.data-nnnnn-of-NNNNN to one .safetensors file, or such one back. "
-        "One of SOURCE and TARGET ends in .safetensors, the other one is a PREFIX; a SOURCE may be a URL.",
+        "One of SOURCE and TARGET ends in .safetensors, the other one is a PREFIX; a SOURCE may be a URL. A run, or "
+        "another MODEL of the other commands that is a file or folder, becomes either. Its routing travels.",
         epilog="example: vmoe convert gs://vmoe_checkpoints/vmoe_s32_last2_ilsvrc2012_randaug_light1 s32.safetensors",
     )
-    parser.add_argument("source", metavar="SOURCE", help="PREFIX or FILE.safetensors to read")
+    parser.add_argument("source", metavar="SOURCE", help="PREFIX, FILE.safetensors, run folder or checkpoint to read")
     parser.add_argument("target", metavar="TARGET", help="FILE.safetensors or PREFIX to write")
     parser.add_argument("--train-state", action="store_true", help="keep optimizer, step and random keys too")
     parser.add_argument("--num-heads", type=int, metavar="N", help="attention heads, for a file that does not say it")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="data files to write (default: 1)")
+    keep(parser, count(1), "--num-heads")
+    keep(parser, count(1), "--shards")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     ends = [name.endswith(".safetensors") for name in (options.source, options.target)]
-    if sum(ends) != 1:
+    whole = Path(options.source).exists() and not ends[0]
+    if not whole and sum(ends) != 1:
         raise ValueError(f"one of the two names must end in .safetensors, got {options.source} and {options.target}")
-    if ends[1]:
+    if whole:
+        if options.train_state:
+            raise ValueError(f"--train-state must go with a PREFIX, got {options.source}")
+        writable(options.target, "TARGET")
+        model = open_model(options.source).model
+        if ends[1]:
+            export_safetensors(model, options.target)
+        else:
+            export_original(model, options.target, num_heads=options.num_heads, num_shards=options.shards)
+    elif ends[1]:
         convert(options.source, options.target, train_state=options.train_state, progress=sys.stderr.isatty())
     else:
         export_original(options.source, options.target, num_heads=options.num_heads, num_shards=options.shards)

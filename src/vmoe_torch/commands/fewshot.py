@@ -2,9 +2,11 @@
 
 import argparse
 
-from vmoe_torch.commands.options import integers, progress, writable
+from vmoe_torch.commands.images import add_max_broken, tell, warn
+from vmoe_torch.commands.options import integers, keep, progress, writable
 from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, Source, open_images, open_model
 from vmoe_torch.evaluate.fewshot import SHOTS, Task, fewshot, format_fewshot, write_fewshot
+from vmoe_torch.train.rules import DEVICE, count
 
 
 def add(commands) -> None:
@@ -19,20 +21,22 @@ def add(commands) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--data", required=True, action="append", metavar="DATA", help=f"{DATA_HELP}; may be repeated")
     parser.add_argument("--train-split", default="train", metavar="NAME", help="shots come from it (default: train)")
-    parser.add_argument("--test-split", metavar="NAME", help="is classified (default: val, validation or test)")
+    parser.add_argument("--test-split", metavar="NAME", help="is classified (default: val, valid, validation or test)")
     parser.add_argument("--shots", type=integers, default=SHOTS, metavar="N,N", help="images per class (1,5,10,25)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="choices of images to try (default: 1)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per forward (default: 128)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    add_max_broken(parser)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--out", metavar="FILE", help="write every result as CSV, or JSON if it ends in .json")
+    keep(parser, count(1), "--seeds", "--batch-size")
+    keep(parser, count(0), "--workers")
+    keep(parser, DEVICE, "--device")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    if options.seeds < 1 or options.batch_size < 1:
-        raise ValueError(f"--seeds and --batch-size must be at least 1, got {options.seeds} and {options.batch_size}")
     writable(options.out)
     source = open_model(options.model, options.device)
     tasks = [_task(source, data, options.train_split, options.test_split) for data in options.data]
@@ -44,8 +48,13 @@ def run(options: argparse.Namespace) -> int:
         seeds=range(options.seeds),
         batch_size=options.batch_size,
         workers=options.workers,
+        max_broken=options.max_broken,
+        warn=warn,
         progress=progress("features"),
     )
+    for task in tasks:
+        tell("shots from", task.train)
+        tell("test images", task.test)
     print(format_fewshot(results))
     if options.out is not None:
         write_fewshot(results, options.out)

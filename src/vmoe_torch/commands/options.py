@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vmoe_torch.train.rules import Rule
+
 # Who claims slots first, as options call it, to batch_priority.
 ORDERS = {"vanilla": False, "bpr": True}
 
@@ -49,3 +51,23 @@ def writable(path: str | None, name: str = "--out") -> None:
     """Raises ValueError if a file could not be written there: to be asked before the work, not after."""
     if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise ValueError(f"{name} must be a file in a folder that exists, got {path}")
+
+
+def keep(parser: argparse.ArgumentParser, rule: Rule, *options: str) -> None:
+    """Declares a rule for the values of options, or for each where an option takes several.
+
+    Args:
+        parser: of the command.
+        rule: that they keep.
+        options: as they are typed; an error names them all.
+    """
+    parser.set_defaults(rules=[*(parser.get_default("rules") or []), (options, rule)])
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError if an option breaks a rule that `keep` declared; one that was not given breaks none."""
+    for names, rule in getattr(options, "rules", ()):
+        values = [getattr(options, name.lstrip("-").replace("-", "_").lower()) for name in names]
+        given = [item for value in values for item in (value if isinstance(value, tuple | list) else [value])]
+        if not all(item is None or rule.holds(item) for item in given):
+            raise ValueError(f"{' and '.join(names)} must be {rule}, got {' and '.join(map(str, values))}")

@@ -4,9 +4,11 @@ import argparse
 
 import torch
 
+from vmoe_torch.commands.options import keep
 from vmoe_torch.parallel import GPUS, Settings, changes_that_fit, describe, plan
 from vmoe_torch.train.build import build_model
 from vmoe_torch.train.config import ModelConfig
+from vmoe_torch.train.rules import count
 
 
 def add(commands) -> None:
@@ -24,6 +26,9 @@ def add(commands) -> None:
     parser.add_argument("--gpu", default="h200", choices=tuple(GPUS), help="kind of GPU (default: h200)")
     parser.add_argument("--batch", required=True, type=int, metavar="N", help="images per step over all GPUs")
     parser.add_argument("--recompute", action="store_true", help="recompute activations in the backward")
+    keep(parser, count(1), "--gpus")
+    keep(parser, count(1), "--ep")
+    keep(parser, count(1), "--batch")
     parser.set_defaults(run=run)
 
 

@@ -3,10 +3,14 @@
 import argparse
 
 import torch
+from PIL import Image
 
 import vmoe_torch
+from vmoe_torch.commands.options import keep
 from vmoe_torch.commands.sources import MODEL_HELP, open_model
-from vmoe_torch.data import read_image
+from vmoe_torch.data import BrokenImageError, read_image
+from vmoe_torch.data.names import shown
+from vmoe_torch.train.rules import DEVICE, count
 
 
 def add(commands) -> None:
@@ -23,14 +27,14 @@ def add(commands) -> None:
         "--batch-priority", action=argparse.BooleanOptionalAction, help="drop the least important tokens first"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    keep(parser, count(1), "--topk")
+    keep(parser, DEVICE, "--device")
     parser.set_defaults(run=run)
 
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    if options.topk < 1:
-        raise ValueError(f"--topk must be at least 1, got {options.topk}")
     source = open_model(options.checkpoint, options.device)
     model = source.model
     changes = {
@@ -43,13 +47,26 @@ def run(options: argparse.Namespace) -> int:
         # An image's result does not depend on the images named beside it.
         vmoe_torch.set_routing(model, **changes, group_size="image")
     class_names = source.class_names or tuple(map(str, range(model.num_classes)))
-    # All are read first: a broken one gives its error before any result.
-    images = [source.transform(read_image(path, source.mode)) for path in options.images]
+    images = [source.transform(image) for image in _read(options.images, source.mode)]
     count = min(options.topk, len(class_names))
-    width = max(map(len, class_names))
     for path, image in zip(options.images, images):
         probabilities, classes = model(image[None].to(options.device))[0].float().softmax(0).topk(count)
-        print(path)
-        for rank, (share, label) in enumerate(zip(probabilities.tolist(), classes.tolist()), start=1):
-            print(f"  {rank}  {class_names[label]:<{width}}  {share:6.1%}")
+        names = [shown(class_names[label]) for label in classes.tolist()]
+        width = max(map(len, names))
+        print(shown(path))
+        for rank, (share, name) in enumerate(zip(probabilities.tolist(), names), start=1):
+            print(f"  {rank}  {name:<{width}}  {share:6.1%}")
     return 0
+
+
+def _read(paths: list[str], mode: str) -> list[Image.Image]:
+    """The images, upright as their EXIF says; all are read first, so broken ones are named before any result."""
+    images, broken = [], []
+    for path in paths:
+        try:
+            images.append(read_image(path, mode, exif=True))
+        except BrokenImageError as error:
+            broken.append(str(error))
+    if broken:
+        raise ValueError("; ".join(broken))
+    return images

@@ -2,6 +2,7 @@
 
 import argparse
 
+from vmoe_torch import cores
 from vmoe_torch.recipes import load_recipe, recipe_names
 from vmoe_torch.train import Config, train
 
@@ -14,7 +15,12 @@ def add(commands) -> None:
         description="Trains a model. With torchrun: torchrun --nproc-per-node N -m vmoe_torch.cli train ...",
         epilog="example: vmoe train --recipe fashion_mnist schedule.epochs=2 model.kwargs.num_experts=4",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the configuration, as optim.lr=3e-4")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="change the configuration, as optim.lr=3e-4; the last of two for one key counts",
+    )
     begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--recipe", metavar="NAME", help=f"begin with a recipe: {', '.join(recipe_names())}")
     begin.add_argument("--config", metavar="FILE.json", help="begin with a configuration file, as a run's config.json")
@@ -35,5 +41,7 @@ def run(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config.to_json())
         return 0
+    config.check(given={text.partition("=")[0] for text in options.overrides})
+    cores.share(config.data.workers)
     train(config, resume=options.resume)
     return 0

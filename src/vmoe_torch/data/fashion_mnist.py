@@ -5,6 +5,7 @@ original files. `root` may name a folder with the full IDX files instead. The im
 them).
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,12 @@ class FashionMnist(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image = Image.fromarray(self.images[index])
         return (image if self.mode == "L" else image.convert(self.mode)), int(self.labels[index])
+
+    def digest(self) -> str:
+        """Of the images and labels."""
+        digest = hashlib.sha256(self.images.tobytes())
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
 
 
 def _read_split(split: str, root: Path) -> tuple[np.ndarray, np.ndarray]:

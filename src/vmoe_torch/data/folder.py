@@ -1,77 +1,166 @@
-"""Images in one folder per class, and single image files; a broken file is named, never skipped in silence."""
+"""Images in one folder per class, and the folders of splits: what counts is decided here, and said, never guessed."""
 
+import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from PIL import Image
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch.utils.data import Dataset
 
-# What PIL raises for a file that is no image, or a part of one.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+from vmoe_torch.data.image import read_image
+from vmoe_torch.data.names import natural_key, shown, some
+from vmoe_torch.data.scan import scan, subfolders
 
-
-class BrokenImageError(ValueError):
-    """An image cannot be read; the message names it."""
-
-
-def read_image(path: Path | str, mode: str = "RGB") -> Image.Image:
-    """Reads and decodes an image file.
-
-    Args:
-        path: the file.
-        mode: PIL mode to convert to, "RGB" or "L".
-
-    Raises:
-        BrokenImageError: if the file is missing or cannot be decoded, naming it.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert(mode)
-    except FileNotFoundError:
-        raise BrokenImageError(f"image {path} does not exist") from None
-    except UNREADABLE as error:
-        raise BrokenImageError(f"image {path} cannot be read: {error}") from None
+# What splits are called, whatever the case; names in a row mean the same split.
+TRAIN, VAL, TEST = ("train", "training"), ("val", "valid", "validation"), ("test",)
+# Where images to measure on are looked for, the first one there counts.
+EVALUATION = (*VAL, *TEST)
 
 
 class ImageFolder(Dataset):
     """Images below one folder per class; an item is (PIL image, label).
 
+    The first folder below the root is the class, all below it belongs to it. Every file counts whose ending is that of
+    an image that Pillow decodes; others are counted in `notices`. Hidden files and folders, and those that systems
+    leave (as @eaDir, __MACOSX), are passed over. Links are followed, but every folder is read once. A class folder
+    without an image is a class.
+
     Args:
-        root: folder with one folder per class, found as timm finds them.
+        root: folder with one folder per class.
         class_names: the classes by label, where another split has set them; None takes the folders' names, sorted.
         mode: PIL mode of the items, "RGB" or "L".
+        parts: folders in root which have the class folders, instead of root itself.
+        exif: whether to turn images as their EXIF orientation says.
+        order: key that sorts the names of classes; the default has numbers by their value, as timm.
 
     Attributes:
         samples: (path, label) of each image.
         class_names: name of each label.
+        parts: the folders in root that were read, "." for root itself.
+        empty: names of class folders without an image.
+        notices: what was passed over.
 
     Raises:
-        ValueError: if the folder is missing, holds no image, has images outside a class folder, or its classes are not
-            `class_names`; on access, if an image cannot be read.
+        ValueError: if the folder is missing or cannot be read, holds no image, has images outside a class folder, or
+            its classes are not `class_names`; on access, if an image cannot be read.
     """
 
-    def __init__(self, root: Path | str, class_names: tuple[str, ...] | None = None, mode: str = "RGB"):
-        root = Path(root)
-        if not root.is_dir():
-            raise ValueError(f"image folder {root} does not exist")
-        self.samples, classes = find_images_and_targets(str(root))
-        if not self.samples:
-            raise ValueError(f"image folder {root} must hold one folder of images per class, got no image")
-        if "" in classes:
-            loose = next(path for path, label in self.samples if label == classes[""])
-            raise ValueError(f"images in {root} must lie in one folder per class, got {loose}")
-        found = tuple(sorted(classes, key=classes.get))
-        if class_names is not None:
-            unknown = sorted(set(found) - set(class_names))
-            if unknown:
-                raise ValueError(f"classes in {root} must be among the training classes, got {', '.join(unknown)} too")
-            self.samples = [(path, class_names.index(found[label])) for path, label in self.samples]
-        self.class_names = found if class_names is None else tuple(class_names)
+    def __init__(
+        self,
+        root: Path | str,
+        class_names: tuple[str, ...] | None = None,
+        mode: str = "RGB",
+        *,
+        parts: Iterable[str] = (),
+        exif: bool = False,
+        order: Callable = natural_key,
+    ):
+        self.root = Path(root)
+        parts = list(parts)
+        self.parts = ", ".join(parts) or "."
+        roots = [self.root / part for part in parts] or [self.root]
+        for folder in roots:
+            if not folder.is_dir():
+                raise ValueError(f"image folder {shown(folder)} does not exist{_beside(folder)}")
+        found = scan(roots)
+        if found.loose is not None:
+            raise ValueError(
+                f"images in {shown(root)} must lie in one folder per class, got {shown(found.loose)} outside of them"
+            )
+        self.notices = found.notices()
+        if not found.images:
+            passed = "".join(f"; {notice}" for notice in self.notices)
+            raise ValueError(
+                f"image folder {shown(root)} must hold one folder of images per class, got no image{passed}"
+            )
+        present = {name for _, name in found.images}
+        self.empty = sorted(found.classes - present, key=order)
+        if self.empty:
+            count = f"{len(self.empty):,} of {len(found.classes):,} class folders"
+            self.notices.append(f"no image in {count}: {some(self.empty)}")
+        if class_names is None:
+            class_names = tuple(sorted(found.classes, key=order))
+        labels = {name: label for label, name in enumerate(class_names)}
+        unknown = sorted(present - labels.keys(), key=order)
+        if unknown:
+            raise ValueError(f"classes in {shown(root)} must be among the training classes, got {some(unknown)} too")
+        self.samples = [(path, labels[name]) for path, name in found.images]
+        self.class_names = tuple(class_names)
         self.mode = mode
+        self.exif = exif
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return read_image(path, self.mode), label
+        return read_image(path, self.mode, self.exif), label
+
+    def digest(self) -> str:
+        """Of the list of images, by their paths below the root, and of their labels and classes."""
+        digest = hashlib.sha256("\0".join(self.class_names).encode(errors="surrogateescape"))
+        begin = len(str(self.root)) + 1
+        for path, label in self.samples:
+            digest.update(f"\n{path[begin:]}\0{label}".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+def find_split(root: Path, split: str) -> str | None:
+    """The folder of a split in a folder: the name itself, else one that means the same, as "valid" for "val"."""
+    if (root / split).is_dir():
+        return split
+    if not root.is_dir():
+        return None
+    alike = next((names for names in (TRAIN, VAL, TEST) if split.lower() in names), (split.lower(),))
+    return _first(subfolders(root), alike)
+
+
+def class_folders(root: Path, split: str | None = None) -> list[str]:
+    """The folders in a folder that hold the class folders of a split, none where the folder does by itself.
+
+    Args:
+        root: folder of images.
+        split: its name; None is val, valid, validation or test, the first one there, or the folder itself where no
+            folder in it is one of these or train. "." is all that is in the folder, in splits or not.
+
+    Raises:
+        ValueError: if there is no such split, telling what is there.
+    """
+    if not root.is_dir():
+        raise ValueError(f"image folder {shown(root)} does not exist{_beside(root)}")
+    if split is not None and split != ".":
+        found = find_split(root, split)
+        if found is None:
+            raise ValueError(f"split must be a folder in {shown(root)}, got {shown(split)!r}; {_holds(root)}")
+        return [found]
+    there = subfolders(root)
+    splits = [name for name in there if name.lower() in (*TRAIN, *EVALUATION)]
+    # A class may be called "train", too; what it holds are images, not folders.
+    if not any(subfolders(root / name) for name in splits):
+        return []
+    if split == ".":
+        return there
+    found = _first(there, EVALUATION)
+    if found is None:
+        raise ValueError(
+            f"images to measure on must be in a folder {', '.join(EVALUATION)} in {shown(root)}, or in a split that is "
+            f"named; {_holds(root)}"
+        )
+    return [found]
+
+
+def _first(there: list[str], names: tuple[str, ...]) -> str | None:
+    """The folder that has the first of these names that any has, whatever the case."""
+    by_name = {name.lower(): name for name in reversed(there)}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _holds(folder: Path) -> str:
+    there = subfolders(folder)
+    return f"it holds {some(there)}" if there else "it holds no folder"
+
+
+def _beside(folder: Path) -> str:
+    """What the folder around a missing one holds, for an error."""
+    parent = folder.parent
+    return f"; {shown(parent)} holds {some(subfolders(parent))}" if parent.is_dir() and subfolders(parent) else ""

@@ -3,8 +3,11 @@
 An update at any place of an epoch can so be had again: from a checkpoint, with other numbers of workers or processes.
 """
 
+import multiprocessing
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from vmoe_torch.data.folder import BrokenImageError
+from vmoe_torch.data.image import BrokenImageError
 
 # A label that no loss and no accuracy counts.
 NO_LABEL = -100
 # Broken images in a row, after which a data set is given up.
 MOST_BROKEN_IN_A_ROW = 100
+# Broken images that an error names at most.
+MOST_NAMED = 100
 
 
 class EpochSampler:
@@ -85,7 +90,7 @@ def read_item(dataset: Dataset, index: int, seed: tuple[int, ...]) -> tuple[Any,
         (image, label, messages that name the broken images).
 
     Raises:
-        BrokenImageError: if 100 images in a row are broken.
+        BrokenImageError: if 100 images in a row are broken, naming them.
     """
     broken: list[str] = []
     while True:
@@ -94,7 +99,8 @@ def read_item(dataset: Dataset, index: int, seed: tuple[int, ...]) -> tuple[Any,
         except BrokenImageError as error:
             broken.append(str(error))
             if len(broken) == MOST_BROKEN_IN_A_ROW:
-                raise
+                # Of few images some come again.
+                raise BrokenImageError("; ".join(dict.fromkeys(broken))) from None
             index = int(np.random.default_rng((*seed, index, len(broken))).integers(len(dataset)))
 
 
@@ -155,22 +161,37 @@ class TolerantDataset(TransformedDataset):
         return self.transform(image), NO_LABEL if broken else label, broken
 
 
-class Batches:
-    """Batches (images, labels) in which broken images are replaced, named and counted.
+class SkippingDataset(TransformedDataset):
+    """The same, but an item with a broken image is None and NO_LABEL, and messages come third."""
 
-    Iterating raises ValueError, naming all of them, once more than `max_broken` different images were broken.
+    def __getitem__(self, index: int) -> tuple[Tensor | None, int, list[str]]:
+        try:
+            image, label = self.dataset[index]
+        except BrokenImageError as error:
+            return None, NO_LABEL, [str(error)]
+        return self.transform(image), label, []
+
+
+class Batches:
+    """Batches (images, labels) without broken images, or with others in their place; they are named and counted.
+
+    Iterating raises ValueError, naming them, once more than `max_broken` different images were broken.
 
     Args:
-        loader: of batches (images, labels, messages about broken images).
+        loader: of batches (images, labels, messages about broken images); no images are None.
         max_broken: how many different ones are skipped.
+        option: what the user calls max_broken.
+        name_all: whether to read on to the end, up to 100 broken images, before the error names them.
 
     Attributes:
         warn: told of each broken image, once.
     """
 
-    def __init__(self, loader: DataLoader, max_broken: int):
+    def __init__(self, loader: DataLoader, max_broken: int, option: str = "data.max_broken", name_all: bool = False):
         self.loader = loader
         self.max_broken = max_broken
+        self.option = option
+        self.name_all = name_all
         self.warn: Callable[[str], None] = lambda message: None
         self._broken: dict[str, None] = {}
 
@@ -181,17 +202,35 @@ class Batches:
         for images, labels, broken in self.loader:
             for message in broken:
                 self._note(message)
-            yield images, labels
+            if images is not None and len(self._broken) <= self.max_broken:
+                yield images, labels
+        if len(self._broken) > self.max_broken:
+            raise self._too_many("")
 
     def _note(self, message: str) -> None:
         if message in self._broken:
             return
         self._broken[message] = None
         count = len(self._broken)
-        if count > self.max_broken:
-            names = "; ".join(self._broken)
-            raise ValueError(f"data.max_broken must be at least the number of broken images, {count} so far: {names}")
-        self.warn(f"{message}; skipped, {count} of data.max_broken={self.max_broken}")
+        if count <= self.max_broken:
+            self.warn(f"{message}; skipped, {count} of {self.option}={self.max_broken}")
+        elif not self.name_all or count >= self.max_broken + MOST_NAMED:
+            raise self._too_many(" so far")
+
+    def _too_many(self, so_far: str) -> ValueError:
+        # Those that were skipped have been named.
+        names = list(self._broken)[-MOST_NAMED:]
+        return ValueError(
+            f"{self.option} must be at least the number of broken images, {len(self._broken)}{so_far}: "
+            f"{'; '.join(names)}"
+        )
+
+
+def _skip(items: list[tuple[Tensor | None, int, list[str]]]) -> tuple[Tensor | None, Tensor | None, list[str]]:
+    """The batch of the items that are whole."""
+    whole = [item[:2] for item in items if item[0] is not None]
+    images, labels = default_collate(whole) if whole else (None, None)
+    return images, labels, [message for _, _, broken in items for message in broken]
 
 
 def _collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
@@ -199,14 +238,46 @@ def _collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor
     return images, labels, [message for _, _, broken in items for message in broken]
 
 
-def _outlive_sigterm(number: int) -> None:
-    """Schedulers send SIGTERM to all processes of a job: a worker loads on until the one that trains has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+# Schedulers and Ctrl-C send these to all processes of a job: a worker loads on until the one that trains has saved.
+_STOPPING = {signal.SIGTERM, signal.SIGINT}
+# Windows has no masks, macOS does not say who sent a signal.
+_SENDER_KNOWN = hasattr(signal, "sigwaitinfo")
+
+
+class _Loader(DataLoader):
+    """Its workers are born with the signals blocked: until they could say so themselves, one would end them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.num_workers == 0 or not _SENDER_KNOWN:
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_parent(number: int) -> None:
+    """In a worker: SIGTERM ends it if its own parent sends it, which then waits for that without end."""
+    if not _SENDER_KNOWN:
+        for stopping in _STOPPING:
+            signal.signal(stopping, signal.SIG_IGN)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    threading.Thread(target=_end_for, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+
+
+def _end_for(parent: int) -> None:
+    while True:
+        came = signal.sigwaitinfo(_STOPPING)
+        if came.si_signo == signal.SIGTERM and came.si_pid == parent:
+            # At once, as torch's own handler does; whatever the worker hangs in.
+            os._exit(0)
 
 
 def training_loader(
     dataset: Dataset,
-    transform,
+    transform: Callable[[Any], Tensor],
     sampler: EpochSampler,
     workers: int,
     pin_memory: bool,
@@ -224,7 +295,7 @@ def training_loader(
         prefetch: batches that each worker has ready.
         max_broken: how many broken images are replaced, by others that the seed decides.
     """
-    loader = DataLoader(
+    loader = _Loader(
         SeededDataset(dataset, transform, sampler.seed),
         batch_sampler=sampler,
         num_workers=workers,
@@ -232,7 +303,7 @@ def training_loader(
         collate_fn=_collate,
         prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=_obey_parent,
         # Its base seed would otherwise be drawn from the generator that the model's noise uses.
         generator=torch.Generator().manual_seed(sampler.seed),
     )
@@ -241,28 +312,46 @@ def training_loader(
 
 def evaluation_loader(
     dataset: Dataset,
-    transform,
+    transform: Callable[[Any], Tensor],
     batch_size: int,
     workers: int,
     pin_memory: bool,
     rank: int = 0,
     world_size: int = 1,
     max_broken: int | None = None,
+    option: str | None = None,
 ) -> DataLoader | Batches:
     """Batches (images, labels) in the order of the data set; each process has its own contiguous share.
 
-    A broken image raises its error where max_broken is None; else so many are replaced by others with label NO_LABEL.
+    Args:
+        dataset: items (PIL image, label).
+        transform: PIL image -> tensor.
+        batch_size: images per batch.
+        workers: processes that load; 0 loads in this one.
+        pin_memory: whether batches lie where a GPU can copy them from by itself.
+        rank: number of this process.
+        world_size: number of processes.
+        max_broken: how many broken images are not counted; None lets the first one's error through. All are read and
+            named before the error for more of them.
+        option: what the user calls max_broken. With a name, batches come without the broken images; without, others
+            with label NO_LABEL take their place, so that every process has as many batches as without.
     """
     first, last = (len(dataset) * part // world_size for part in (rank, rank + 1))
-    tolerant = max_broken is not None
-    loader = DataLoader(
-        (TolerantDataset if tolerant else TransformedDataset)(dataset, transform),
+    kind, collate = TolerantDataset, _collate
+    if max_broken is None:
+        kind, collate = TransformedDataset, None
+    elif option is not None:
+        kind, collate = SkippingDataset, _skip
+    loader = _Loader(
+        kind(dataset, transform),
         sampler=range(first, last),
         batch_size=batch_size,
         num_workers=workers,
         pin_memory=pin_memory,
-        collate_fn=_collate if tolerant else None,
-        worker_init_fn=_outlive_sigterm,
+        collate_fn=collate,
+        worker_init_fn=_obey_parent,
         generator=torch.Generator().manual_seed(0),
     )
-    return Batches(loader, max_broken) if tolerant else loader
+    if max_broken is None:
+        return loader
+    return Batches(loader, max_broken, option or "data.max_broken", name_all=True)

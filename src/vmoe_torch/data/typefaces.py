@@ -73,9 +73,10 @@ class Typefaces(Dataset):
         self.mode = mode
         self.faces: list[Face] = []
         self._pictures: list[np.ndarray] = []
+        self._keys: list[str] = []
         labels, numbers, known = [], [], set()
         for path in tqdm(files, desc=f"fonts of {split}", unit="font", leave=False, disable=None):
-            for face, pictures in _drawn(path, characters, side, cache):
+            for face, key, pictures in _drawn(path, characters, side, cache):
                 there = np.flatnonzero(pictures.any(axis=(1, 2)))
                 # A proportional and a monospaced face differ in nothing here, as often those of one collection.
                 digest = hashlib.sha256(pictures).digest()
@@ -86,6 +87,7 @@ class Typefaces(Dataset):
                 numbers.append(np.full(len(there), len(self.faces)))
                 self.faces.append(face)
                 self._pictures.append(pictures)
+                self._keys.append(key)
         if not self.faces:
             raise ValueError(f"fonts in {Path(root) / split} must have some of the characters, got none that has any")
         self.labels = np.concatenate(labels).astype(np.int64)
@@ -98,6 +100,13 @@ class Typefaces(Dataset):
         label = int(self.labels[index])
         image = Image.fromarray(np.asarray(self._pictures[self.face_numbers[index]][label]))
         return (image if self.mode == "L" else image.convert(self.mode)), label
+
+    def digest(self) -> str:
+        """Of the fonts that are drawn, of the size, and of their labels and classes."""
+        digest = hashlib.sha256("\0".join([*self.class_names, *self._keys]).encode(errors="surrogateescape"))
+        digest.update(self.face_numbers.tobytes())
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
 
 
 def _checked(characters: tuple[str, ...]) -> tuple[str, ...]:
@@ -145,19 +154,23 @@ def _cache_folder() -> Path:
     return Path(base) / "vmoe_torch" / "typefaces"
 
 
-def _drawn(path: Path, characters: tuple[str, ...], side: int, cache: Path) -> list[tuple[Face, np.ndarray]]:
-    """Each face of a file with its (N, side, side) pictures, from the cache or into it."""
+def _drawn(path: Path, characters: tuple[str, ...], side: int, cache: Path) -> list[tuple[Face, str, np.ndarray]]:
+    """Each face of a file, with the name of its drawing and its (N, side, side) pictures, from the cache or into it.
+
+    The name tells the font's bytes, the characters and the size.
+    """
     faces = list(faces_of(path))
     wanted = json.dumps([_VERSION, side, "".join(characters)]).encode()
     key = hashlib.sha256(wanted + path.read_bytes()).hexdigest()[:32]
     drawn = []
     for face in faces:
-        file = cache / f"{key}-{face.index}.npy"
+        name = f"{key}-{face.index}"
+        file = cache / f"{name}.npy"
         pictures = _read(file, (len(characters), side, side))
         if pictures is None:
             pictures = draw(face, characters, side)
             _write(file, pictures)
-        drawn.append((face, pictures))
+        drawn.append((face, name, pictures))
     return drawn
 
 

@@ -2,7 +2,7 @@
 
 from vmoe_torch.evaluate.classification import Evaluation, evaluate
 from vmoe_torch.evaluate.fewshot import FewShot, Task, fewshot, format_fewshot, write_fewshot
-from vmoe_torch.evaluate.flops import Flops, count_flops
+from vmoe_torch.evaluate.flops import Flops, count_flops, ptflops_hooks
 from vmoe_torch.evaluate.settings import RoutingSetting, setting_grid
 from vmoe_torch.evaluate.table import as_rows, format_table, write_csv, write_json
 
@@ -18,6 +18,7 @@ __all__ = [
     "fewshot",
     "format_fewshot",
     "format_table",
+    "ptflops_hooks",
     "setting_grid",
     "write_csv",
     "write_fewshot",

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from vmoe_torch.data import evaluation_loader
+from vmoe_torch.data.names import shown
 from vmoe_torch.evaluate.ridge import best_strength, shot_accuracies, shuffled_classes
 from vmoe_torch.evaluate.settings import eval_mode
 
@@ -69,6 +71,8 @@ def fewshot(
     strengths: Sequence[float] = STRENGTHS,
     batch_size: int = 128,
     workers: int = 0,
+    max_broken: int = 0,
+    warn: Callable[[str], None] = lambda message: None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[FewShot]:
     """The original's few-shot evaluation.
@@ -85,13 +89,17 @@ def fewshot(
         strengths: to choose from.
         batch_size: images per forward; routing groups are formed within it.
         workers: processes that read images.
+        max_broken: images of a data set that cannot be read and are left out; the next of their class take the place of
+            shots.
+        warn: told of each of them.
         progress: wraps the loaders, e.g. `tqdm`.
 
     Returns:
         A FewShot per task, number of shots and seed, in this order.
 
     Raises:
-        ValueError: if there is no task, or a number of shots is below 1.
+        ValueError: if there is no task, a number of shots is below 1, or more images than `max_broken` of a data set
+            cannot be read, naming them.
     """
     if not tasks or not seeds or not strengths:
         raise ValueError("tasks, seeds and strengths must hold one at least, got none")
@@ -100,14 +108,17 @@ def fewshot(
     pin = next(model.parameters()).device.type == "cuda"
 
     def features(dataset: Dataset) -> tuple[Tensor, Tensor]:
-        loader = evaluation_loader(dataset, transform, batch_size, workers, pin)
+        loader = evaluation_loader(
+            dataset, transform, batch_size, workers, pin, max_broken=max_broken, option="max_broken"
+        )
+        loader.warn = warn
         return collect_features(model, progress(loader))
 
     accuracies, counts = [], []
     for task in tasks:
         orders = [shuffled_classes(task.labels, task.num_classes, seed) for seed in seeds]
-        needed = np.unique(np.concatenate([rows[: max(shots)] for order in orders for rows in order]))
-        train, labels = features(Subset(task.train, needed.tolist()))
+        orders, needed, train = _shots(task.train, orders, max(shots), features)
+        labels = torch.from_numpy(task.labels[needed])
         test, test_labels = features(task.test)
         counts.append(len(test_labels))
         for order in orders:
@@ -130,12 +141,43 @@ def fewshot(
     ]
 
 
+def _shots(
+    dataset: Dataset, orders: list[list[np.ndarray]], most: int, features: Callable[[Dataset], tuple[Tensor, Tensor]]
+) -> tuple[list[list[np.ndarray]], np.ndarray, Tensor]:
+    """The orders without broken images, the (N,) numbers of the images that come first in them, and their features."""
+    numbers, found = np.empty(0, np.int64), []
+    while True:
+        needed = np.unique(np.concatenate([rows[:most] for order in orders for rows in order]))
+        missing = np.setdiff1d(needed, numbers)
+        if not len(missing):
+            break
+        rows, kept = features(_Numbered(dataset, missing))
+        found.append(rows)
+        numbers = np.concatenate([numbers, missing[kept.numpy()]])
+        broken = np.setdiff1d(missing, numbers)
+        orders = [[rows[~np.isin(rows, broken)] for rows in order] for order in orders]
+    by_number = np.argsort(numbers)
+    by_number = by_number[np.isin(numbers[by_number], needed)]
+    return orders, numbers[by_number], torch.cat(found)[torch.from_numpy(by_number)]
+
+
+class _Numbered(Subset):
+    """Some images of a data set, each with its place among them instead of its label."""
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.dataset[int(self.indices[index])][0], index
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Any, int]]:
+        return [self[index] for index in indices]
+
+
 @torch.no_grad()
 def collect_features(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The features before the head, on the CPU.
 
     Args:
-        model: a timm model; it keeps its modes.
+        model: a timm model; it keeps its modes. An ensemble's features are the mean over its members (the original's
+            few-shot evaluation takes no ensembles).
         loader: batches of images (B, C, H, W) and labels (B,).
 
     Returns:
@@ -149,6 +191,10 @@ def collect_features(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) 
     with eval_mode(model):
         for images, numbers in loader:
             found = model.forward_head(model.forward_features(images.to(device)), pre_logits=True)
+            members = getattr(model, "ensemble_size", 1)
+            if members > 1 and len(found) == members * len(numbers):
+                # The members of an image follow each other. Its feature is their mean, as its probabilities are.
+                found = found.unflatten(0, (-1, members)).mean(1)
             if found.dim() != 2 or len(found) != len(numbers):
                 raise ValueError(
                     f"features must be one vector for each of {len(numbers)} images, got shape {tuple(found.shape)}"
@@ -168,7 +214,7 @@ def format_fewshot(results: Sequence[FewShot]) -> str:
         shares = 100 * np.array([result.accuracy for result in own])
         spread = f" +- {shares.std(ddof=1):.2f}" if len(own) > 1 else ""
         number = str(own[0].test_images)
-        lines.append((data, str(shots), f"{shares.mean():.2f}{spread}", f"{own[0].l2:g}", str(len(own)), number))
+        lines.append((shown(data), str(shots), f"{shares.mean():.2f}{spread}", f"{own[0].l2:g}", str(len(own)), number))
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
@@ -181,7 +227,8 @@ def write_fewshot(results: Sequence[FewShot], path: Path | str) -> None:
     if str(path).endswith(".json"):
         Path(path).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         return
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    # Bytes of file names that are no text must not lose the results.
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)

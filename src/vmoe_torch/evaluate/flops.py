@@ -1,5 +1,6 @@
 """FLOPs of a model per image, next to those of its dense counterpart."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vmoe_torch.control import moe_layers
 from vmoe_torch.evaluate.settings import eval_mode
+from vmoe_torch.layers import MoeMlp
 
 
 @dataclass(frozen=True)
@@ -61,3 +63,27 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
     return Flops(
         total / len(images), dense / len(images), {name: count / len(images) for name, count in layers.items()}
     )
+
+
+def ptflops_hooks() -> dict[type | object, Callable]:
+    """What ptflops needs to count MoE layers, with either of its backends.
+
+    Returns:
+        `custom_modules_hooks` of `ptflops.get_model_complexity_info`: multiply-adds, experts at full capacity.
+    """
+    return {
+        MoeMlp: _count_layer,
+        torch.ops.vmoe.router: lambda inputs, _: inputs[0].shape[0] * inputs[1].numel(),
+        torch.ops.vmoe.moe_mlp: lambda inputs, _: inputs[7] * (inputs[3].numel() + inputs[5].numel()),
+        torch.ops.vmoe.expert_mlp: lambda inputs, _: inputs[0].shape[1] * (inputs[1].numel() + inputs[3].numel()),
+    }
+
+
+def _count_layer(layer: MoeMlp, inputs: tuple[Tensor], _: Tensor) -> None:
+    """ptflops' hook on a module, which adds to an attribute that ptflops has made."""
+    sizes = inputs[0].shape[:-1]
+    tokens = sizes.numel()
+    group, capacity, last_capacity = layer._groups(tokens, sizes[1:].numel())
+    rows = tokens // group * capacity + (last_capacity if tokens % group else 0)
+    layer.__flops__ += tokens * layer.router.weight.numel()
+    layer.__flops__ += rows * (layer.fc1.weight.numel() + layer.fc2.weight.numel())

@@ -1,7 +1,8 @@
 """The sparse MLP and its parts: routers, auxiliary losses, gradient injection."""
 
-from vmoe_torch.layers.auxiliary import auxiliary_gradient_scale, inject_auxiliary_loss, set_auxiliary_gradient_scale
+from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
 from vmoe_torch.layers.experts import ExpertLinear
+from vmoe_torch.layers.loss_scale import auxiliary_gradient_scale, set_auxiliary_gradient_scale
 from vmoe_torch.layers.losses import cv_squared, gshard_loss, importance_loss, load_loss
 from vmoe_torch.layers.moe_mlp import MoeMlp
 from vmoe_torch.layers.routers import Router, expert_choice

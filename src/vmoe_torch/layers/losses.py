@@ -1,10 +1,16 @@
 """Auxiliary losses of the router, as pure functions (arXiv 2106.05974, appendix A; GShard: arXiv 2006.16668).
 
-Every function works on the last two dims, (S, E) of one group, and returns one loss per leading index.
+Every function works on the last two dims, (S, E) of one group, and returns one loss per leading index, in float32
+(float64 for float64): a sum over tokens leaves float16's range.
 """
 
 import torch
 from torch import Tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In the dtype that losses are computed in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def cv_squared(per_expert: Tensor) -> Tensor:
@@ -18,6 +24,7 @@ def cv_squared(per_expert: Tensor) -> Tensor:
     Returns:
         (...).
     """
+    per_expert = _wide(per_expert)
     mean = per_expert.mean(-1, keepdim=True)
     return ((per_expert - mean) / mean).square().mean(-1)
 
@@ -31,7 +38,7 @@ def importance_loss(logits: Tensor) -> Tensor:
     Returns:
         (...).
     """
-    return cv_squared(logits.softmax(-1).sum(-2))
+    return cv_squared(_wide(logits).softmax(-1).sum(-2))
 
 
 def load_loss(logits: Tensor, noisy_logits: Tensor, noise_std: float, num_selected_experts: int) -> Tensor:
@@ -46,6 +53,7 @@ def load_loss(logits: Tensor, noisy_logits: Tensor, noise_std: float, num_select
     Returns:
         (...).
     """
+    logits, noisy_logits = _wide(logits), _wide(noisy_logits)
     threshold = noisy_logits.topk(num_selected_experts, dim=-1).values[..., -1:]
     return cv_squared(torch.special.ndtr((logits - threshold) / noise_std).mean(-2))
 
@@ -59,10 +67,12 @@ def gshard_loss(gates: Tensor) -> Tensor:
     Returns:
         (...).
     """
+    gates = _wide(gates)
     first = torch.nn.functional.one_hot(gates.argmax(-1), gates.shape[-1]).to(gates.dtype)
     return gshard_from_means(first.mean(-2), gates.mean(-2))
 
 
 def gshard_from_means(top1_share: Tensor, mean_gates: Tensor) -> Tensor:
     """GShard loss from the two per-expert means, (..., E) each."""
+    top1_share, mean_gates = _wide(top1_share), _wide(mean_gates)
     return (top1_share * mean_gates).mean(-1) * top1_share.shape[-1] ** 2

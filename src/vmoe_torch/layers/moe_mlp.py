@@ -6,24 +6,33 @@ Over 400 lines: a module's settings, their checks and the paths that read them, 
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import vmoe_kernels as kernels
-from vmoe_kernels.activations import check_activation
+from vmoe_kernels.checks import check_flag, check_integer, check_number, check_selected
+from vmoe_torch.layers import options as opt
+from vmoe_torch.layers import portable
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
+from vmoe_torch.layers.choice import TravellingRouting
 from vmoe_torch.layers.experts import ExpertLinear
 from vmoe_torch.layers.losses import cv_squared, gshard_from_means
 from vmoe_torch.layers.record import Record
-from vmoe_torch.layers.routers import Router, expert_choice
+from vmoe_torch.layers.recording import is_recorded, static_sizes
+from vmoe_torch.layers.routers import Router, expert_choice, logits
+from vmoe_torch.layers.scripted import run_experts
+from vmoe_torch.layers.settings import activation_name, group_images, one_of
 
 ROUTERS = ("top_experts", "expert_choice")
 AUXILIARY_MODES = ("injected", "manual")
-GROUP_SIZES = {"batch": 0, "image": 1}
+# The least number above 0.
+_TINY = math.ulp(0.0)
 
 
-class MoeMlp(nn.Module):
+class MoeMlp(TravellingRouting):
     """E expert MLPs of which every token uses K, under a bounded capacity.
 
     Args:
@@ -45,7 +54,8 @@ class MoeMlp(nn.Module):
         group_size: images per group that is routed on its own, "batch" or "image". What remains of a batch forms one
             last, smaller group with its own capacity.
         noise_std: router noise in training, N(0, (noise_std / E)^2) per logit.
-        expert_drop: dropout inside the experts only; None is `drop`.
+        expert_drop: dropout inside the experts only; None is `drop`. Every expert draws a mask of its own; the
+            original's experts, unless its split_rngs says otherwise, share one.
         importance_loss_weight: weight of the importance loss.
         load_loss_weight: weight of the load loss (training with noise).
         gshard_loss_weight: weight of the GShard loss.
@@ -55,7 +65,8 @@ class MoeMlp(nn.Module):
         dispatch_dtype: None or "float32" for the layer's own, or "bfloat16" to round what goes into and comes out of
             the experts, as the released models were trained.
         renormalize_gates: whether the K gates of a token are scaled to sum to 1, as some upcycled models want it; the
-            original does not.
+            original does not. With K=1 every gate is 1, and the router would learn nothing from the task: evaluated,
+            but not trained.
         impl: "auto", "triton" or "reference".
 
     Shape:
@@ -69,60 +80,62 @@ class MoeMlp(nn.Module):
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
-        act_layer=nn.GELU,
-        norm_layer=None,
+        act_layer: Any = nn.GELU,
+        norm_layer: None = None,
         bias: bool = True,
         drop: float = 0.0,
         num_experts: int = 32,
         num_selected_experts: int = 2,
         capacity_factor: float = 1.05,
         eval_capacity_factor: float | None = None,
-        capacity_rounding: str = "ceil",
+        capacity_rounding: opt.CapacityRounding = "ceil",
         capacity_multiple_of: int | None = 4,
         batch_priority: bool = True,
-        priority: str = "max",
-        group_size=8,
+        priority: opt.Priority = "max",
+        group_size: opt.GroupSize = 8,
         noise_std: float = 1.0,
         expert_drop: float | None = None,
         importance_loss_weight: float = 0.005,
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
-        auxiliary_mode: str = "injected",
-        router: str = "top_experts",
-        dispatch_dtype: str | None = None,
+        auxiliary_mode: opt.AuxiliaryMode = "injected",
+        router: opt.RouterType = "top_experts",
+        dispatch_dtype: opt.DispatchDtype | None = None,
         renormalize_gates: bool = False,
-        impl: str = "auto",
-        device=None,
-        dtype=None,
+        impl: opt.Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if norm_layer is not None:
             raise ValueError("norm_layer must be None: experts have no norm (scale_mlp_norm is not supported)")
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        num_experts = check_integer("num_experts", num_experts, 1)
         one_of("auxiliary_mode", auxiliary_mode, AUXILIARY_MODES)
         one_of("router", router, ROUTERS)
         one_of("dispatch_dtype", dispatch_dtype, (None, "float32", "bfloat16"))
         one_of("capacity_rounding", capacity_rounding, ("ceil", "round"))
         one_of("impl", impl, ("auto", "triton", "reference"))
+        renormalize_gates = check_flag("renormalize_gates", renormalize_gates)
         if renormalize_gates and router != "top_experts":
             raise ValueError(f"renormalize_gates must be False unless router is 'top_experts', got router={router!r}")
-        if noise_std < 0:
-            raise ValueError(f"noise_std must be at least 0, got {noise_std}")
+        drop = check_number("drop", drop, "in [0, 1)", 0.0, 1.0)
         hidden_features = hidden_features or in_features
         out_features = out_features or in_features
         self.num_experts = num_experts
         self.capacity_rounding = capacity_rounding
-        self.capacity_multiple_of = capacity_multiple_of or 0
-        self.noise_std = float(noise_std)
-        self.expert_drop = float(drop if expert_drop is None else expert_drop)
-        self.importance_loss_weight = float(importance_loss_weight)
-        self.load_loss_weight = float(load_loss_weight)
-        self.gshard_loss_weight = float(gshard_loss_weight)
+        multiple_of = 0 if capacity_multiple_of is None else capacity_multiple_of
+        self.capacity_multiple_of = check_integer("capacity_multiple_of", multiple_of, 0)
+        self.noise_std = check_number("noise_std", noise_std, "at least 0", 0.0)
+        self.expert_drop = (
+            drop if expert_drop is None else check_number("expert_drop", expert_drop, "in [0, 1)", 0.0, 1.0)
+        )
+        self.importance_loss_weight = check_number("importance_loss_weight", importance_loss_weight, "at least 0", 0.0)
+        self.load_loss_weight = check_number("load_loss_weight", load_loss_weight, "at least 0", 0.0)
+        self.gshard_loss_weight = check_number("gshard_loss_weight", gshard_loss_weight, "at least 0", 0.0)
         self.auxiliary_mode = auxiliary_mode
         self.router_type = router
         self.dispatch_dtype = torch.bfloat16 if dispatch_dtype == "bfloat16" else None
-        self.renormalize_gates = bool(renormalize_gates)
+        self.renormalize_gates = renormalize_gates
         self.impl = impl
         self.activation = activation_name(act_layer)
         self.set_routing(
@@ -133,6 +146,7 @@ class MoeMlp(nn.Module):
             priority=priority,
             group_size=group_size,
         )
+        self._made = self.routing()
         dd = {"device": device, "dtype": dtype}
         self.router = Router(in_features, num_experts, **dd)
         self.fc1 = ExpertLinear(num_experts, in_features, hidden_features, bias, **dd)
@@ -151,25 +165,22 @@ class MoeMlp(nn.Module):
         capacity_factor: float,
         eval_capacity_factor: float | None,
         batch_priority: bool,
-        priority: str,
-        group_size,
+        priority: opt.Priority,
+        group_size: opt.GroupSize,
     ) -> None:
         """Checks and sets everything that may change after training; on an error nothing changes."""
-        if not 1 <= num_selected_experts <= self.num_experts or num_selected_experts != int(num_selected_experts):
-            raise ValueError(
-                f"num_selected_experts must be in 1..num_experts={self.num_experts}, got {num_selected_experts}"
-            )
+        num_selected_experts = check_selected(num_selected_experts, self.num_experts)
         if eval_capacity_factor is None:
             eval_capacity_factor = capacity_factor
-        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is None or not 0 < factor < math.inf:
-                raise ValueError(f"{name} must be above 0, got {factor}")
+        capacity_factor = check_number("capacity_factor", capacity_factor, "above 0", _TINY)
+        eval_capacity_factor = check_number("eval_capacity_factor", eval_capacity_factor, "above 0", _TINY)
+        batch_priority = check_flag("batch_priority", batch_priority)
         one_of("priority", priority, ("max", "sum"))
         images = group_images(group_size)
-        self.num_selected_experts = int(num_selected_experts)
-        self.capacity_factor = float(capacity_factor)
-        self.eval_capacity_factor = float(eval_capacity_factor)
-        self.batch_priority = bool(batch_priority)
+        self.num_selected_experts = num_selected_experts
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.batch_priority = batch_priority
         self.priority = priority
         # Images per group; 0 is the whole batch.
         self.group_size = images
@@ -190,6 +201,10 @@ class MoeMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
+        # Two lines: of a condition with two parts, TorchScript would compile both.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if is_recorded():
+                return self._recorded(x, tokens)
         per_image = 1
         for size in x.shape[1:-1]:
             per_image *= size
@@ -215,98 +230,149 @@ class MoeMlp(nn.Module):
         return group, capacity, self.capacity(rest) if rest > 0 else capacity
 
     @torch.jit.unused
+    def _recorded(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The forward that tracers record; the number of images is fixed unless groups or the exporter free it."""
+        if self.training and torch.onnx.is_in_onnx_export():
+            raise ValueError("a MoeMlp must be in eval mode for ONNX, got one in training mode")
+        sizes = static_sizes(x)
+        per_image, num_tokens = math.prod(sizes[1:-1]), math.prod(sizes[:-1])
+        symbolic = isinstance(num_tokens, torch.SymInt)
+        top_experts = self.router_type == "top_experts"
+        if symbolic and self.group_size != 1 and not (self.group_size and top_experts):
+            raise ValueError(
+                "group_size must be 'image', or for top_experts a number of images, where the batch is dynamic, got "
+                f"{self.group_size or 'batch'!r}: vmoe_torch.set_routing changes it"
+            )
+        if symbolic and self.group_size > 1:
+            group = self.group_size * per_image
+            capacity = self.capacity(group)
+            last_capacity = portable.last_capacities(per_image, self.group_size, self.capacity)
+        else:
+            group, capacity, last_capacity = self._groups(num_tokens, per_image)
+            if self.group_size == 1 and top_experts and not self.training and self.choices is None:
+                last_capacity = None
+        y = self._routed(tokens, sizes[0], group, capacity, last_capacity)
+        return self.drop(y).reshape(x.shape[:-1] + (y.shape[-1],))
+
+    @torch.jit.unused
     def _routed(self, tokens: Tensor, images: int, group: int, capacity: int, last_capacity: int) -> Tensor:
         noise_std = self.noise_std if self.training else 0.0
         drop = self.expert_drop if self.training else 0.0
         seeds = None
         if noise_std > 0 or drop > 0:
             seeds = torch.randint(2**31 - 1, (2,), device=tokens.device)
-        router_weight = self.router.weight
-        weights = [self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias]
-        if self.exchange is not None:
-            router_weight = self.exchange.local(router_weight)
-            weights = [None if weight is None else self.exchange.local(weight) for weight in weights]
+        recorded = is_recorded()
+        impl = "reference" if recorded else self.impl
+        # Noise, losses and `choices` need the twins with all that they compute.
+        steps = portable if recorded and not self.training and self.choices is None else kernels
+        local = (lambda weight: weight) if self.exchange is None else self.exchange.local
         if self.router_type == "expert_choice":
-            gates, slots = self._choose_tokens(tokens, router_weight, group, capacity, last_capacity, noise_std)
+            gates, slots = self._choose_tokens(tokens, local, group, capacity, last_capacity, noise_std)
         else:
-            routing = kernels.route(
-                tokens,
-                router_weight,
-                num_selected_experts=self.num_selected_experts,
-                capacity=capacity,
-                group_size=group,
-                last_capacity=last_capacity,
-                batch_priority=self.batch_priority,
-                priority=self.priority,
-                noise_std=noise_std,
-                seed=None if seeds is None else seeds[0],
-                impl=self.impl,
-            )
+            groups = {"capacity": capacity, "group_size": group, "last_capacity": last_capacity}
+            order = {"batch_priority": self.batch_priority, "priority": self.priority, "impl": impl}
+            noise = {"noise_std": noise_std, "seed": None if seeds is None else seeds[0]}
+            selected = {"num_selected_experts": self.num_selected_experts}
+            used: list[Tensor] = []
+
+            def route(x: Tensor, weight: Tensor) -> kernels.Routing:
+                used.append(local(weight))
+                return steps.route(x, used[0], **selected, **groups, **order, **noise)
+
+            routed = self.router(tokens, route)
+            # A hook may have put a plain tuple in its place.
+            routing = kernels.Routing(*routed)
             if self.choices is not None:
                 experts = self.choices(routing.experts)
-                slots = kernels.assign_slots(
-                    experts,
-                    routing.gates.detach(),
-                    num_experts=self.num_experts,
-                    capacity=capacity,
-                    group_size=group,
-                    last_capacity=last_capacity,
-                    batch_priority=self.batch_priority,
-                    priority=self.priority,
-                    impl=self.impl,
-                )
+                gates = routing.gates.detach()
+                slots = kernels.assign_slots(experts, gates, num_experts=self.num_experts, **groups, **order)
                 routing = routing._replace(experts=experts, slots=slots)
             slots = routing.slots
-            gates = self._remember(routing, images, group, noise_std)
+            gates = routing.gates
+            if steps is kernels:
+                gates = self._remember(routing, used[0] if used else None, images, group)
+            else:
+                self.record.clear()
             if self.renormalize_gates:
+                if self.training and self.num_selected_experts == 1 and gates.requires_grad:
+                    raise ValueError(
+                        "num_selected_experts must be at least 2 in training with renormalize_gates, got 1: every gate "
+                        "is 1, and the router learns nothing from the task"
+                    )
                 gates = gates / gates.sum(-1, keepdim=True)
-        rows = kernels.rows_per_expert(tokens.shape[0], group, capacity, last_capacity)
+        num_tokens = static_sizes(tokens)[0] if isinstance(last_capacity, int) else tokens.shape[0]
+        rows = steps.rows_per_expert(num_tokens, group, capacity, last_capacity)
+        options = {"activation": self.activation, "drop": drop, "impl": impl}
+
+        def run(tokens: Tensor, *weights: Tensor | None) -> Tensor:
+            return self._run_experts(steps, tokens, slots, gates, weights, rows, seeds, options)
+
+        return self._through_experts(tokens, run)
+
+    def _through_experts(self, tokens: Tensor, run: Callable) -> Tensor:
+        """Calls `run` with the tokens and the parameters, from inside the calls of the modules that own these."""
+        if torch.compiler.is_exporting() or is_recorded():
+            # A graph holds the parameters anyway, and its modules must not call their siblings.
+            return run(tokens, *self.fc1(tokens, _parameters), *self.fc2(tokens, _parameters))
+        return self.fc1(tokens, lambda x, *fc1: self.fc2(x, lambda x, *fc2: run(x, *fc1, *fc2)))
+
+    def _run_experts(
+        self,
+        steps,
+        tokens: Tensor,
+        slots: Tensor,
+        gates: Tensor,
+        weights: tuple[Tensor | None, ...],
+        rows: int,
+        seeds: Tensor | None,
+        options: dict,
+    ) -> Tensor:
+        """Dispatch, experts and combine, with `steps` from vmoe_kernels or `portable`."""
         seed = None if seeds is None else seeds[1]
+        if self.exchange is not None:
+            weights = [None if weight is None else self.exchange.local(weight) for weight in weights]
         if tokens.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(tokens.device.type):
             dtype = torch.get_autocast_dtype(tokens.device.type)
             tokens = tokens.to(dtype)
             weights = [None if weight is None else weight.to(dtype) for weight in weights]
-        options = {"activation": self.activation, "drop": drop, "seed": seed, "impl": self.impl}
         if self.exchange is None and self.dispatch_dtype is None:
-            return kernels.moe_mlp(tokens, slots, gates, *weights, rows_per_expert=rows, **options)
+            return steps.moe_mlp(tokens, slots, gates, *weights, rows_per_expert=rows, seed=seed, **options)
 
         wire = self.dispatch_dtype or tokens.dtype
         sent = tokens.to(wire)
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or is_recorded():
             # The rounded values: not every runtime can move bfloat16.
             sent = sent.to(tokens.dtype)
-        buffer = kernels.dispatch(sent, slots, self.num_experts * rows, impl=self.impl)
+        buffer = steps.dispatch(sent, slots, self.num_experts * rows, impl=options["impl"])
         buffer = buffer.view(self.num_experts, rows, tokens.shape[1])
 
         part = itertools.count()
 
         def experts(rows: Tensor) -> Tensor:
-            if drop > 0:
-                # An exchange may bring the rows in parts: each has a mask of its own, from E keys of its own.
-                options["seed"] = seed + next(part) * self.num_experts
-            return kernels.expert_mlp(rows.to(tokens.dtype), *weights, **options).to(wire)
+            # An exchange may bring the rows in parts: each has a mask of its own, from E keys of its own.
+            own = None if seed is None else seed + next(part) * self.num_experts
+            return steps.expert_mlp(rows.to(tokens.dtype), *weights, seed=own, **options).to(wire)
 
         out = experts(buffer) if self.exchange is None else self.exchange.run(buffer, experts)
         out = out.to(tokens.dtype).flatten(0, 1)
-        return kernels.combine(out, slots, gates, impl=self.impl)
+        return steps.combine(out, slots, gates, impl=options["impl"])
 
     def _choose_tokens(
-        self, tokens: Tensor, router_weight: Tensor, group: int, capacity: int, last_capacity: int, noise_std: float
+        self, tokens: Tensor, local: Callable, group: int, capacity: int, last_capacity: int, noise_std: float
     ) -> tuple[Tensor, Tensor]:
         """Expert choice: gates and slots (T, E), one choice per expert; balanced, so no auxiliary loss."""
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        with torch.autocast(tokens.device.type, enabled=False):
-            logits = tokens.to(dtype) @ router_weight.to(dtype).t()
+        scores = self.router(tokens, lambda x, weight: logits(x, local(weight)))
         if noise_std > 0:
-            logits = logits + torch.randn_like(logits) * (noise_std / self.num_experts)
-        gates = logits.softmax(-1)
+            scores = scores + torch.randn_like(scores) * (noise_std / self.num_experts)
+        gates = scores.softmax(-1)
         slots = expert_choice(gates, group, capacity, last_capacity)
         self.record.clear()
-        if not torch.compiler.is_exporting():
+        if not torch.compiler.is_exporting() and not is_recorded():
             self.record.gates, self.record.slots = gates.detach(), slots
+            self.record.leave_transforms()
         return gates, slots
 
-    def _remember(self, routing: kernels.Routing, images: int, group: int, noise_std: float) -> Tensor:
+    def _remember(self, routing: kernels.Routing, router_weight: Tensor | None, images: int, group: int) -> Tensor:
         """Records the routing, and sees to the auxiliary loss; returns the gates to use."""
         gates = routing.gates
         loss = None
@@ -314,14 +380,19 @@ class MoeMlp(nn.Module):
             loss = self.auxiliary_loss(routing.importance, routing.load, routing.mean_gates, routing.top1_share)
             if self.auxiliary_mode == "injected":
                 if loss.requires_grad:
-                    gates = inject_auxiliary_loss(gates, loss)
+                    gates = inject_auxiliary_loss(gates, loss, router_weight)
                 loss = loss.detach()
+        if torch.compiler.is_compiling():
+            self.record.losses = []
+        else:
+            gates = self.record.keep(gates, loss)
         if not torch.compiler.is_exporting():
             record = self.record
             record.gates, record.experts, record.slots = routing.gates.detach(), routing.experts, routing.slots
             record.importance, record.load = routing.importance.detach(), routing.load.detach()
             record.mean_gates, record.top1_share = routing.mean_gates.detach(), routing.top1_share.detach()
             record.loss, record.group_tokens, record.images = loss, group, images
+            record.leave_transforms()
         return gates
 
     def auxiliary_loss(self, importance: Tensor, load: Tensor, mean_gates: Tensor, top1_share: Tensor) -> Tensor:
@@ -350,22 +421,7 @@ class MoeMlp(nn.Module):
         )
         rest = tokens.shape[0] % group
         rows = tokens.shape[0] // group * capacity + (last_capacity if rest > 0 else 0)
-        if self.dispatch_dtype is not None:
-            # As `_routed`: what goes into the experts and what comes out is rounded.
-            buffer = torch.ops.vmoe.dispatch(tokens.to(self.dispatch_dtype), slots, self.num_experts * rows)
-            out = torch.ops.vmoe.expert_mlp(
-                buffer.to(tokens.dtype).view(self.num_experts, rows, tokens.shape[1]),
-                self.fc1.weight,
-                self.fc1.bias,
-                self.fc2.weight,
-                self.fc2.bias,
-                self.activation,
-                0.0,
-                None,
-                False,
-            )[0]
-            return torch.ops.vmoe.combine(out.to(self.dispatch_dtype).to(tokens.dtype).flatten(0, 1), slots, weights)
-        return torch.ops.vmoe.moe_mlp(
+        return run_experts(
             tokens,
             slots,
             weights,
@@ -375,10 +431,8 @@ class MoeMlp(nn.Module):
             self.fc2.bias,
             rows,
             self.activation,
-            0.0,
-            None,
-            False,
-        )[0]
+            self.dispatch_dtype,
+        )
 
     def extra_repr(self) -> str:
         group = self.group_size or "batch"
@@ -389,32 +443,6 @@ class MoeMlp(nn.Module):
         )
 
 
-def one_of(name: str, value, choices: tuple) -> None:
-    """The value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-def group_images(group_size) -> int:
-    """Images per group: a positive int, "image" (1) or "batch" (0)."""
-    if isinstance(group_size, str):
-        one_of("group_size", group_size, tuple(GROUP_SIZES))
-        return GROUP_SIZES[group_size]
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size must be 'batch', 'image' or at least 1 image, got {group_size!r}")
-    return group_size
-
-
-def activation_name(act_layer) -> str:
-    """The kernels' name of an activation given as a name, a class or a partial of one."""
-    name = act_layer
-    if not isinstance(name, str):
-        name = getattr(act_layer, "func", act_layer).__name__
-        if name == "GELU" and getattr(act_layer, "keywords", {}).get("approximate") == "tanh":
-            name = "gelu_tanh"
-    name = {"gelutanh": "gelu_tanh"}.get(name.lower(), name.lower())
-    try:
-        check_activation(name)
-    except ValueError as error:
-        raise ValueError(f"act_layer of the experts: {error}") from None
-    return name
+def _parameters(_, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What a linear layer's call hands out where the parameters are wanted."""
+    return weight, bias

@@ -1,18 +1,51 @@
 """Routers: the weight that scores experts, and expert choice (arXiv 2202.09368), where experts pick tokens."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from vmoe_torch.layers.plain import plain
+from vmoe_torch.layers.recording import descending, static_sizes
 
 
 class Router(nn.Module):
     """The (E, D) weight that scores every token against every expert; no bias."""
 
-    def __init__(self, dim: int, num_experts: int, device=None, dtype=None):
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         self.reset_parameters()
+
+    @torch.jit.ignore
+    def forward(self, x: Tensor, use: Callable | None = None):
+        """The logits of every expert, or another use of the weight.
+
+        Args:
+            x: (..., D) tokens.
+            use: called in place of the product with x and the weight, while that is in place; `MoeMlp` passes the op
+                that routes, as in `ExpertLinear`.
+
+        Returns:
+            (..., E) without noise, in float32 (float64 for float64 inputs), or what `use` returns: inside a `MoeMlp`,
+            a `vmoe_kernels.Routing`, and for expert choice the (T, E) gates.
+
+        Raises:
+            ValueError: if the width of x is not D.
+        """
+        weight = plain(self.weight)
+        if use is not None:
+            return use(x, weight)
+        if x.shape[-1:] != weight.shape[1:]:
+            raise ValueError(f"x must be (..., {weight.shape[1]}), got {tuple(x.shape)}")
+        return logits(x, weight)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -21,6 +54,15 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[1]}, num_experts={self.weight.shape[0]}"
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """(..., D) tokens and an (E, D) weight to (..., E), never narrower than float32, also under autocast."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type not in ("cpu", "cuda"):
+        return x.to(dtype) @ weight.to(dtype).t()
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(dtype) @ weight.to(dtype).t()
 
 
 @torch.no_grad()
@@ -46,21 +88,22 @@ def expert_choice(gates: Tensor, group_size: int, capacity: int, last_capacity: 
     Raises:
         ValueError: if a capacity is above the tokens of its group.
     """
-    num_tokens, num_experts = gates.shape
+    num_tokens, num_experts = static_sizes(gates)
     gates = gates.detach()
     groups = num_tokens // group_size
     whole = groups * group_size
     rest = num_tokens - whole
     rows = groups * capacity + (last_capacity if rest > 0 else 0)
-    slots = torch.full_like(gates, -1, dtype=torch.int32)
     begin = torch.arange(num_experts, device=gates.device) * rows
+    parts = []
     for first, count, size, taken in ((0, groups, group_size, capacity), (whole, 1, rest, last_capacity)):
         if count * size == 0:
             continue
         if taken > size:
             raise ValueError(f"capacity must be at most the {size} tokens of a group, got {taken}")
-        part = slice(first, first + count * size)
-        best = gates[part].view(count, size, num_experts).sort(dim=1, descending=True, stable=True).indices[:, :taken]
+        part = gates[first : first + count * size].view(count, size, num_experts)
+        best = descending(part, 1, size)[:, :taken]
         place = torch.arange(count * taken, device=gates.device).view(count, taken, 1) + first // group_size * capacity
-        slots[part].view(count, size, num_experts).scatter_(1, best, (place + begin).to(torch.int32))
-    return slots
+        empty = torch.full_like(part, -1, dtype=torch.int32)
+        parts.append(empty.scatter(1, best, (place + begin).to(torch.int32)).view(-1, num_experts))
+    return torch.cat(parts) if parts else torch.full_like(gates, -1, dtype=torch.int32)

@@ -5,16 +5,19 @@ The batch is repeated before the first MoE layer, and member m is routed among i
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import torch
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
+from vmoe_kernels.checks import check_integer
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.models.options import MoeLayers, VMoEOptions
 from vmoe_torch.models.vmoe import VMoE, create_vmoe, parse_moe_layers, released_cfg
 
+EnsembleOutput = Literal["probabilities", "log_probabilities", "members"]
 OUTPUTS = ("probabilities", "log_probabilities", "members")
 
 
@@ -38,16 +41,18 @@ class EnsembleMoeMlp(nn.Module):
     def __init__(
         self,
         in_features: int,
-        *args,
+        *args: Any,
         ensemble_size: int,
         num_experts: int,
         importance_loss_weight: float,
         load_loss_weight: float,
         gshard_loss_weight: float,
-        **moe,
-    ):
+        **moe: Any,
+    ) -> None:
         super().__init__()
-        if ensemble_size < 1 or num_experts % ensemble_size:
+        ensemble_size = check_integer("ensemble_size", ensemble_size, 1)
+        num_experts = check_integer("num_experts", num_experts, 1)
+        if num_experts % ensemble_size:
             raise ValueError(f"num_experts must be a multiple of ensemble_size={ensemble_size}, got {num_experts}")
         weights = (importance_loss_weight, load_loss_weight, gshard_loss_weight)
         importance, load, gshard = (weight / ensemble_size for weight in weights)
@@ -74,19 +79,19 @@ class EnsembleBlock(vit.Block):
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         ensemble_size: int,
         depth: int = 0,
         moe_layers: tuple[int, ...] = (),
         moe: dict[str, Any],
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         if depth in moe_layers:
             kwargs["mlp_layer"] = partial(EnsembleMoeMlp, ensemble_size=ensemble_size, **moe)
         super().__init__(*args, depth=depth, **kwargs)
         self.repeats = ensemble_size if depth == moe_layers[0] else 1
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(x.repeat_interleave(self.repeats, 0) if self.repeats > 1 else x, *args, **kwargs)
 
 
@@ -105,17 +110,18 @@ class VMoEEnsemble(VMoE):
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         ensemble_size: int = 2,
-        ensemble_output: str = "probabilities",
+        ensemble_output: EnsembleOutput = "probabilities",
         depth: int = 12,
-        moe_layers: str | int | tuple[int, ...] | list[int] = "last2",
-        **kwargs,
-    ):
+        moe_layers: MoeLayers = "last2",
+        **kwargs: Unpack[VMoEOptions],
+    ) -> None:
         if ensemble_output not in OUTPUTS:
             raise ValueError(f"ensemble_output must be one of {OUTPUTS}, got {ensemble_output!r}")
         if not parse_moe_layers(moe_layers, depth):
             raise ValueError("moe_layers must name at least one block for an ensemble, got none")
+        ensemble_size = check_integer("ensemble_size", ensemble_size, 1)
         # Read by the base class while it builds the blocks.
         self.ensemble_size = ensemble_size
         self.block_class = partial(EnsembleBlock, ensemble_size=ensemble_size)
@@ -140,8 +146,9 @@ def average_members(logits: Tensor, ensemble_size: int, log: bool = False) -> Te
     Returns:
         (B, num_classes) in logits.dtype.
     """
-    log_p = logits.unflatten(0, (-1, ensemble_size)).log_softmax(-1).logsumexp(1) - math.log(ensemble_size)
-    return log_p if log else log_p.exp()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_p = wide.unflatten(0, (-1, ensemble_size)).log_softmax(-1).logsumexp(1) - math.log(ensemble_size)
+    return (log_p if log else log_p.exp()).to(logits.dtype)
 
 
 default_cfgs = generate_default_cfgs(
@@ -158,7 +165,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_eee(variant: str, pretrained: bool, **kwargs) -> VMoEEnsemble:
+def _create_eee(variant: str, pretrained: bool, **kwargs: Any) -> VMoEEnsemble:
     args = {
         "patch_size": 32,
         "embed_dim": 512,
@@ -176,12 +183,12 @@ def _create_eee(variant: str, pretrained: bool, **kwargs) -> VMoEEnsemble:
 
 
 @register_model
-def eee_s32_last2_e8(pretrained: bool = False, **kwargs) -> VMoEEnsemble:
+def eee_s32_last2_e8(pretrained: bool = False, **kwargs: Any) -> VMoEEnsemble:
     """The released E3-S/32: two members of four experts each, K=1; routed as its fine-tuning is configured."""
     return _create_eee("eee_s32_last2_e8", pretrained, **kwargs)
 
 
 @register_model
-def eee_s32_last2_e8_128(pretrained: bool = False, **kwargs) -> VMoEEnsemble:
+def eee_s32_last2_e8_128(pretrained: bool = False, **kwargs: Any) -> VMoEEnsemble:
     """The released E3-S/32, fine-tuned on CIFAR-100 at 128 px."""
     return _create_eee("eee_s32_last2_e8_128", pretrained, **{"img_size": 128, **kwargs})

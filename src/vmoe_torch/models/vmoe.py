@@ -4,12 +4,14 @@
 Over 400 lines: timm wants a function for every registered model.
 """
 
+import copy
 import math
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from timm.layers import lecun_normal_
+from timm.layers import AttentionPoolLatent, lecun_normal_
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -21,16 +23,21 @@ from timm.models import (
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
+from vmoe_kernels.checks import check_integer, check_number
 from vmoe_torch.layers import ExpertLinear, MoeMlp
-from vmoe_torch.models.position import sincos2d
-from vmoe_torch.models.weights import checkpoint_filter_fn, load_original_npz
+from vmoe_torch.layers import options as opt
+from vmoe_torch.layers.choice import MODEL_KEY, ROUTING
+from vmoe_torch.models import description
+from vmoe_torch.models.adapt import checkpoint_filter_fn, load_original_npz
+from vmoe_torch.models.options import Layer, MoeLayers, PositionEmbedding, VisionTransformerOptions, WeightInit
+from vmoe_torch.models.position import TEMPERATURE, sincos2d
 
 __all__ = ["MoeBlock", "VMoE", "parse_moe_layers"]
 
 register_notrace_module(MoeMlp)
 
 
-def parse_moe_layers(moe_layers: str | int | tuple[int, ...] | list[int], depth: int) -> tuple[int, ...]:
+def parse_moe_layers(moe_layers: MoeLayers, depth: int) -> tuple[int, ...]:
     """Block numbers of the MoE layers.
 
     Args:
@@ -56,16 +63,17 @@ def parse_moe_layers(moe_layers: str | int | tuple[int, ...] | list[int], depth:
             f"moe_layers must be 'everyN', 'lastN' with N odd blocks at most, or block numbers below {depth}, "
             f"got {moe_layers!r}"
         )
-    blocks = sorted({moe_layers} if isinstance(moe_layers, int) else set(moe_layers))
-    if any(not isinstance(block, int) or not 0 <= block < depth for block in blocks):
-        raise ValueError(f"moe_layers must be block numbers in 0..{depth - 1}, got {moe_layers!r}")
-    return tuple(blocks)
+    blocks = moe_layers if isinstance(moe_layers, Iterable) else [moe_layers]
+    rule = f"block numbers in 0..{depth - 1}"
+    return tuple(sorted({check_integer("moe_layers", block, 0, rule, depth - 1) for block in blocks}))
 
 
 class MoeBlock(vit.Block):
     """timm's Block, with a MoeMlp where `depth` is among `moe_layers`."""
 
-    def __init__(self, *args, depth: int = 0, moe_layers: tuple[int, ...] = (), moe: dict[str, Any], **kwargs):
+    def __init__(
+        self, *args: Any, depth: int = 0, moe_layers: tuple[int, ...] = (), moe: dict[str, Any], **kwargs: Any
+    ) -> None:
         if depth in moe_layers:
             kwargs["mlp_layer"] = partial(MoeMlp, **moe)
         super().__init__(*args, depth=depth, **kwargs)
@@ -76,7 +84,10 @@ class VMoE(vit.VisionTransformer):
 
     timm's `create_model` leaves out arguments that are None, so every one has another value that means none.
 
-    Takes every argument of timm's VisionTransformer except block_fn, mlp_layer and scale_mlp_norm, and:
+    Takes every argument of timm's VisionTransformer except block_fn, mlp_layer and scale_mlp_norm, and those below.
+    num_selected_experts, capacity_factor, eval_capacity_factor, batch_priority, priority and group_size may also be a
+    dict with one value for each MoE layer, by the names of `vmoe_torch.moe_layers`: `timm.models.save_for_hf` writes so
+    what `set_routing` and `set_budget` chose, and an argument given to `create_model` takes its place.
 
     Args:
         moe_layers: "every2", "last2" or block numbers.
@@ -99,49 +110,61 @@ class VMoE(vit.VisionTransformer):
         dispatch_dtype: "bfloat16" rounds what goes into and comes out of the experts; None or "float32" does not.
         representation_size: width of a tanh layer before the head; None or 0 for none, True for the model's width.
         pos_embed: timm's "learn", "none", or "sincos2d" (fixed, patches only).
+        pos_embed_temperature: the longest wave length over 2 pi of "sincos2d".
         head_bias_init: what the head's bias begins with; for the sigmoid loss, -log(num_classes).
         renormalize_gates: whether the K gates of a token are scaled to sum to 1.
         impl: "auto", "triton" or "reference".
     """
 
     # What makes a block, and how many members vote: `VMoEEnsemble` has others.
-    block_class = MoeBlock
-    ensemble_size = 1
+    block_class: Callable[..., nn.Module] = MoeBlock
+    ensemble_size: int = 1
+    # What timm's factory gave beside its own arguments; None for a model that was made without it.
+    made_with: dict[str, Any] | None = None
 
     def __init__(
         self,
-        *args,
-        moe_layers: str | int | tuple[int, ...] | list[int] = "every2",
+        *args: Any,
+        moe_layers: MoeLayers = "every2",
         num_experts: int = 32,
         num_selected_experts: int = 2,
         capacity_factor: float = 1.05,
         eval_capacity_factor: float | None = None,
-        capacity_rounding: str = "ceil",
+        capacity_rounding: opt.CapacityRounding = "ceil",
         capacity_multiple_of: int | None = 4,
         batch_priority: bool = True,
-        priority: str = "max",
-        group_size: int | str = 8,
+        priority: opt.Priority = "max",
+        group_size: opt.GroupSize = 8,
         noise_std: float = 1.0,
         expert_drop: float | None = None,
         importance_loss_weight: float = 0.005,
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
-        auxiliary_mode: str = "injected",
-        router: str = "top_experts",
-        dispatch_dtype: str | None = None,
+        auxiliary_mode: opt.AuxiliaryMode = "injected",
+        router: opt.RouterType = "top_experts",
+        dispatch_dtype: opt.DispatchDtype | None = None,
         representation_size: int | bool | None = None,
         head_bias_init: float = 0.0,
         renormalize_gates: bool = False,
-        impl: str = "auto",
+        impl: opt.Impl = "auto",
         depth: int = 12,
-        act_layer="gelu_tanh",
+        act_layer: Layer = "gelu_tanh",
         fc_norm: bool | None = False,
-        pos_embed: str = "learn",
+        pos_embed: PositionEmbedding = "learn",
+        pos_embed_temperature: float = TEMPERATURE,
         no_embed_class: bool = False,
-        weight_init: str = "",
-        **kwargs,
+        weight_init: WeightInit = "",
+        **kwargs: Unpack[VisionTransformerOptions],
     ) -> None:
+        head_bias_init = check_number("head_bias_init", head_bias_init, "a number")
+        if representation_size is not None and not isinstance(representation_size, bool):
+            representation_size = check_integer("representation_size", representation_size, 0, "True or at least 0")
         sincos = pos_embed == "sincos2d"
+        temperature = check_number("pos_embed_temperature", pos_embed_temperature, "above 0", math.ulp(0.0))
+        if not sincos and temperature != TEMPERATURE:
+            raise ValueError(
+                f"pos_embed_temperature must be {TEMPERATURE} unless pos_embed is 'sincos2d', got {temperature}"
+            )
         moe = {
             "num_experts": num_experts,
             "num_selected_experts": num_selected_experts,
@@ -163,6 +186,9 @@ class VMoE(vit.VisionTransformer):
             "renormalize_gates": renormalize_gates,
             "impl": impl,
         }
+        per_layer = {name: moe[name] for name in ROUTING if isinstance(moe[name], Mapping)}
+        # Each layer gets its own below: until then any of the values.
+        moe |= {name: next(iter(values.values()), None) for name, values in per_layer.items()}
         super().__init__(
             *args,
             depth=depth,
@@ -174,9 +200,14 @@ class VMoE(vit.VisionTransformer):
             block_fn=partial(self.block_class, moe_layers=parse_moe_layers(moe_layers, depth), moe=moe),
             **kwargs,
         )
+        if per_layer:
+            description.choose_per_layer(self, per_layer)
         self.fixed_pos_embed = sincos
+        self.pos_embed_temperature = temperature
         if sincos:
             self.pos_embed.requires_grad_(False)
+        if len(self.blocks) > 0:
+            _norm_queries_and_keys(self.attn_pool, self.blocks[0].attn)
         # The head stays the last module, as timm's tools expect.
         head, head_drop = self.head, self.head_drop
         del self.head, self.head_drop
@@ -216,7 +247,7 @@ class VMoE(vit.VisionTransformer):
         if self.fixed_pos_embed:
             height, width = self.patch_embed.grid_size
             with torch.no_grad():
-                self.pos_embed.copy_(sincos2d(height, width, self.embed_dim))
+                self.pos_embed.copy_(sincos2d(height, width, self.embed_dim, self.pos_embed_temperature))
 
     def _init_as_original(self, needs_reset: bool) -> None:
         if self.pos_embed is not None:
@@ -229,6 +260,34 @@ class VMoE(vit.VisionTransformer):
         if self.fix_init:
             self.fix_init_weight()
 
+    @torch.jit.unused
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm writes as model_args (since 1.0.31): its own record, with the routing as it is chosen now."""
+        return {**self.__dict__.get("_model_args", {}), **description.routing_arguments(self)}
+
+    @_model_args.setter
+    def _model_args(self, value: dict[str, Any]) -> None:
+        # timm adds to what it reads: the routing of that moment is not part of its record.
+        record, chosen = self.__dict__.get("_model_args", {}), description.routing_arguments(self)
+        kept = {name: record[name] for name in chosen if name in record}
+        self.__dict__["_model_args"] = {k: v for k, v in value.items() if k not in chosen} | kept
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        found = None if metadata is None else description.describe(self)
+        if found is not None:
+            metadata[MODEL_KEY] = found
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        described = local_metadata.get(MODEL_KEY)
+        own, given = tuple(self.patch_embed.grid_size), described and tuple(described["grid"])
+        if f"{prefix}pos_embed" in state_dict and given not in (None, own) and math.prod(given) == math.prod(own):
+            # As many positions, yet of other places: load_pretrained resizes them.
+            args[-1].append(f"{prefix}pos_embed must be of a grid of {own}, got one of {given}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """timm's set, and the experts' biases, which are 2-D."""
@@ -236,11 +295,14 @@ class VMoE(vit.VisionTransformer):
 
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
-        """Loads the original's weights (timm's `custom_load`), adapting resolution, channels and head.
+        """Loads the original's weights (timm's `custom_load`) or any others, adapting resolution, channels and head.
+
+        The routing that was chosen for the weights comes with them, where the file says it.
 
         Args:
-            checkpoint_path: an .npz with the original's names, a converted .safetensors, or what the names of a
-                checkpoint's PREFIX.index and data files begin with; the latter may be a URL.
+            checkpoint_path: an .npz with the original's names, what the names of a checkpoint's PREFIX.index and data
+                files begin with (it may be a URL), a .safetensors file, or any other file or run folder that
+                `vmoe_torch.checkpoints.read_weights` reads.
             prefix: what the names of the wanted arrays in an .npz begin with.
 
         Raises:
@@ -274,18 +336,27 @@ class VMoE(vit.VisionTransformer):
             self.head_hidden_size = self.embed_dim
         return take_indices
 
-    def set_input_size(self, img_size=None, patch_size=None) -> None:
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
         """timm's, which resamples learned positions; fixed ones are computed anew."""
         super().set_input_size(img_size, patch_size)
         if self.fixed_pos_embed:
             height, width = self.patch_embed.grid_size
-            self.pos_embed.data.copy_(sincos2d(height, width, self.embed_dim))
+            self.pos_embed.data.copy_(sincos2d(height, width, self.embed_dim, self.pos_embed_temperature))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools, applies the tanh layer where there is one, and classifies."""
         x = self.pre_logits(self.fc_norm(self.pool(x)))
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
+
+
+def _norm_queries_and_keys(pool: nn.Module, attention: nn.Module) -> None:
+    """With qk_norm the original's attention pooling norms its queries and keys as a block does; timm's does not."""
+    norm = getattr(attention, "q_norm", nn.Identity())
+    if isinstance(pool, AttentionPoolLatent) and not isinstance(norm, nn.Identity):
+        pool.q_norm, pool.k_norm = copy.deepcopy(attention.q_norm), copy.deepcopy(attention.k_norm)
 
 
 def _device_and_dtype(module: nn.Module) -> dict[str, Any]:
@@ -320,7 +391,7 @@ def _init_module_as_original(module: nn.Module, name: str = "", needs_reset: boo
         module.reset_parameters()
 
 
-def vmoe_cfg(url: str = "", **kwargs) -> dict[str, Any]:
+def vmoe_cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     """What timm knows of a model's data and weights; the original's preprocessing."""
     return {
         "url": url,
@@ -339,7 +410,7 @@ def vmoe_cfg(url: str = "", **kwargs) -> dict[str, Any]:
     }
 
 
-def released_cfg(prefix: str, **kwargs) -> dict[str, Any]:
+def released_cfg(prefix: str, **kwargs: Any) -> dict[str, Any]:
     """Of a checkpoint in the original's public bucket."""
     source = "https://github.com/google-research/vmoe"
     return vmoe_cfg(f"{BUCKET}/{prefix}", custom_load=True, origin_url=source, paper_ids="arXiv:2106.05974", **kwargs)
@@ -387,7 +458,7 @@ _RELEASED = {"num_experts": 8, "batch_priority": False, "dispatch_dtype": "bfloa
 _TINY = {"patch_size": 16, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2.0, "num_experts": 4}
 
 
-def create_vmoe(variant: str, pretrained: bool = False, model_cls: type[VMoE] = VMoE, **kwargs) -> VMoE:
+def create_vmoe(variant: str, pretrained: bool = False, model_cls: type[VMoE] = VMoE, **kwargs: Any) -> VMoE:
     """timm's way to a model; weights at the URL of an original checkpoint are fetched and converted first."""
     out_indices = kwargs.pop("out_indices", 3)
     if pretrained:
@@ -399,7 +470,7 @@ def create_vmoe(variant: str, pretrained: bool = False, model_cls: type[VMoE] = 
 
             overlay |= {"file": str(cached_checkpoint(cfg.url, kwargs.get("cache_dir"))), "custom_load": True}
             kwargs["pretrained_cfg_overlay"] = overlay
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
@@ -407,110 +478,113 @@ def create_vmoe(variant: str, pretrained: bool = False, model_cls: type[VMoE] = 
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )
+    if isinstance(model, VMoE):
+        model.made_with = description.constructor_arguments(kwargs)
+    return model
 
 
 @register_model
-def vmoe_s32(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_s32(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-S/32, every 2: 8 layers of width 512 (not timm's vit_small)."""
     return create_vmoe("vmoe_s32", pretrained, **{**_S, "patch_size": 32, **kwargs})
 
 
 @register_model
-def vmoe_b32(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_b32(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-B/32, every 2."""
     return create_vmoe("vmoe_b32", pretrained, **{**_B, "patch_size": 32, **kwargs})
 
 
 @register_model
-def vmoe_b16(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_b16(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-B/16, every 2."""
     return create_vmoe("vmoe_b16", pretrained, **{**_B, "patch_size": 16, **kwargs})
 
 
 @register_model
-def vmoe_l32(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_l32(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-L/32, every 2."""
     return create_vmoe("vmoe_l32", pretrained, **{**_L, "patch_size": 32, **kwargs})
 
 
 @register_model
-def vmoe_l32_last2(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_l32_last2(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-L/32, last 2."""
     return create_vmoe("vmoe_l32_last2", pretrained, **{**_L, "patch_size": 32, "moe_layers": "last2", **kwargs})
 
 
 @register_model
-def vmoe_l16(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_l16(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-L/16, every 2."""
     return create_vmoe("vmoe_l16", pretrained, **{**_L, "patch_size": 16, **kwargs})
 
 
 @register_model
-def vmoe_l16_last2(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_l16_last2(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-L/16, last 2."""
     return create_vmoe("vmoe_l16_last2", pretrained, **{**_L, "patch_size": 16, "moe_layers": "last2", **kwargs})
 
 
 @register_model
-def vmoe_h14(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_h14(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-H/14, every 2."""
     return create_vmoe("vmoe_h14", pretrained, **{**_H, "patch_size": 14, **kwargs})
 
 
 @register_model
-def vmoe_h14_last5(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_h14_last5(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-H/14, last 5."""
     return create_vmoe("vmoe_h14_last5", pretrained, **{**_H, "patch_size": 14, "moe_layers": "last5", **kwargs})
 
 
 @register_model
-def vmoe_15b(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_15b(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """V-MoE-15B: 48 layers of width 1408, 24 of them sparse."""
     args = {"patch_size": 14, "embed_dim": 1408, "depth": 48, "num_heads": 16, "mlp_ratio": 6400 / 1408}
     return create_vmoe("vmoe_15b", pretrained, **{**args, **kwargs})
 
 
 @register_model
-def vmoe_s32_last2_e8(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_s32_last2_e8(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """The released V-MoE-S/32, last 2, E=8: trained at capacity 1.05, evaluated at 4.0, tanh layer before the head."""
     args = {"patch_size": 32, "moe_layers": "last2", "eval_capacity_factor": 4.0, "representation_size": True}
     return create_vmoe("vmoe_s32_last2_e8", pretrained, **{**_S, **_RELEASED, **args, **kwargs})
 
 
 @register_model
-def vmoe_b16_e8(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_b16_e8(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """The released V-MoE-B/16, every 2, E=8."""
     return create_vmoe("vmoe_b16_e8", pretrained, **{**_B, **_RELEASED, "patch_size": 16, **kwargs})
 
 
 @register_model
-def vmoe_s32_last2_e8_384(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_s32_last2_e8_384(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """The released V-MoE-S/32, last 2, E=8, fine-tuned at 384 px: capacity 1.5, no tanh layer."""
     args = {"patch_size": 32, "img_size": 384, "moe_layers": "last2", "capacity_factor": 1.5}
     return create_vmoe("vmoe_s32_last2_e8_384", pretrained, **{**_S, **_RELEASED, **args, **kwargs})
 
 
 @register_model
-def vmoe_b16_e8_384(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_b16_e8_384(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """The released V-MoE-B/16, every 2, E=8, fine-tuned at 384 px: capacity 1.5."""
     args = {"patch_size": 16, "img_size": 384, "capacity_factor": 1.5}
     return create_vmoe("vmoe_b16_e8_384", pretrained, **{**_B, **_RELEASED, **args, **kwargs})
 
 
 @register_model
-def vmoe_dense_s32(pretrained: bool = False, **kwargs) -> VMoE:
+def vmoe_dense_s32(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """ViT-S/32 as the paper has it, the dense counterpart of vmoe_s32, which timm lacks."""
     return create_vmoe("vmoe_dense_s32", pretrained, **{**_S, "patch_size": 32, "moe_layers": (), **kwargs})
 
 
 @register_model
-def test_vmoe(pretrained: bool = False, **kwargs) -> VMoE:
+def test_vmoe(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """A tiny V-MoE for tests."""
     return create_vmoe("test_vmoe", pretrained, **{**_TINY, "depth": 6, **kwargs})
 
 
 @register_model
-def test_vmoe2(pretrained: bool = False, **kwargs) -> VMoE:
+def test_vmoe2(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """A tiny V-MoE for tests: average pooling, registers, tanh layer, layer scale, K=1."""
     args = {
         "depth": 8,

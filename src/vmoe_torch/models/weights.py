@@ -1,4 +1,4 @@
-"""The original's parameters as ours and back, and what loading adapts on the way.
+"""The original's parameters as ours and back.
 
 | original | ours | change |
 | --- | --- | --- |
@@ -7,6 +7,7 @@
 | Encoder/posembed_input/pos_embedding (1, L, D) | pos_embed | class token first |
 | Encoder/encoderblock_i/LayerNorm_0, LayerNorm_1: scale, bias | blocks.i.norm1, norm2: weight, bias | |
 | .../SelfAttention/query, key, value: kernel (D, heads, D / heads), bias | blocks.i.attn.qkv: weight (3D, D) | joined |
+| query_ln, key_ln beside query and key: scale (D / heads) | q_norm, k_norm: weight, and a bias of 0 | |
 | .../SelfAttention/out: kernel (heads, D / heads, D), bias | blocks.i.attn.proj: weight (D, D) | transposed |
 | .../Mlp/Dense_0, Dense_1: kernel (in, out), bias | blocks.i.mlp.fc1, fc2: weight (out, in) | transposed |
 | .../Moe/Mlp/Dense_0, Dense_1: kernel (E, in, out), bias | blocks.i.mlp.fc1, fc2: weight (E, out, in) | transposed |
@@ -28,10 +29,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
-from torch import Tensor, nn
-
-from vmoe_torch.models.position import zoom_position
+from torch import Tensor
 
 _LEAF = {"kernel": "weight", "bias": "bias", "scale": "weight"}
 _TOP = {
@@ -47,12 +45,16 @@ _MODULES = {
     "head": "head",
     "Encoder/encoderblock_{}/LayerNorm_0": "blocks.{}.norm1",
     "Encoder/encoderblock_{}/LayerNorm_1": "blocks.{}.norm2",
+    "Encoder/encoderblock_{}/SelfAttention/query_ln": "blocks.{}.attn.q_norm",
+    "Encoder/encoderblock_{}/SelfAttention/key_ln": "blocks.{}.attn.k_norm",
     "Encoder/encoderblock_{}/SelfAttention/out": "blocks.{}.attn.proj",
     "Encoder/encoderblock_{}/Mlp/Dense_0": "blocks.{}.mlp.fc1",
     "Encoder/encoderblock_{}/Mlp/Dense_1": "blocks.{}.mlp.fc2",
     "Encoder/encoderblock_{}/Moe/Mlp/Dense_0": "blocks.{}.mlp.fc1",
     "Encoder/encoderblock_{}/Moe/Mlp/Dense_1": "blocks.{}.mlp.fc2",
     "Encoder/encoderblock_{}/Moe/Router/dense": "blocks.{}.mlp.router",
+    "MapHead/MultiHeadDotProductAttention/query_ln": "attn_pool.q_norm",
+    "MapHead/MultiHeadDotProductAttention/key_ln": "attn_pool.k_norm",
     "MapHead/MultiHeadDotProductAttention/out": "attn_pool.proj",
     "MapHead/LayerNorm": "attn_pool.norm",
     "MapHead/Mlp/Dense_0": "attn_pool.mlp.fc1",
@@ -67,7 +69,9 @@ _JOINED = {
     "attn_pool.kv": tuple(f"MapHead/MultiHeadDotProductAttention/{part}" for part in ("key", "value")),
 }
 _PARTS = {path: (name, order) for name, paths in _JOINED.items() for order, path in enumerate(paths)}
-_NORMS = ("LayerNorm_0", "LayerNorm_1", "LayerNorm", "encoder_norm")
+# Norms of queries and keys have no bias in the original; timm's have one, which stays 0.
+_SCALES = ("query_ln", "key_ln")
+_NORMS = ("LayerNorm_0", "LayerNorm_1", "LayerNorm", "encoder_norm", *_SCALES)
 # What numpy raises of a damaged archive, beside the usual; a file that is none it takes for an array, without names.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, AttributeError, MemoryError)
 _NUMBER = re.compile(r"(?<=encoderblock_)\d+(?=/)|(?<=^blocks\.)\d+(?=\.)")
@@ -113,6 +117,8 @@ def from_original(arrays: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor
             raise ValueError(f"parameter paths must be unique, got {path!r} for {name} again")
         if order is None:
             state[name] = value
+            if plain.rpartition("/")[0].endswith(_SCALES):
+                state[f"{name.removesuffix('weight')}bias"] = torch.zeros_like(value)
         else:
             joined.setdefault(name, {})[order] = value
     for name, parts in joined.items():
@@ -158,8 +164,9 @@ def _to_ours(path: str, value: Tensor, given: str) -> tuple[str, int | None, Ten
         return _TOP[path], None, value
     pattern, number = _pattern(path)
     module, _, leaf = pattern.rpartition("/")
-    known = (module in _PARTS or module in _MODULES) and leaf in _LEAF
-    if not known or (leaf == "scale") != (leaf != "bias" and module.rpartition("/")[2] in _NORMS):
+    last = module.rpartition("/")[2]
+    known = (module in _PARTS or module in _MODULES) and leaf in _LEAF and (leaf != "bias" or last not in _SCALES)
+    if not known or (leaf == "scale") != (leaf != "bias" and last in _NORMS):
         raise ValueError(f"parameter path must be one of the original's, got {given!r}")
     dims = _dims(module, leaf)
     if value.dim() not in dims:
@@ -220,7 +227,10 @@ def to_original(state: Mapping[str, Tensor], num_heads: int, ensemble_size: int 
             path = path.replace("/Moe/Mlp/", "/Mlp/")
             if f"blocks.{number}.mlp.router.weight" in state:
                 path = path.replace("/Mlp/", "/Moe/Mlp/")
-        if leaf == "bias":
+        if leaf == "bias" and path.endswith(_SCALES):
+            if value.any():
+                raise ValueError(f"{name} must be 0, as the original's norms of queries and keys have no bias")
+        elif leaf == "bias":
             arrays[f"{path}/bias"] = value
         elif path.rpartition("/")[2] in _NORMS:
             arrays[f"{path}/scale"] = value
@@ -268,101 +278,18 @@ def join_members(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result | {name: torch.cat([parts[m] for m in sorted(parts)]) for name, parts in members.items()}
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's ViT filter, but positions resize as in the original, and the pre-logits layer and ensembles are known."""
-    source = state_dict.get("model", state_dict)
-    source = dict(source.get("state_dict", source))
-    position = source.pop("pos_embed", None)
-    own = model.state_dict()
-    filtered = vit_filter_fn(source, model)
-    if isinstance(model.pre_logits, nn.Sequential):
-        filtered.update({name: value for name, value in source.items() if name.startswith("pre_logits.")})
-    if position is not None and "pos_embed" in own:
-        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        if position.shape[-1] == own["pos_embed"].shape[-1]:
-            position = zoom_position(position, own["pos_embed"], model.patch_embed.grid_size, prefix)
-        filtered["pos_embed"] = position
-    if model.ensemble_size > 1 and not any(".mlp.members." in name for name in filtered):
-        filtered = split_members(filtered, model.ensemble_size)
-    return filtered
-
-
-def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
-    """A patch embedding's kernel for other images, as timm adapts it from 3 channels (before 1.0.31 from 3 alone).
+def read_original_npz(path: str, prefix: str = "") -> tuple[dict[str, Tensor], int | None]:
+    """Reads an .npz of the original's parameters, or of a plain ViT's.
 
     Args:
-        kernel: (D, channels, height, width).
-        in_chans: channels of the images to come.
-
-    Returns:
-        (D, in_chans, height, width): one channel is the sum of all, several repeat them and keep the sum's scale.
-    """
-    channels = kernel.shape[1]
-    if in_chans == channels:
-        return kernel
-    if in_chans == 1:
-        return kernel.float().sum(1, keepdim=True).to(kernel.dtype)
-    repeated = kernel.float().repeat(1, -(-in_chans // channels), 1, 1)[:, :in_chans]
-    return (repeated * (channels / in_chans)).to(kernel.dtype)
-
-
-def load_adapted(model: nn.Module, state: Mapping[str, Tensor], source: str, *, drop_head: bool = False) -> None:
-    """Loads a state dict, adapting resolution, patches, channels and head; all else must fit exactly.
-
-    Another number of classes keeps the model's own head, and leaves out a pre-logits layer that the model lacks, as the
-    original's fine-tuning does. Other channels are summed or repeated as in timm.
-
-    Args:
-        model: a VMoE; nothing in it changes on an error.
-        state: names as ours.
-        source: where the state comes from, for errors.
-        drop_head: whether to keep the model's own head even where the number of classes is the same.
-
-    Raises:
-        ValueError: if a parameter is missing, unknown, or of another shape.
-    """
-    own = model.state_dict()
-    had_pre_logits = "pre_logits.0.weight" in state
-    head, kernel = state.get("head.weight"), state.get("patch_embed.proj.weight")
-    if kernel is not None and (kernel.dim() != 4 or kernel.numel() == 0):
-        raise ValueError(f"{source}: patch_embed.proj.weight must be (D, C, P, P), got {tuple(kernel.shape)}")
-    state = checkpoint_filter_fn(dict(state), model)
-    kernel = state.get("patch_embed.proj.weight")
-    if kernel is not None:
-        state["patch_embed.proj.weight"] = adapt_channels(kernel, own["patch_embed.proj.weight"].shape[1])
-    if model.fixed_pos_embed:
-        state["pos_embed"] = own["pos_embed"]
-    same_head = not drop_head and head is not None and head.shape[0] == model.num_classes
-    wrong = []
-    if not same_head:
-        state = {name: value for name, value in state.items() if not name.startswith("head.")}
-        state |= {name: value for name, value in own.items() if name.startswith("head.")}
-    elif had_pre_logits and "pre_logits.0.weight" not in own:
-        wrong.append(
-            "pre_logits.0.weight is not in the model, but its head is (create it with representation_size=True)"
-        )
-    wrong += [f"{name} is missing" for name in sorted(own.keys() - state.keys())]
-    wrong += [f"{name} is not in the model" for name in sorted(state.keys() - own.keys())]
-    wrong += [
-        f"{name} must be {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{source} must fit the model: " + "; ".join(wrong[:8]))
-    model.load_state_dict(state)
-
-
-def load_original_npz(model: nn.Module, path: str, prefix: str = "") -> None:
-    """Loads an .npz of the original's parameters, or of a plain ViT's, with what `load_adapted` adapts.
-
-    Args:
-        model: a VMoE; nothing in it changes on an error.
         path: the .npz file.
         prefix: what the names of the wanted arrays begin with, e.g. "params/".
 
+    Returns:
+        The state dict, and the number of attention heads where the arrays tell it.
+
     Raises:
-        ValueError: if the file is damaged, no array has the prefix, a name is unknown, or a shape does not fit.
+        ValueError: if the file is damaged, no array has the prefix, or a name is unknown.
     """
     try:
         # Opened here, as numpy leaves a damaged archive open.
@@ -372,8 +299,8 @@ def load_original_npz(model: nn.Module, path: str, prefix: str = "") -> None:
         raise ValueError(f"{path} must be a readable .npz file, got: {error}") from None
     if not arrays:
         raise ValueError(f"{path} must hold arrays named {prefix}..., found none")
+    heads = {array.shape[1] for name, array in arrays.items() if name.endswith("/query/kernel") and array.ndim == 3}
     try:
-        state = from_original(arrays)
+        return from_original(arrays), heads.pop() if len(heads) == 1 else None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    load_adapted(model, state, path)

@@ -1,5 +1,6 @@
 """Expert parallelism, applied to a finished model from outside: DeviceMesh, DTensor, FSDP2, all-to-all."""
 
+from vmoe_torch.parallel.agreement import on_first, require_same
 from vmoe_torch.parallel.checkpoint import (
     ShardedCheckpoints,
     export_safetensors,
@@ -32,10 +33,12 @@ __all__ = [
     "join",
     "load_checkpoint",
     "materialize",
+    "on_first",
     "parallelize",
     "parameter_groups",
     "part_of",
     "plan",
+    "require_same",
     "shared_errors",
     "wait_for_all",
 ]

@@ -5,14 +5,12 @@ else in `state.pt`, and the files' sizes and checksums in `complete.json`. It is
 when all ranks are done.
 """
 
+import io
 import json
 import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,14 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from vmoe_torch.parallel.meeting import wait_for_all
+from vmoe_torch.layers.choice import FILE_KEY, metadata_of, restore_routing, with_metadata
+from vmoe_torch.parallel.agreement import on_first
+from vmoe_torch.parallel.mesh import group_timeout
+from vmoe_torch.parallel.writing import Writing, reason_of, writes
 
 _STATE, _COMPLETE = "state.pt", "complete.json"
 # What an optimiser's group holds beside options.
@@ -47,10 +49,11 @@ class ShardedCheckpoints:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.folder, self.keep = Path(folder), keep
         self.distributed = dist.is_initialized()
-        # A group of its own: its collectives run in a thread, beside those of the training.
-        self.group = dist.new_group(backend="gloo") if self.distributed else None
+        self.timeout = group_timeout() if self.distributed else None
+        # A group of its own: a thread uses it while one writes, beside those of the training, and nobody else does.
+        self.group = dist.new_group(backend="gloo", timeout=self.timeout) if self.distributed else None
         self.first = not self.distributed or dist.get_rank() == 0
-        self.writing: Future | None = None
+        self.writing: Writing | None = None
         self.damaged: list[Path] = []
 
     def save(self, update: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -63,42 +66,38 @@ class ShardedCheckpoints:
             state: everything else, equal on all ranks: plain tensors, numbers, strings, and lists and dicts of them.
 
         Raises:
-            OSError: if it, or the one before, could not be written.
+            OSError: if the one before could not be written; or this one, where no other process takes part.
         """
         self.wait()
-        partial = self.folder / f".update_{update:08d}"
         tensors, numbers = _tensors_and_numbers(model, optimizer)
+        beside = io.BytesIO()
         if self.first:
-            with self._writes():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for old in self.folder.glob(".update_*"):
-                    shutil.rmtree(old)
-                partial.mkdir()
-                options = _options(model, optimizer)
-                torch.save({"state": state, "optimizer": numbers, "options": options}, partial / _STATE)
-        self._barrier()
-        if not self.distributed:
-            with warnings.catch_warnings(), self._writes():
-                # That there is one process is what we want to say.
-                warnings.simplefilter("ignore", UserWarning)
-                dcp.save(tensors, checkpoint_id=partial, no_dist=True)
-                self._complete(partial, update)
-            return
-        self.writing = dcp.async_save(tensors, checkpoint_id=partial, process_group=self.group)
-        if self.first:
-            # DCP's first rank ends when all have written.
-            finished: Future = Future()
-            self.writing.add_done_callback(lambda done: self._finish(done, finished, partial, update))
-            self.writing = finished
+            saved = {"state": state, "optimizer": numbers, "options": _options(model, optimizer)}
+            saved["model"] = metadata_of(model.state_dict())
+            torch.save(saved, beside)
+        partial = self.folder / f".update_{update:08d}"
 
-    def _finish(self, done: Future, finished: Future, partial: Path, update: int) -> None:
-        try:
-            done.result()
+        def prepare() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in self.folder.glob(".update_*"):
+                shutil.rmtree(old)
+            partial.mkdir()
+            (partial / _STATE).write_bytes(beside.getvalue())
+
+        def complete() -> None:
             self._complete(partial, update)
-        except BaseException as error:
-            finished.set_exception(error)
-        else:
-            finished.set_result(None)
+
+        if self.distributed:
+            tensors = BlockingAsyncStager().stage(tensors)
+            self.writing = Writing(self.folder, self.group)
+            self.writing.begin(tensors, partial, prepare, complete)
+            return
+        with warnings.catch_warnings(), writes(self.folder):
+            # That there is one process is what we want to say.
+            warnings.simplefilter("ignore", UserWarning)
+            prepare()
+            dcp.save(tensors, checkpoint_id=partial, no_dist=True)
+            complete()
 
     def _complete(self, partial: Path, update: int) -> None:
         """Lists the files, renames the folder, and removes those beyond `keep` and those found damaged."""
@@ -122,22 +121,12 @@ class ShardedCheckpoints:
         """Until the checkpoint being written is complete, on all ranks.
 
         Raises:
-            OSError: if it could not be written.
+            OSError: on all ranks, if it could not be written, or the disk of one does not answer within the timeout of
+                the process group.
         """
         if self.writing is not None:
             writing, self.writing = self.writing, None
-            with self._writes():
-                writing.result()
-            self._barrier()
-
-    @contextmanager
-    def _writes(self) -> Iterator[None]:
-        """Makes one error of all that writing may raise."""
-        try:
-            yield
-        # DCP's is no Exception.
-        except (Exception, CheckpointException) as error:
-            raise OSError(f"checkpoint in {self.folder} cannot be written: {_reason(error)}") from error
+            writing.wait(self.timeout)
 
     def any(self) -> bool:
         """Whether there is a checkpoint, whole or not."""
@@ -148,24 +137,32 @@ class ShardedCheckpoints:
         return _read_state(path)["state"]
 
     def usable(self) -> list[Path]:
-        """Complete and undamaged checkpoints, the newest first; others are named in warnings."""
-        found: list[list[Path]] = [[]]
-        if self.first:
-            for partial in sorted(self.folder.glob(".update_*")):
-                warnings.warn(f"checkpoint {partial} is half-written, skipped", stacklevel=2)
-            for path in reversed(self._numbered()):
-                problem = _problem(path)
-                if problem is None:
-                    found[0].append(path)
-                else:
-                    self.damaged.append(path)
-                    warnings.warn(f"checkpoint {path} is damaged, skipped: {problem}", stacklevel=2)
-        if self.distributed:
-            dist.broadcast_object_list(found, group=self.group, group_src=0)
-        return found[0]
+        """Complete and undamaged checkpoints, the newest first; others are named in warnings of the first rank.
+
+        Waits for one that is being written.
+        """
+        self.wait()
+        found, skipped = on_first(self._look, self.group)
+        # Warnings may be errors, and that of one rank.
+        for text in skipped if self.first else ():
+            warnings.warn(text, stacklevel=2)
+        return found
+
+    def _look(self) -> tuple[list[Path], list[str]]:
+        """The usable ones, and what to say of the others."""
+        found = []
+        skipped = [f"checkpoint {path} is half-written, skipped" for path in sorted(self.folder.glob(".update_*"))]
+        for path in reversed(self._numbered()):
+            problem = _problem(path)
+            if problem is None:
+                found.append(path)
+            else:
+                self.damaged.append(path)
+                skipped.append(f"checkpoint {path} is damaged, skipped: {problem}")
+        return found, skipped
 
     def load(self, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any] | None:
-        """Loads the newest usable checkpoint in place, saved by any number of ranks.
+        """Loads the newest usable checkpoint in place, saved by any number of ranks; waits for one being written.
 
         Args:
             model: parallelised or not.
@@ -180,10 +177,6 @@ class ShardedCheckpoints:
         for path in self.usable():
             return load_checkpoint(path, model, optimizer, self.group)
         return None
-
-    def _barrier(self) -> None:
-        if self.distributed:
-            dist.barrier(self.group)
 
     def _numbered(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("update_*") if path.is_dir())
@@ -233,7 +226,8 @@ def load_checkpoint(
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(wanted, checkpoint_id=path, process_group=group, no_dist=not dist.is_initialized())
     except CheckpointException as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
+        raise ValueError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
+    restore_routing(model, saved.get("model", {}), f"checkpoint {path}")
     if optimizer is not None:
         optimizer.state.clear()
         optimizer.state.update({parameter: state for parameter, state in moments.items() if state})
@@ -245,16 +239,21 @@ def export_safetensors(model: nn.Module, path: Path | str) -> None:
     """Writes all weights into one file, which `timm.create_model(..., checkpoint_path=path)` loads; all ranks call it.
 
     The first rank holds the whole model on its CPU for a moment; the others one parameter.
+
+    Raises:
+        OSError: on all ranks, if it cannot be written.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    weights = full_state_dict(model, first)
-    if first:
-        path = Path(path)
+    path = Path(path)
+    weights = full_state_dict(model, not dist.is_initialized() or dist.get_rank() == 0)
+
+    def write() -> None:
         partial = path.with_name(f".{path.name}")
-        save_file(weights, partial, metadata={"format": "pt"})
+        # What the state dict says of the model beside its weights: routing, and what it was made with.
+        said = json.dumps(metadata_of(weights), sort_keys=True)
+        save_file(weights, partial, metadata={"format": "pt", FILE_KEY: said})
         os.replace(partial, path)
-    if dist.is_initialized():
-        wait_for_all()
+
+    on_first(write)
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
@@ -267,12 +266,12 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 
 def full_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     """Whole weights on the CPU; empty on ranks that do not keep them, which must call it all the same."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
+    weights, state = {}, model.state_dict()
+    for name, tensor in state.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
             weights[name] = whole.detach().to("cpu", copy=True).contiguous()
-    return weights
+    return with_metadata(weights, metadata_of(state))
 
 
 def _tensors_and_numbers(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
@@ -311,22 +310,14 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path / _STATE, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
+        raise ValueError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
         return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     except Exception as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """One line: of DCP's error, what the first failing rank says."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        return f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}"
-    return " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
 
 
 def _problem(path: Path) -> str | None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from einops import rearrange
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
 from vmoe_torch.parallel.mesh import keep_timeout
 
@@ -53,16 +53,15 @@ class ExpertExchange:
     def local(self, weight: Tensor) -> Tensor:
         """This rank's part of a weight: its experts, or the whole router.
 
-        The gradient is averaged over the N ranks, as one process would average over their images: an expert has summed
-        over all of them already, a router has seen its own rank's only.
+        The gradient is averaged as one process would average over the ranks' images. An expert has summed over the N
+        ranks already, and FSDP averages over the sets of experts. A router has seen its own rank's images only, and is
+        the same on all ranks of all sets.
         """
         if not isinstance(weight, DTensor):
             return weight
         if any(placement.is_shard() for placement in weight.placements):
-            part = weight.to_local()
-        else:
-            part = weight.to_local(grad_placements=[Partial()] * weight.device_mesh.ndim)
-        return _ScaledGradient.apply(part, 1.0 / self.size)
+            return _ScaledGradient.apply(weight.to_local(), 1.0 / self.size)
+        return _AveragedGradient.apply(weight.to_local(grad_placements=weight.placements))
 
     def run(self, buffer: Tensor, experts: Callable[[Tensor], Tensor]) -> Tensor:
         """Sends rows to their experts, runs these, and brings the results back.
@@ -83,7 +82,8 @@ class ExpertExchange:
     def _send(self, rows: Tensor) -> tuple[Tensor, torch.dtype]:
         """(E, r, D) -> (N, E / N, r, D) by source rank."""
         wire = rows.to(self.wire_dtype or rows.dtype).contiguous()
-        return self._all_to_all(wire.view(self.size, -1, *wire.shape[1:])), rows.dtype
+        # The experts of a rank by number: without rows, torch could not tell how many they are.
+        return self._all_to_all(wire.unflatten(0, (self.size, len(wire) // self.size))), rows.dtype
 
     def _arrived(self, sent: tuple[Tensor, torch.dtype]) -> Tensor:
         """(N, E / N, r, D) -> (E / N, N * r, D)."""
@@ -116,6 +116,19 @@ class _ScaledGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.scale, None
+
+
+class _AveragedGradient(torch.autograd.Function):
+    """Identity whose backward averages over all ranks."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        summed = collectives.all_reduce(grad.contiguous(), "sum", dist.group.WORLD)
+        return collectives.wait_tensor(summed) / dist.get_world_size()
 
 
 def _all_to_all(rows: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -39,7 +39,8 @@ def shared_errors(patience: float = _PATIENCE) -> Iterator[None]:
     store = dist.PrefixStore(f"errors/{names[0]}", dist.distributed_c10d._get_default_store())
     try:
         yield
-    except Exception as error:
+    # Ctrl-C in one process is news to the others, too.
+    except (Exception, KeyboardInterrupt) as error:
         if not _of_a_collective(error):
             text = " ".join(str(error).split())
             _leave(store, f"rank {dist.get_rank()} failed: {type(error).__name__}: {text}")
@@ -57,7 +58,7 @@ def list_ranks(ranks: list[int], most: int = 8) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:most]))}{rest}"
 
 
-def _of_a_collective(error: Exception) -> bool:
+def _of_a_collective(error: BaseException) -> bool:
     """Whether the error says no more than that ranks lost each other; gloo's is known by its file names only."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 

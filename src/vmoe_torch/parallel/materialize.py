@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
+from vmoe_torch.parallel.agreement import require_same
 from vmoe_torch.parallel.checkpoint import part_of
 
 
@@ -23,12 +24,14 @@ def materialize(model: nn.Module, seed: int, device: str | torch.device = "cpu")
         The model.
 
     Raises:
-        ValueError: if the model cannot initialise itself, or has buffers, which nothing here would fill.
+        ValueError: if the model cannot initialise itself, has buffers, which nothing here would fill, or ranks give
+            different seeds.
     """
     if not hasattr(model, "init_weights"):
         raise ValueError(f"the model must have init_weights(), got {type(model).__name__}")
     if any(True for _ in model.buffers()):
         raise ValueError(f"the model must have no buffers, got {', '.join(name for name, _ in model.named_buffers())}")
+    require_same({"seed": seed})
     model.to_empty(device=device)
     own = {name: (module, dict(module.named_parameters(recurse=False))) for name, module in model.named_modules()}
     try:

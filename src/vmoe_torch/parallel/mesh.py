@@ -1,5 +1,9 @@
 """The device mesh: `dp` replicas of the experts, each spread over `ep` ranks; data is sharded over both axes."""
 
+import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -27,9 +31,32 @@ def build_mesh(dp: int, ep: int, device_type: str) -> DeviceMesh:
 
 def keep_timeout(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Gives a group of some ranks the timeout of the group of all; torch gives it 10 (NCCL) or 30 (gloo) minutes."""
-    device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
-    everyone = dist.group.WORLD._get_backend(device).options
-    # The fake group of tests has no options, and never waits.
-    if everyone is not None:
-        group._get_backend(device)._set_default_timeout(everyone._timeout)
+    timeout = group_timeout()
+    if timeout is not None:
+        device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
+        group._get_backend(device)._set_default_timeout(timeout)
     return group
+
+
+@contextmanager
+def timeout_of_all(seconds: float) -> Iterator[None]:
+    """Gives the group of all ranks another timeout for the length of a `with` block, and so all groups made in it."""
+    before = group_timeout()
+    if before is None:
+        yield
+        return
+    everyone = dist.group.WORLD
+    backend = everyone._get_backend(torch.device(dist.distributed_c10d._get_object_coll_device(everyone)))
+    backend._set_default_timeout(datetime.timedelta(seconds=seconds))
+    try:
+        yield
+    finally:
+        backend._set_default_timeout(before)
+
+
+def group_timeout() -> datetime.timedelta | None:
+    """That of the group of all, as the argument `timeout` of `torch.distributed.new_group` takes it."""
+    device = torch.device(dist.distributed_c10d._get_object_coll_device(dist.group.WORLD))
+    options = dist.group.WORLD._get_backend(device).options
+    # The fake group of tests has no options, and never waits.
+    return None if options is None else options._timeout

@@ -164,6 +164,9 @@ def plan(model: nn.Module, settings: Settings) -> Plan:
     passes = 3 if settings.recompute else 2
     gathers = 2 * stream + MASTER
     shards = int(sum(size * gathers * (ranks - 1) / ranks for size, ranks in units))
+    # Routers are not gathered, their gradients are summed.
+    routers = sum(layer.router.weight.numel() for layer in layers)
+    shards += int(2 * MASTER * routers * (settings.gpus - 1) / settings.gpus)
     flops = (4 if settings.recompute else 3) * forward_flops(model, images)
     return Plan(
         settings=settings,
@@ -299,7 +302,8 @@ def _local_parameters(model: nn.Module, settings: Settings) -> int:
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     total = sum(_part(p.shape or Size([1]), 0, settings.gpus) for p in model.parameters() if id(p) not in in_layers)
     for layer in layers:
-        total += _part(layer.router.weight.shape, 0, settings.dp)
+        # Whole on every rank.
+        total += layer.router.weight.numel()
         for fc in (layer.fc1, layer.fc2):
             for parameter in fc.parameters():
                 shape = Size([parameter.shape[0] // settings.ep, *parameter.shape[1:]])
@@ -316,7 +320,7 @@ def _unit_sizes(model: nn.Module, settings: Settings) -> list[tuple[int, int]]:
         if isinstance(block.mlp, MoeMlp):
             router = block.mlp.router.weight.numel()
             experts = sum(parameter.numel() for parameter in block.mlp.parameters()) - router
-            units.append((experts // settings.ep + router, settings.dp))
+            units.append((experts // settings.ep, settings.dp))
             size -= experts + router
         units.append((size, settings.gpus))
     return [*units, (rest, settings.gpus)]

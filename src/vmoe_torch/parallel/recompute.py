@@ -14,9 +14,11 @@ def _keep_routing(_context, op, *_args, **_kwargs) -> CheckpointPolicy:
 
 def recompute_block(block: nn.Module) -> None:
     """Makes a block recompute its activations in the backward, all but its routing."""
-    block.forward = functools.partial(
-        checkpoint,
-        block.forward,
-        use_reentrant=False,
-        context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_routing),
-    )
+    forward = block.forward
+    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_routing)
+
+    # A function: the compiler passes by a module whose forward is a partial.
+    def recomputed(*args, **kwargs):
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    block.forward = recomputed

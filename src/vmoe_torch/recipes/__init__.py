@@ -1,5 +1,6 @@
 """Recipes: one module per run worth repeating; its docstring says the command, the hardware, the cost, the result."""
 
+import difflib
 import importlib
 import pkgutil
 
@@ -18,5 +19,7 @@ def load_recipe(name: str) -> Config:
         ValueError: if there is no such recipe.
     """
     if name not in recipe_names():
-        raise ValueError(f"recipe must be one of {', '.join(recipe_names())}, got {name!r}")
+        near = difflib.get_close_matches(name, recipe_names(), n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"recipe must be one of {', '.join(recipe_names())}, got {name!r}{hint}")
     return importlib.import_module(f"{__name__}.{name}").config()

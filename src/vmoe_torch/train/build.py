@@ -1,22 +1,30 @@
 """What a configuration names, built: the data, the model, the transforms, the loss."""
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
+import torch
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
 from vmoe_torch.checkpoints import upcycle
-from vmoe_torch.data import Distort, FashionMnist, ImageFolder, NamedDataset, TarShards, Typefaces
+from vmoe_torch.data import Distort, FashionMnist, ImageFolder, NamedDataset, TarShards, Typefaces, described
 from vmoe_torch.data import fashion_mnist as fm
+from vmoe_torch.data.folder import find_split
+from vmoe_torch.data.names import shown
 from vmoe_torch.data.shards import WDS
+from vmoe_torch.layers import MoeMlp
+from vmoe_torch.train.arguments import model_arguments, upcycle_arguments
 from vmoe_torch.train.config import Config, DataConfig, ModelConfig
 from vmoe_torch.train.mixup import DirichletMixup
+from vmoe_torch.train.rules import OneOf, check
 
 
 @dataclass
@@ -26,6 +34,25 @@ class Data:
     train: Dataset
     val: Dataset
     class_names: tuple[str, ...]
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Of each split, how many images and classes it has, and a digest of its list of images."""
+        return {
+            split: {"images": len(data), "classes": len(self.class_names), "digest": data.digest()}
+            for split, data in (("train", self.train), ("val", self.val))
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people, and what was passed over."""
+        return [
+            f"{split}{f', {shown(data.root)}' if isinstance(data, ImageFolder) else ''}: {described(data)}"
+            for split, data in (("train", self.train), ("val", self.val))
+        ]
+
+    def notices(self) -> list[str]:
+        """What was passed over."""
+        splits = (("train", self.train), ("val", self.val))
+        return [f"{split}: {notice}" for split, data in splits for notice in getattr(data, "notices", ())]
 
 
 def build_data(config: DataConfig, mode: str = "RGB") -> Data:
@@ -44,19 +71,27 @@ def build_data(config: DataConfig, mode: str = "RGB") -> Data:
     elif config.name == "typefaces":
         train, val = _typefaces(config, mode)
     elif config.name == WDS:
-        train = TarShards(config.root, config.train_split, mode=mode)
-        val = TarShards(config.root, config.val_split, train.class_names, mode)
+        train = TarShards(config.root, config.train_split, None, mode, config.exif)
+        val = TarShards(config.root, config.val_split, train.class_names, mode, config.exif)
     elif "/" in config.name:
         train, val = (
-            NamedDataset(config.name, config.root, split, mode) for split in (config.train_split, config.val_split)
+            NamedDataset(config.name, config.root, split, mode, config.exif)
+            for split in (config.train_split, config.val_split)
         )
         if train.class_names is None or train.class_names != val.class_names:
             raise ValueError(
                 f"both splits of {config.name} must name the same classes, got {_count(train)} and {_count(val)}"
             )
     else:
-        train = ImageFolder(Path(config.root) / config.train_split, mode=mode)
-        val = ImageFolder(Path(config.root) / config.val_split, class_names=train.class_names, mode=mode)
+        root = Path(config.root)
+        folders = [root / (find_split(root, split) or split) for split in (config.train_split, config.val_split)]
+        train = ImageFolder(folders[0], mode=mode, exif=config.exif)
+        if train.empty:
+            # A model would be given outputs that it never learns.
+            raise ValueError(
+                f"class folders in {shown(folders[0])} must hold an image each, got {'; '.join(train.notices)}"
+            )
+        val = ImageFolder(folders[1], class_names=train.class_names, mode=mode, exif=config.exif)
     return Data(train, val, train.class_names)
 
 
@@ -68,6 +103,18 @@ def _typefaces(config: DataConfig, mode: str) -> tuple[Typefaces, Typefaces]:
         return train, Typefaces(config.root, config.val_split, mode=mode, **kwargs)
     except TypeError as error:
         raise ValueError(f"data.kwargs: {error}") from None
+
+
+def check_alike(facts: list[dict[str, dict[str, Any]]]) -> None:
+    """Raises ValueError, in every process, if the processes see other images or classes."""
+    for rank, own in enumerate(facts):
+        for split, first in facts[0].items():
+            if own[split] != first:
+                seen = (f"{each['images']:,} images in {each['classes']:,} classes" for each in (first, own[split]))
+                raise ValueError(
+                    f"images of data.{split}_split must be the same for every process, got {next(seen)} in process 0, "
+                    f"{next(seen)} in process {rank}, and their names or labels differ"
+                )
 
 
 def _count(data: NamedDataset) -> str:
@@ -93,11 +140,39 @@ def create_model(config: ModelConfig, num_classes: int, pretrained: bool = False
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"model.name must be a timm model, got {config.name!r}{hint}")
-    kwargs = {"num_classes": num_classes, **config.kwargs}
+    kwargs = {"num_classes": num_classes, **model_arguments(config.name, config.kwargs)}
     try:
         return timm.create_model(config.name, pretrained=pretrained, **kwargs)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"model.kwargs of {config.name}: {error}") from error
+    # Constructors fail in their own ways at what they do not expect; what fails without being asked for is no such.
+    except Exception as error:
+        if not config.kwargs and not pretrained:
+            raise
+        key = _culprit(config) or ("model.pretrained and model.kwargs" if pretrained else "model.kwargs")
+        raise ValueError(f"{key} of {config.name}: {_told(error)}") from error
+
+
+def _culprit(config: ModelConfig) -> str | None:
+    """The one argument without which the model can be built, if there is one."""
+    found = []
+    for name in config.kwargs:
+        rest = {other: value for other, value in config.kwargs.items() if other != name}
+        try:
+            with torch.device("meta"):
+                timm.create_model(config.name, **model_arguments(config.name, rest))
+        except Exception:
+            continue
+        found.append(name)
+    return f"model.kwargs.{found[0]}={config.kwargs[found[0]]!r}" if len(found) == 1 else None
+
+
+def _told(error: Exception) -> str:
+    """An error's text, with its kind where the text alone says little."""
+    text = str(error)
+    if not text:
+        return type(error).__name__
+    return (
+        f"{type(error).__name__} {text}" if isinstance(error, LookupError | AttributeError | ArithmeticError) else text
+    )
 
 
 def upcycled(model: nn.Module, config: ModelConfig) -> nn.Module:
@@ -108,18 +183,25 @@ def upcycled(model: nn.Module, config: ModelConfig) -> nn.Module:
     """
     if not config.upcycle:
         return model
+    arguments = upcycle_arguments(config.name, upcycle, MoeMlp, config.upcycle)
     try:
-        return upcycle(model, **config.upcycle)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"model.upcycle of {config.name}: {error}") from error
+        return upcycle(model, **arguments)
+    except Exception as error:
+        raise ValueError(f"model.upcycle of {config.name}: {_told(error)}") from error
 
 
 def image_mode(config: ModelConfig) -> str:
-    """PIL mode of the images that the model takes."""
-    return "L" if config.kwargs.get("in_chans", 3) == 1 else "RGB"
+    """PIL mode of the images that the model takes.
+
+    Raises:
+        ValueError: if images have no such number of channels.
+    """
+    channels = config.kwargs.get("in_chans", 3)
+    check("model.kwargs.in_chans", OneOf((1, 3)), channels)
+    return "L" if channels == 1 else "RGB"
 
 
-def build_transforms(config: DataConfig, model: nn.Module):
+def build_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
     """timm's transforms for training and for evaluation, at the model's own image size.
 
     Returns:
@@ -138,17 +220,17 @@ def build_transforms(config: DataConfig, model: nn.Module):
     common = {
         "input_size": (channels, height, width),
         "interpolation": config.interpolation,
-        "mean": _per_channel(config.mean or normal["mean"], channels),
-        "std": _per_channel(config.std or normal["std"], channels),
+        "mean": _per_channel("data.mean", config.mean or normal["mean"], channels),
+        "std": _per_channel("data.std", config.std or normal["std"], channels),
     }
     crop_pct = size["crop_pct"] if config.crop_pct is None else config.crop_pct
     crop_mode = size["crop_mode"] if config.crop_mode is None else config.crop_mode
+    evaluation = create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode)
+    if config.name == "typefaces" and config.augment:
+        # A crop that misses a stroke, or a mirror, would make another character.
+        plain = create_transform(**common, crop_pct=1.0, crop_mode="squash")
+        return Compose([Distort((height, width)), plain]), evaluation
     try:
-        evaluation = create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode)
-        if config.name == "typefaces" and config.augment:
-            # A crop that misses a stroke, or a mirror, would make another character.
-            plain = create_transform(**common, crop_pct=1.0, crop_mode="squash")
-            return Compose([Distort((height, width)), plain]), evaluation
         train = create_transform(
             **common,
             is_training=True,
@@ -161,15 +243,23 @@ def build_transforms(config: DataConfig, model: nn.Module):
             auto_augment=config.auto_augment,
             re_prob=config.random_erasing,
         )
-        return train, evaluation
-    except (KeyError, AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"data must describe timm's transforms, got {type(error).__name__}: {error}") from error
+    # The only value that timm reads rather than takes; it fails in many ways at what it cannot read.
+    except Exception as error:
+        if config.auto_augment is None:
+            raise
+        name = config.auto_augment
+        raise ValueError(
+            f"data.auto_augment must be a policy of timm's, as rand-m10-n2, got {name!r}: {error!r}"
+        ) from error
+    return train, evaluation
 
 
-def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+def _per_channel(key: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """One value per channel; a grey image gets the mean of the colours' values, a colour image repeats one value."""
     if len(values) == channels:
         return tuple(values)
+    if 1 not in (len(values), channels):
+        raise ValueError(f"{key} must have 1 or {channels} values, one per channel, got {len(values)}")
     return (sum(values) / len(values),) * channels
 
 

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vmoe_torch.checkpoints.sources import RUN_FORMAT, read_weights
 from vmoe_torch.train.build import build_model
 from vmoe_torch.train.config import Config
 from vmoe_torch.train.disk import cannot_write
 
-FORMAT = 1
+FORMAT = RUN_FORMAT
 BEST = "best.pt"
 
 
@@ -147,27 +148,12 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     Raises:
         ValueError: if there is none, or it is not a checkpoint of ours.
     """
-    path = Path(path)
-    if path.is_dir():
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        found = folder / BEST if (folder / BEST).is_file() else CheckpointFolder(folder, 1).last()
-        if found is None and any(other.is_dir() for other in folder.glob("update_*")):
-            raise ValueError(
-                f"run folder {path} must hold checkpoints/{BEST}, which a spread run writes at the end of an epoch, "
-                "got checkpoints of its processes only"
-            )
-        if found is None:
-            raise ValueError(f"run folder {path} must hold a checkpoint, got none")
-        path = found
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if Path(path).is_file() and Path(path).suffix in (".npz", ".safetensors"):
         raise ValueError(f"{path} must be a checkpoint of vmoe train (format {FORMAT}), got another file")
-    return state
+    run = read_weights(path).run
+    if run is None:
+        raise ValueError(f"{path} must be a checkpoint of vmoe train (format {FORMAT}), got another file")
+    return run
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -191,7 +177,11 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     texts = [f"{title}: {_some(names)}" for title, names in filter(None, problems)]
     if texts:
         raise ValueError(f"checkpoint does not fit the model; keys {'; '.join(texts)}")
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        # Keys and shapes fit: what is left is a routing that a layer does not take.
+        raise ValueError(f"checkpoint does not fit the model; {' '.join(str(error).split())}") from None
 
 
 def _some(names: list[str], most: int = 6) -> str:
@@ -213,8 +203,19 @@ def load_model(path: Path | str, device: str | torch.device = "cpu") -> tuple[nn
         ValueError: if there is no checkpoint or it does not fit.
     """
     state = read_checkpoint(path)
+    model, config, class_names = model_of(state)
+    return model.to(device).eval(), config, class_names
+
+
+def model_of(state: dict[str, Any], average: bool = True) -> tuple[nn.Module, Config, tuple[str, ...]]:
+    """The same of what `read_checkpoint` gave, on the CPU as it was made.
+
+    Args:
+        state: a checkpoint.
+        average: whether to take the moving average, where there is one.
+    """
     config = Config.from_dict(state["config"])
     class_names = tuple(state["class_names"])
     model = build_model(config.model, len(class_names))
-    load_weights(model, state["model"] if state["ema"] is None else state["ema"])
-    return model.to(device).eval(), config, class_names
+    load_weights(model, state["ema"] if average and state["ema"] is not None else state["model"])
+    return model, config, class_names

@@ -13,7 +13,7 @@ def cannot_write(what: str, path: Path, error: Exception) -> OSError:
         path: of the file.
         error: what writing it raised.
     """
-    reason, number = str(error).splitlines()[0], None
+    reason, number = str(error).partition("\n")[0] or type(error).__name__, None
     # A writer that ran out of space may hide the system's error behind one of its own.
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__

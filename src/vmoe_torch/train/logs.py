@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from vmoe_torch import cores
 from vmoe_torch.train.alarms import Alarm
 from vmoe_torch.train.config import Config
 from vmoe_torch.train.routing import LayerSample, routing_columns, routing_row, routing_scalars
@@ -70,6 +72,7 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "gpus": gpus,
         "threads": torch.get_num_threads(),
+        "waiting": {name: os.environ[name] for name in cores.WAITING if name in os.environ},
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "commit": _commit(),
         "command": sys.argv,
@@ -101,15 +104,25 @@ class Logs:
         model: whose MoE layers routing.csv is about.
         first_update: update to go on from; what the logs hold beyond it is dropped.
         total_updates: for the bar.
+        data: which images the run has, in words, for environment.json.
     """
 
-    def __init__(self, config: Config, enabled: bool, model: nn.Module, first_update: int, total_updates: int):
+    def __init__(
+        self,
+        config: Config,
+        enabled: bool,
+        model: nn.Module,
+        first_update: int,
+        total_updates: int,
+        data: Sequence[str] = (),
+    ):
         self.enabled = enabled
         if not enabled:
             return
         folder = Path(config.run.output)
         (folder / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+        facts = {**environment(), "data": list(data)}
+        (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         self.metrics, self.progress, self.routing_table, self.alarms = (
             CsvTable(folder / f"{name}.csv", columns, first_update)
             for name, columns in (
@@ -120,6 +133,7 @@ class Logs:
             )
         )
         self.folder = folder
+        self.first_update = first_update
         self.write_summary = None
         if config.run.summary:
             from vmoe_torch.train.summary import write_summary
@@ -130,6 +144,8 @@ class Logs:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(folder / "tb", purge_step=first_update + 1)
+        if (line := cores.told(config.data.workers)) is not None:
+            print(line, file=sys.stderr)
         self.bar = tqdm(
             total=total_updates,
             initial=first_update,
@@ -142,9 +158,15 @@ class Logs:
         )
 
     def advance(self) -> None:
-        """One more update is done."""
-        if self.enabled:
+        """One more update is done; the first one, in which much is set up, is left out of the time that is promised."""
+        if not self.enabled:
+            return
+        if self.bar.n > self.first_update:
             self.bar.update()
+            return
+        self.bar.initial = self.bar.n = self.bar.last_print_n = self.first_update + 1
+        self.bar.unpause()
+        self.bar.refresh()
 
     def losses(self) -> list[float]:
         """Those of the log points so far."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,10 +13,10 @@ import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
+from tqdm import tqdm
 
 from vmoe_torch.data import EpochSampler, evaluation_loader, training_loader
 from vmoe_torch.data.loader import read_item
-from vmoe_torch.layers.auxiliary import set_auxiliary_gradient_scale
 from vmoe_torch.parallel import parameter_groups
 from vmoe_torch.train.alarms import Alarm, Alarms
 from vmoe_torch.train.build import (
@@ -25,6 +26,7 @@ from vmoe_torch.train.build import (
     build_mixup,
     build_model,
     build_transforms,
+    check_alike,
     image_mode,
 )
 from vmoe_torch.train.config import Config
@@ -35,7 +37,7 @@ from vmoe_torch.train.nonfinite import NonFiniteError, explain, weights_not_fini
 from vmoe_torch.train.optimizer import build_optimizer, build_schedule
 from vmoe_torch.train.processes import Processes, processes
 from vmoe_torch.train.routing import sample_routing
-from vmoe_torch.train.sigterm import Sigterm
+from vmoe_torch.train.sigterm import StopSignals
 from vmoe_torch.train.spread import EvenShares, spread_model
 from vmoe_torch.train.start import build_starting_model
 from vmoe_torch.train.state import RunCheckpoints, RunState
@@ -90,7 +92,7 @@ def train(config: Config, resume: bool = False) -> TrainResult:
         deterministic(group.device, config.run.deterministic),
     ):
         try:
-            with Sigterm() as stop:
+            with StopSignals() as stop:
                 return _Run(config, group, resume).run(stop)
         except NonFiniteError as error:
             update = error.update
@@ -109,14 +111,28 @@ def _explain_not_finite(config: Config, group: Processes, update: int) -> str:
         reasons = [reason for reason in group.gather(found) if reason is not None]
         message += f": {reasons[0] if reasons else 'it did not repeat when trained again'}"
     if group.is_first:
-        folder = Path(config.run.output)
-        alarm = Alarm(update, "not finite", "", message)
-        CsvTable(folder / "alarms.csv", ALARM_COLUMNS, update).add(vars(alarm))
-        if config.run.summary:
-            from vmoe_torch.train.summary import write_summary
-
-            write_summary(folder)
+        # What a full disk says is no news beside this, and would be one process's error.
+        with contextlib.suppress(OSError):
+            _write_alarm(config, Alarm(update, "not finite", "", message))
     return message + (f"; the last good checkpoint is {last}" if last is not None else "; there is no checkpoint yet")
+
+
+def _write_alarm(config: Config, alarm: Alarm) -> None:
+    """A row of alarms.csv after the end of a run, and summary.html anew."""
+    folder = Path(config.run.output)
+    CsvTable(folder / "alarms.csv", ALARM_COLUMNS, alarm.update).add(vars(alarm))
+    if config.run.summary:
+        from vmoe_torch.train.summary import write_summary
+
+        write_summary(folder)
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """What must be the same in all processes, by key; paths and loading may differ between machines."""
+    free = {"data.root", "data.workers", "data.prefetch", "model.checkpoint", "run.output", "run.device"}
+    free |= {"run.progress", "run.tensorboard", "run.summary"}
+    values = {f"{section}.{name}": value for section, part in config.to_dict().items() for name, value in part.items()}
+    return {key: value for key, value in values.items() if key not in free}
 
 
 class _Run:
@@ -125,12 +141,17 @@ class _Run:
     def __init__(self, config: Config, group: Processes, resume: bool):
         self.config = config
         self.group = group
-        if group.is_first:
-            check_writable(Path(config.run.output))
-        group.wait()
+        group.require_same({"--resume": resume, **_compared(config)})
+        group.on_first(lambda: check_writable(Path(config.run.output)))
         self.checkpoints = RunCheckpoints(config, group, resume)
         data = build_data(config.data, image_mode(config.model))
+        facts = data.facts()
+        check_alike(group.gather(facts))
+        self.data = data
         classes = len(data.class_names)
+        group.require_same(
+            {"data's classes": data.class_names, "training images": len(data.train), "validation images": len(data.val)}
+        )
         seed_everything(config.run.seed)
         model = self._build_model(classes)
         if getattr(model, "num_classes", classes) != classes:
@@ -151,10 +172,11 @@ class _Run:
         self.state = RunState(
             model,
             optimizer,
-            None if decay is None else ModelEmaV3(model, decay=decay),
+            None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=config.optim.ema_warmup),
             torch.amp.GradScaler(group.device.type, enabled=config.run.precision == "float16"),
             Meter(group.device),
             data.class_names,
+            facts,
         )
         # Processes draw different noise.
         seed_everything(config.run.seed, group.rank)
@@ -199,14 +221,19 @@ class _Run:
         for split, transform in ((data.train, train_transform), (data.val, val_transform)):
             transform(read_item(split, 0, (config.run.seed,))[0])
 
-    def run(self, stop: Sigterm) -> TrainResult:
+    def run(self, stop: StopSignals) -> TrainResult:
         """All epochs, or those up to run.max_updates."""
         config, state, total = self.config, self.state, self.total
         last = total if config.run.max_updates is None else min(total, config.run.max_updates)
-        logs = Logs(config, self.group.is_first, state.model, state.update, total)
+        logs = Logs(config, self.group.is_first, state.model, state.update, total, self.data.lines())
         self.alarms = Alarms(config.alarms, logs.losses())
         for batches in (self.train_batches, self.val_batches):
             batches.warn = lambda message: logs.alarm(Alarm(state.update, "broken image", "", message), everywhere=True)
+        for notice in self.data.notices():
+            logs.alarm(Alarm(state.update, "data", "", notice))
+        # A quiet run says at its end what it was about.
+        if config.run.progress:
+            self._tell()
         history = []
         stopped, ended = False, state.pending
         try:
@@ -218,18 +245,21 @@ class _Run:
                     history.append(row)
                 if stopped or state.update >= last:
                     break
+                before = state.update
                 stopped = self._epoch(last, stop, logs)
-                ended = self._is_epoch_end()
+                # Told to stop before the first update, it ends none.
+                ended = state.update > before and self._is_epoch_end()
                 if not ended:
                     self._save()
             self.checkpoints.wait()
+            if not config.run.progress:
+                self._tell()
         except NonFiniteError:
             # All processes raise it together; what they are still writing is from before, and good.
             self.checkpoints.wait()
             raise
         finally:
             logs.close()
-            set_auxiliary_gradient_scale(1.0, self.group.device)
         return TrainResult(
             state.model,
             None if state.ema is None else state.ema.module,
@@ -240,17 +270,25 @@ class _Run:
             history,
         )
 
+    def _tell(self) -> None:
+        """Which images it trains on and is measured on."""
+        if self.group.is_first:
+            tqdm.write("\n".join(self.data.lines()), file=sys.stderr)
+
     def _is_epoch_end(self) -> bool:
         return self.state.update % self.updates_per_epoch == 0 or self.state.update == self.total
 
-    def _epoch(self, last: int, stop: Sigterm, logs: Logs) -> bool:
+    def _epoch(self, last: int, stop: StopSignals, logs: Logs) -> bool:
         """The updates from here to the end of the epoch, or to `last`; returns whether it was told to stop."""
         config, state = self.config, self.state
         state.model.train()
-        updates = self._updates()
+        updates = self._updates(stop if self._may_stop_alone() else None)
         began, images = time.monotonic(), 0
         while True:
-            norm = self.update_once(next(updates))
+            batches = next(updates, None)
+            if batches is None:
+                return True
+            norm = self.update_once(batches)
             images += config.data.batch_size
             state.update += 1
             logs.advance()
@@ -266,12 +304,18 @@ class _Run:
             if ends_epoch or state.update == last:
                 return False
 
-    def _updates(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """The batches of each update from here to the end of the epoch."""
+    def _updates(self, stop: StopSignals | None = None) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """The batches of each update from here to the end of the epoch, or until a signal comes while one is loaded."""
         self.sampler.set_position(*divmod(self.state.update, self.updates_per_epoch))
-        batches = iter(self.train_batches)
+        batches = iter(self.train_batches) if stop is None else stop.until_stopped(self.train_batches)
         for first in batches:
-            yield [first, *itertools.islice(batches, self.config.optim.accumulation - 1)]
+            update = [first, *itertools.islice(batches, self.config.optim.accumulation - 1)]
+            if len(update) == self.config.optim.accumulation:
+                yield update
+
+    def _may_stop_alone(self) -> bool:
+        """Whether no other process waits for this one, and what loads the images can be left halfway."""
+        return self.group.world_size == 1 and self.config.data.workers > 0
 
     def _log(self, norm: torch.Tensor | None, logs: Logs) -> None:
         """The files, the bar, and a look at what may have gone wrong."""
@@ -325,12 +369,12 @@ class _Run:
         while state.update < update:
             for batches in self._updates():
                 if state.update + 1 == update:
-                    return explain(self.update_once, state.model, batches)
+                    return explain(self.update_once, state.model, batches, self.group.gather)
                 self.update_once(batches)
                 state.update += 1
         return None
 
-    def _end_epoch(self, logs: Logs, stop: Sigterm, stopped: bool) -> dict[str, Any] | None:
+    def _end_epoch(self, logs: Logs, stop: StopSignals, stopped: bool) -> dict[str, Any] | None:
         """Validates, logs, saves; returns the epoch's row, or None if it was told to stop before."""
         state = self.state
         self._require_finite(weights=True)
@@ -365,15 +409,16 @@ class _Run:
         self._save(best)
         return row
 
-    def _validate(self, model: nn.Module, stop: Sigterm) -> tuple[float, float] | None:
+    def _validate(self, model: nn.Module, stop: StopSignals) -> tuple[float, float] | None:
         # One process that gave up would leave the others waiting.
         asked = (lambda: stop.received) if self.group.world_size == 1 else (lambda: False)
-        return validate(model, self.val_batches, self.group, self.update_once.dtype, self.val_count, asked)
+        batches = stop.until_stopped(self.val_batches) if self._may_stop_alone() else self.val_batches
+        return validate(model, batches, self.group, self.update_once.dtype, self.val_count, asked)
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.state.optimizer.param_groups)
 
-    def _told_to_stop(self, stop: Sigterm) -> bool:
+    def _told_to_stop(self, stop: StopSignals) -> bool:
         """Whether any process got SIGTERM; asked rarely where asking makes the processes wait for each other."""
         if self.group.world_size == 1:
             return stop.received

@@ -46,19 +46,23 @@ def weights_not_finite(model: nn.Module) -> list[str]:
     return [name for (name, _), good in zip(named, finite) if not good]
 
 
-def explain(update: Callable[[list], Any], model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> str | None:
+def explain(
+    update: Callable[[list], Any],
+    model: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],
+    gather: Callable[[Any], list] = lambda value: [value],
+) -> str | None:
     """Runs an update again and says what in it is the first that is not finite, or None if all is finite.
 
     Args:
         update: of the batches of its accumulation steps.
         model: that it trains, as it was before the update.
         batches: (images, labels) of the update.
+        gather: gives every process the values of all; the update is run by all of them or by none.
     """
-    broken = weights_not_finite(model)
-    if broken:
-        return f"{_some(broken)} is not finite before it"
-    if not all(images.isfinite().all() for images, _ in batches):
-        return "its images are not finite"
+    before = [reason for reason in gather(_before(model, batches)) if reason is not None]
+    if before:
+        return before[0]
     with _not_finite(model) as (modules, gradients):
         update(batches)
     if modules:
@@ -70,6 +74,14 @@ def explain(update: Callable[[list], Any], model: nn.Module, batches: list[tuple
         return "its loss is finite, its gradients are not"
     broken = weights_not_finite(model)
     return f"its gradients are finite, {_some(broken)} is not after it" if broken else None
+
+
+def _before(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> str | None:
+    """What this process holds that is not finite before the update, if anything."""
+    broken = weights_not_finite(model)
+    if broken:
+        return f"{_some(broken)} is not finite before it"
+    return None if all(images.isfinite().all() for images, _ in batches) else "its images are not finite"
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """timm's optimisers and schedules, with what a V-MoE needs of them."""
 
+import difflib
 from functools import partial
 from typing import Any
 
-from timm.optim import create_optimizer_v2, list_optimizers
+import timm
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -20,7 +22,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """
     name = config.name.lower()
     if name not in list_optimizers():
-        raise ValueError(f"optim.name must be one of timm's optimisers, got {config.name!r}")
+        near = difflib.get_close_matches(name, list_optimizers(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"optim.name must be one of timm's optimisers, got {config.name!r}{hint}")
+    if get_optimizer_info(name).second_order:
+        raise ValueError(f"optim.name must be an optimiser that needs no second derivative, got {config.name!r}")
     options = {}
     if config.betas is not None:
         options["betas"] = config.betas
@@ -42,8 +48,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             layer_decay=config.layer_decay,
             **options,
         )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"optim of {config.name}: {error}") from error
+    # Some need a library that is not there, a GPU, or other values.
+    except Exception as error:
+        raise ValueError(f"optim of {config.name}: {str(error) or type(error).__name__}") from error
 
 
 def _kernels_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -71,9 +78,14 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, updates_per_epo
     """The learning rate as a function of the update alone: call `step_update(update)` before each.
 
     Raises:
-        ValueError: if the warm-up is not shorter than the run.
+        ValueError: if the warm-up is not shorter than the run, or timm lacks the schedule.
     """
     total, warmup = config.total(updates_per_epoch), config.warmup(updates_per_epoch)
+    if config.name == "none":
+        # Schedules apply the scale that layer_decay gives a layer.
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+        return None
     if warmup >= total:
         raise ValueError(f"the schedule's warm-up must be shorter than its {total} updates, got {warmup:g}")
     linear = config.name == "linear"
@@ -95,4 +107,6 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, updates_per_epo
         step_on_epochs=False,
         updates_per_epoch=1,
     )
+    if scheduler is None:
+        raise ValueError(f"schedule.name must be one that timm {timm.__version__} has, got {config.name!r}")
     return scheduler

@@ -4,8 +4,11 @@ import difflib
 import json
 import math
 import types
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class Text(str):
@@ -47,13 +50,23 @@ def changed(config: Any, values: Any, path: str = "", root: type | None = None) 
 
 
 def _near(key: str, cls: type, path: str, root: type) -> str:
-    """The known keys that look like this one, or those beside it."""
-    close = difflib.get_close_matches(key, list(_paths(root, "")), n=3)
+    """The known keys that look like this one as a whole or in their last part, or those beside it."""
+    known = list(_paths(root, ""))
+    by_last: dict[str, list[str]] = {}
+    for known_key in known:
+        by_last.setdefault(known_key.rpartition(".")[2], []).append(known_key)
+    last = key.rpartition(".")[2]
+    close = [
+        *by_last.get(last, ()),
+        *difflib.get_close_matches(key, known, n=3),
+        *(near for name in difflib.get_close_matches(last, by_last, n=3) for near in by_last[name]),
+    ]
+    close = list(dict.fromkeys(close))[:3]
     beside = [f"{path}.{f.name}" if path else f.name for f in fields(cls)]
     return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(beside)}"
 
 
-def _paths(cls: type, path: str):
+def _paths(cls: type, path: str) -> Iterator[str]:
     for name, kind in get_type_hints(cls).items():
         if is_dataclass(kind):
             yield from _paths(kind, f"{path}{name}.")
@@ -97,13 +110,7 @@ def _typed(value: Any, kind: Any, key: str) -> Any:
             return str(value)
         raise ValueError(f"{key} must be a string, got {value!r}")
     if isinstance(value, Text):
-        value = _from_json(value.lower() if kind is bool else value)
-        if isinstance(value, str):
-            try:
-                # "1e-3" is JSON, "1." and "inf" are not.
-                value = float(value)
-            except ValueError:
-                raise ValueError(f"{key} must be of type {kind.__name__}, got {value!r}") from None
+        value = typed_text(value, {kind})
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float and is_number:
         return float(value)
@@ -114,9 +121,28 @@ def _typed(value: Any, kind: Any, key: str) -> Any:
     raise ValueError(f"{key} must be of type {kind.__name__}, got {value!r}")
 
 
+def typed_text(text: str, kinds: set[type]) -> Any:
+    """What was typed, as one of some types where it reads as one: a number, or a word for true, false or null."""
+    word = text.strip().lower()
+    if bool in kinds and word in WORDS:
+        return WORDS[word]
+    if type(None) in kinds and word in ("none", "null"):
+        return None
+    if kinds & {int, float}:
+        try:
+            # "1." and "inf" are no JSON, and a large whole number is no float.
+            return int(text) if int in kinds and text.strip().lstrip("+-").isdecimal() else float(text)
+        except ValueError:
+            pass
+    value = _from_json(text)
+    return value if not isinstance(value, str) else str(text)
+
+
 def _typed_tuple(value: Any, kinds: tuple, key: str) -> tuple:
     if isinstance(value, Text):
-        value = [Text(part.strip()) for part in value.strip("()[] ").split(",") if part.strip()]
+        # As in Python, nothing may come after the last comma.
+        inside = value.strip("()[] ").removesuffix(",")
+        value = [Text(part.strip()) for part in inside.split(",")] if inside else []
     if not isinstance(value, list | tuple):
         raise ValueError(f"{key} must be a list of numbers, got {value!r}")
     if kinds[-1] is Ellipsis:

@@ -1,17 +1,21 @@
 """The processes of a run: one, or those that torchrun started."""
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vmoe_torch.parallel import join, shared_errors, wait_for_all
+from vmoe_torch.parallel import join, on_first, require_same, shared_errors
+from vmoe_torch.parallel.mesh import timeout_of_all
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,14 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
-        """Until all are here."""
+    def require_same(self, values: dict[str, Any]) -> None:
+        """Raises ValueError in all processes if they have different values, naming the first that differs."""
         if self.world_size > 1:
-            wait_for_all()
+            require_same(values, rule="must be the same in all processes")
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """What an action of the first process gives, in each of them, or its error."""
+        return on_first(action) if self.world_size > 1 else action()
 
 
 @contextmanager
@@ -84,8 +92,10 @@ def processes(device: str, timeout: float = 600.0, spread: bool = False) -> Iter
     if joins:
         backend = "nccl" if place.type == "cuda" else "gloo"
         join(backend, timeout)
+    # A group that is there already has a timeout of its own.
+    waits = timeout_of_all(timeout) if dist.is_initialized() and not joins else contextlib.nullcontext()
     try:
-        with shared_errors():
+        with waits, shared_errors():
             yield Processes(rank, world_size, place)
     finally:
         if joins:

@@ -1,18 +1,19 @@
 """Weights that a run begins with, adapted to its model as fine-tuning wants it."""
 
-from pathlib import Path
-
 import timm
+import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
 from vmoe_torch.checkpoints import cached_checkpoint
-from vmoe_torch.checkpoints.convert import read_converted, read_state
+from vmoe_torch.checkpoints.convert import weights_of
+from vmoe_torch.checkpoints.sources import Weights, read_weights
+from vmoe_torch.models.adapt import load_adapted
 from vmoe_torch.models.vmoe import VMoE
-from vmoe_torch.models.weights import load_adapted
 from vmoe_torch.train.build import create_model, upcycled
-from vmoe_torch.train.checkpoint import load_weights, read_checkpoint
+from vmoe_torch.train.checkpoint import load_weights
 from vmoe_torch.train.config import ModelConfig
 
 
@@ -37,21 +38,23 @@ def load_start(model: nn.Module, source: str, drop_head: bool = False) -> None:
 
     Args:
         model: that of the run; nothing in it changes on an error.
-        source: a run folder (its best checkpoint, its moving average where there is one) or checkpoint file, a
-            .safetensors file, what the names of the original's files begin with, or a released model with its tag, as
-            "vmoe_s32_last2_e8.randaug_light1_in1k".
+        source: what `checkpoints.sources.read_weights` reads: a run folder (its best checkpoint, its moving average
+            where there is one) or checkpoint file, of ours or of timm's train.py, any file with a state dict, what the
+            names of the original's files begin with; or a released model with its tag, as
+            "vmoe_s32_last2_e8.randaug_light1_in1k". Routing is that of the run's configuration.
         drop_head: whether to keep the model's own head in any case.
 
     Raises:
         ValueError: if there are no such weights, or all but the head and the resolution is not the model's.
     """
-    state = _read(source)
+    weights = _read(source)
+    state = weights_of(weights.state)
     if isinstance(model, VMoE):
-        load_adapted(model, state, source, drop_head=drop_head)
+        load_adapted(model, state, source, drop_head=drop_head, grid=weights.grid)
         return
     own = model.state_dict()
     if isinstance(model, VisionTransformer):
-        state = vit_filter_fn(state, model)
+        state = vit_filter_fn(_on_the_models_grid(state, model, weights.grid), model)
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     for name in (classifier,) if isinstance(classifier, str) else classifier:
         head = {key: value for key, value in own.items() if key.startswith(f"{name}.")}
@@ -60,15 +63,23 @@ def load_start(model: nn.Module, source: str, drop_head: bool = False) -> None:
     load_weights(model, state)
 
 
-def _read(source: str) -> dict[str, Tensor]:
+def _read(source: str) -> Weights:
     released = timm.get_pretrained_cfg(source) if timm.is_model(source) else None
     if released is not None and released.custom_load:
         source = str(cached_checkpoint(released.url, progress=True))
-    if source.endswith(".safetensors"):
-        state = read_converted(source)[0]
-    elif Path(f"{source}.index").is_file():
-        state = read_state(source)[0]
-    else:
-        checkpoint = read_checkpoint(source)
-        state = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
-    return {name: value for name, value in state.items() if not name.startswith("original/")}
+    return read_weights(source)
+
+
+def _on_the_models_grid(
+    state: dict[str, Tensor], model: VisionTransformer, grid: tuple[int, int] | None
+) -> dict[str, Tensor]:
+    """Positions of a known grid, resized as timm does, which reads their number as a square; older ones copy equal
+    numbers."""
+    position = state.get("pos_embed")
+    if grid is None or position is None or tuple(grid) == tuple(model.patch_embed.grid_size):
+        return state
+    before = position.shape[1] - grid[0] * grid[1]
+    image = position[:, before:].float().unflatten(1, grid).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=tuple(model.patch_embed.grid_size), mode="bicubic", antialias=True)
+    patches = image.permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)
+    return {**state, "pos_embed": torch.cat([position[:, :before], patches], 1)}

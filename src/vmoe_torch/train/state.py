@@ -8,6 +8,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from vmoe_torch.data.names import shown
 from vmoe_torch.parallel import ShardedCheckpoints, full_state_dict, load_checkpoint, part_of
 from vmoe_torch.train.checkpoint import (
     FORMAT,
@@ -35,6 +36,8 @@ class RunState:
     scaler: torch.amp.GradScaler
     meter: Meter
     class_names: tuple[str, ...]
+    # Of each split: images, classes and a digest of the list of images.
+    data: dict[str, dict[str, Any]]
     # Finished updates.
     update: int = 0
     best_accuracy: float = 0.0
@@ -65,7 +68,8 @@ class RunCheckpoints:
         folder = output / "checkpoints"
         self.files = CheckpointFolder(folder, config.run.keep_checkpoints)
         self.sharded = ShardedCheckpoints(folder, config.run.keep_checkpoints)
-        last, any_sharded = self.files.last(), self.sharded.any()
+        # One look for all: file systems of several machines do not show everybody the same at once.
+        last, any_sharded = group.on_first(lambda: (self.files.last(), self.sharded.any()))
         # Those of a spread run can be resumed without spreading, too.
         if not config.parallel.enabled and not any_sharded:
             self.sharded = None
@@ -74,7 +78,7 @@ class RunCheckpoints:
         self.path = None if self.sharded is None else next(iter(self.sharded.usable()), None)
         if self.path is None and last is not None:
             # A run that is spread may go on from one that was not.
-            self.path = group.gather(self.files.usable() if group.is_first else None)[0]
+            self.path = group.on_first(self.files.usable)
         self.found = None
         if self.path is not None:
             self.found = self.sharded.state(self.path) if self.path.is_dir() else read_checkpoint(self.path)
@@ -92,6 +96,13 @@ class RunCheckpoints:
             raise ValueError(
                 f"data must have the classes of the run to resume, {_shown(names)}, got {_shown(run.class_names)}"
             )
+        # Checkpoints of earlier versions do not tell.
+        for split, known in found.get("data", {}).items():
+            if known["digest"] != run.data[split]["digest"]:
+                raise ValueError(
+                    f"images of data.{split}_split must be those of the run to resume, {known['images']:,}, got "
+                    f"{run.data[split]['images']:,}: some were added, removed or renamed"
+                )
         if self.path.is_dir():
             load_checkpoint(self.path, run.model, run.optimizer, self.sharded.group)
         elif self.config.parallel.enabled:
@@ -123,6 +134,7 @@ class RunCheckpoints:
             "format": FORMAT,
             "config": self.config.to_dict(),
             "class_names": list(run.class_names),
+            "data": run.data,
             "update": run.update,
             "best_accuracy": run.best_accuracy,
             "pending": run.pending,
@@ -132,8 +144,8 @@ class RunCheckpoints:
         if self.sharded is not None:
             if best:
                 weights = full_state_dict(run.model, keep=self.group.is_first)
-                if self.group.is_first:
-                    self.files.save_best({**state, "model": weights, "ema": None, "optimizer": None})
+                whole = {**state, "model": weights, "ema": None, "optimizer": None}
+                self.group.on_first(lambda: self.files.save_best(whole))
             self.sharded.save(run.update, run.model, run.optimizer, state)
             return
         if self.group.is_first:
@@ -142,8 +154,8 @@ class RunCheckpoints:
                 "ema": None if run.ema is None else run.ema.module.state_dict(),
                 "optimizer": run.optimizer.state_dict(),
             }
-            self.files.save({**state, **whole}, best)
-        self.group.wait()
+            state |= whole
+        self.group.on_first(lambda: self.files.save(state, best))
 
     def wait(self) -> None:
         """Until what is being written is on the disk."""
@@ -171,12 +183,12 @@ def _load_moments(run: RunState, states: dict[int, dict[str, Any]], order: torch
 
 def _shown(names: tuple[str, ...]) -> str:
     """How many names, and the first of them."""
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names)} ({', '.join(map(shown, names[:3]))}{', ...' if len(names) > 3 else ''})"
 
 
 def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     """The checkpoint's configuration computes the same."""
-    now = config.to_dict()
+    now, usual = config.to_dict(), Config().to_dict()
     free = {"run": set(now["run"]) - {"seed", "precision"}, "data": {"root", "workers", "prefetch", "max_broken"}}
     free["model"] = {"checkpoint", "pretrained"}
     # Other numbers of processes compute the same.
@@ -184,7 +196,7 @@ def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     free["alarms"] = set(now["alarms"])
     for section, values in now.items():
         for name, value in values.items():
-            if name not in free.get(section, ()) and saved[section].get(name) != value:
-                raise ValueError(
-                    f"{section}.{name} must be that of the run to resume, {saved[section].get(name)!r}, got {value!r}"
-                )
+            # What an earlier version did not know was as it is by default.
+            was = saved[section].get(name, usual[section][name])
+            if name not in free.get(section, ()) and was != value:
+                raise ValueError(f"{section}.{name} must be that of the run to resume, {was!r}, got {value!r}")

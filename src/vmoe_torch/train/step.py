@@ -8,7 +8,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from vmoe_torch.control import auxiliary_loss
-from vmoe_torch.layers.auxiliary import set_auxiliary_gradient_scale
+from vmoe_torch.layers.loss_scale import follow_loss_scale
 from vmoe_torch.parallel import clip_grad_norm
 from vmoe_torch.train.config import PRECISIONS, Config
 from vmoe_torch.train.mixup import DirichletMixup
@@ -69,9 +69,6 @@ class Update:
         if self.schedule is not None:
             self.schedule.step_update(state.update)
         state.optimizer.zero_grad(set_to_none=True)
-        # The gradient that the scaled loss has, which the injected auxiliary losses must have too.
-        scale = state.scaler.scale(torch.ones((), device=self.device)) / len(batches)
-        set_auxiliary_gradient_scale(scale)
         for step, (images, labels) in enumerate(batches):
             self._backward(images, labels, len(batches), is_last=step + 1 == len(batches))
         norm = None
@@ -104,7 +101,9 @@ class Update:
             loss = self.loss(logits.float(), targets)
             # Detached where the layers inject its gradient themselves.
             auxiliary = auxiliary_loss(state.model).to(self.device)
-            state.scaler.scale((loss + auxiliary) / steps).backward()
+            total = loss + auxiliary
+            follow_loss_scale(total)
+            state.scaler.scale(total / steps).backward()
         self.watch.note(loss, state.update + 1)
         state.meter.add(logits, labels, loss, auxiliary)
 

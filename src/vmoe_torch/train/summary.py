@@ -62,6 +62,7 @@ def _facts(config: dict[str, Any], environment: dict[str, Any], epochs: list[dic
     facts = {
         "Model": " ".join([config["model"]["name"], *(f"{k}={v}" for k, v in config["model"]["kwargs"].items())]),
         "Data": f"{data['name']}" + (f" in {data['root']}" if data["root"] else ""),
+        "Images": ". ".join(environment.get("data", ())) or "unknown",
         "Training": f"{optim['name']}, peak learning rate {optim['lr']:g}, {schedule['name']} schedule over {length}, "
         f"{data['batch_size']} images per update, {config['run']['precision']}, seed {config['run']['seed']}",
         "Hardware": f"{gpus[0]}, {environment['processes']} processes" if gpus else f"CPU, {environment['platform']}",

@@ -21,7 +21,7 @@ class CsvTable:
         self.path = path
         self.columns = tuple(columns)
         rows = [row for row in read_table(path) if int(row["update"]) <= first_update]
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
@@ -33,7 +33,7 @@ class CsvTable:
             OSError: if the file cannot be written, naming it.
         """
         try:
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
+            with open(self.path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
                 csv.DictWriter(file, self.columns).writerows(rows)
         except OSError as error:
             raise cannot_write("table", self.path, error) from error

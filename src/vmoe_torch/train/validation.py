@@ -52,5 +52,8 @@ def validate(
         sums[1] += (logits.argmax(1) == labels).sum()
         sums[2] += (labels != NO_LABEL).sum()
     model.train(training)
+    # The batches may have ended early for the same reason.
+    if stop():
+        return None
     loss, correct, images = group.sum(sums).tolist()
     return loss / images, correct / images

@@ -1,0 +1,38 @@
+"""Checks of a layer's settings, and the forms in which they may be given."""
+
+from typing import Any
+
+from vmoe_kernels.activations import check_activation
+from vmoe_kernels.checks import check_integer
+from vmoe_torch.layers.options import GroupSize
+
+GROUP_SIZES = {"batch": 0, "image": 1}
+
+
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """The value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def group_images(group_size: GroupSize) -> int:
+    """Images per group: a positive int, "image" (1) or "batch" (0)."""
+    if isinstance(group_size, str):
+        one_of("group_size", group_size, tuple(GROUP_SIZES))
+        return GROUP_SIZES[group_size]
+    return check_integer("group_size", group_size, 1, "'batch', 'image' or at least 1 image")
+
+
+def activation_name(act_layer: Any) -> str:
+    """The kernels' name of an activation given as a name, a class or a partial of one."""
+    name = act_layer
+    if not isinstance(name, str):
+        name = getattr(act_layer, "func", act_layer).__name__
+        if name == "GELU" and getattr(act_layer, "keywords", {}).get("approximate") == "tanh":
+            name = "gelu_tanh"
+    name = {"gelutanh": "gelu_tanh"}.get(name.lower(), name.lower())
+    try:
+        check_activation(name)
+    except ValueError as error:
+        raise ValueError(f"act_layer of the experts: {error}") from None
+    return name

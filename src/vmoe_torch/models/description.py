@@ -1,0 +1,86 @@
+"""What a model was made with, so that it can be made again: for config.json, state dicts and weight files.
+
+A routing argument (`layers.choice.ROUTING`) that was chosen after a model was made stands there with its value in every
+MoE layer: `{"blocks.1.mlp": 1, "blocks.3.mlp": 2}`. `VMoE` takes such a dict in place of one value.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vmoe_torch.layers import MoeMlp
+from vmoe_torch.layers.choice import MODEL_KEY, ROUTING, metadata_of
+
+# Of timm's factories, not of the model.
+_FACTORY = ("device", "dtype", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir")
+_FACTORY += ("features_only", "feature_cls", "out_indices", "pruned", "scriptable", "exportable", "no_jit")
+
+
+def routing_arguments(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The arguments that give a new model the routing that was chosen for this one; empty if none was."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
+    chosen = {name for layer in layers.values() for name in layer.chosen_routing()}
+    now = {name: layer.routing() for name, layer in layers.items()}
+    return {name: {layer: now[layer][name] for layer in layers} for name in ROUTING if name in chosen}
+
+
+def choose_per_layer(model: nn.Module, arguments: Mapping[str, Mapping[str, Any]]) -> None:
+    """Sets the routing of every MoE layer as `routing_arguments` describes it.
+
+    Raises:
+        ValueError: if an argument does not name exactly the MoE layers, or a value is off.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
+    for name, values in arguments.items():
+        if values.keys() != layers.keys():
+            raise ValueError(
+                f"{name} must be one value, or have one for each of {', '.join(layers) or 'no MoE layers'}, "
+                f"got {', '.join(map(str, values)) or 'none'}"
+            )
+    for layer_name, layer in layers.items():
+        layer.choose_routing({name: values[layer_name] for name, values in arguments.items()})
+
+
+def constructor_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the arguments of a timm factory makes the model: for timm, too, rates of dropout are a training's."""
+    return {name: value for name, value in kwargs.items() if name not in _FACTORY and not name.endswith("drop_rate")}
+
+
+def model_arguments(model: nn.Module) -> dict[str, Any]:
+    """The arguments of `timm.create_model` that make this model again, with the classes, images and routing of now.
+
+    Args:
+        model: made by `timm.create_model`, a `VMoE`.
+    """
+    now = {"num_classes": model.num_classes, "in_chans": model.patch_embed.proj.in_channels}
+    now["global_pool"] = model.global_pool
+    if model.patch_embed.img_size is not None:
+        now["img_size"] = tuple(model.patch_embed.img_size)
+    return {**model.made_with, **now, **routing_arguments(model)}
+
+
+def describe(model: nn.Module) -> dict[str, Any] | None:
+    """Plain values that make the model again, and what its weights' shapes do not say.
+
+    Returns:
+        {"architecture": name of a timm model, "model_args": for `timm.create_model`, "grid": [rows, columns] of
+        patches, "num_heads": of attention}; None for a model that was not made by timm, or with arguments that are not
+        plain values.
+    """
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not cfg or not cfg.get("architecture") or model.made_with is None:
+        return None
+    found = {"architecture": cfg["architecture"], "model_args": model_arguments(model)}
+    found |= {"grid": model.patch_embed.grid_size, "num_heads": model.blocks[0].attn.num_heads}
+    try:
+        # Tuples become lists, and nothing but plain values is left.
+        return json.loads(json.dumps(found))
+    except (TypeError, ValueError):
+        return None
+
+
+def description_of(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """What `describe` found when this state dict was made, if it says it."""
+    return metadata_of(state).get("", {}).get(MODEL_KEY)

@@ -1,0 +1,51 @@
+"""Other people's tools on our models: one tiny model, no network, their warnings are their own."""
+
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import vmoe_torch  # noqa: F401  registers the models
+
+# Before any of them is imported.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", OPENVINO_TELEMETRY="0")
+
+SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_experts": 4}
+
+
+def pytest_collection_modifyitems(items):
+    """Warnings of other libraries are no errors here; those that are raised in our own code are."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.interop)
+            item.add_marker(pytest.mark.filterwarnings(r"error:::vmoe_(torch|kernels)(\..*)?"))
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.fixture
+def tiny():
+    """Builds a two-block model, the second block sparse, 16-pixel images, 5 classes; random weights, no noise."""
+
+    def build(**kwargs):
+        model = timm.create_model("test_vmoe", **{**SIZE, "num_classes": 5, "noise_std": 0.0, **kwargs})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.3)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def images():
+    """(8, 3, 16, 16): one routing group."""
+    return torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def labels():
+    """(8,) of 5 classes."""
+    return torch.arange(8) % 5

@@ -1,0 +1,120 @@
+"""16-bit tensors on the CPU: outputs and every gradient at most twice as far from float64 as the eager twins are."""
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+import vmoe_kernels as vk
+from vmoe_kernels.activations import FORWARD, activate, chain
+from vmoe_kernels.testing import assert_matches_eager, assert_within_budget, make_experts, make_routed
+
+NARROW = (torch.float16, torch.bfloat16)
+# E, D, H, O; rows of an expert; tokens and choices.
+SHAPE, ROWS, T, K = (4, 24, 33, 20), 60, 90, 2
+# Keeps sums of huge activations in float16's range; a power of two, so that nothing is rounded.
+SMALL = 2.0**-8
+
+
+def _experts(dtype: torch.dtype, scale: float) -> dict[str, torch.Tensor]:
+    """Pre-activations of up to `scale`, and outputs of about 1."""
+    weights = make_experts(SHAPE, dtype)
+    make = torch.Generator().manual_seed(4)
+    spread = torch.linspace(-1, 1, SHAPE[0] * SHAPE[2])[torch.randperm(SHAPE[0] * SHAPE[2], generator=make)]
+    weights["fc1_bias"] = (spread.view(SHAPE[0], SHAPE[2]) * scale).to(dtype)
+    weights["fc2_weight"] = (weights["fc2_weight"].float() / max(scale / 10, 1.0)).to(dtype)
+    return weights
+
+
+@pytest.mark.parametrize("scale", [1.0, 118.0, 4e4])
+@pytest.mark.parametrize("activation", FORWARD)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_experts_are_as_exact_as_eager(dtype, activation, scale):
+    make = torch.Generator().manual_seed(1)
+    x = torch.randn(SHAPE[0], ROWS, SHAPE[1], generator=make).to(dtype)
+
+    def run(impl, drop, x, *weights):
+        out = vk.expert_mlp(x, *weights, activation=activation, drop=drop, seed=torch.tensor(2), impl=impl)
+        return out * SMALL
+
+    for drop in (0.0, 0.3):
+        ops = (partial(run, impl, drop) for impl in ("auto", "reference"))
+        assert_matches_eager(*ops, {"x": x, **_experts(dtype, scale)}, ulps=2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 118.0, 4e4])
+@pytest.mark.parametrize("activation", FORWARD)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_layer_is_as_exact_as_eager(dtype, activation, scale):
+    make = torch.Generator().manual_seed(1)
+    rows = torch.randperm(SHAPE[0] * ROWS, generator=make)[: T * K].view(T, K)
+    slots = torch.where(torch.rand(T, K, generator=make) < 0.1, -1, rows).to(torch.int32)
+    inputs = {"x": torch.randn(T, SHAPE[1], generator=make).to(dtype), "gates": torch.rand(T, K, generator=make)}
+
+    def run(impl, drop, x, gates, *weights):
+        options = {"rows_per_expert": ROWS, "activation": activation, "drop": drop, "seed": torch.tensor(2)}
+        return vk.moe_mlp(x, slots, gates, *weights, **options, impl=impl) * SMALL
+
+    for drop in (0.0, 0.3):
+        ops = (partial(run, impl, drop) for impl in ("auto", "reference"))
+        assert_matches_eager(*ops, {**inputs, **_experts(dtype, scale)}, ulps=2)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_many_blocks_of_rows_round_once(dtype, monkeypatch):
+    monkeypatch.setattr(sys.modules["vmoe_kernels.expert_mlp"], "_BLOCK_FLOATS", 4 * SHAPE[2])
+    test_experts_are_as_exact_as_eager(dtype, "gelu_tanh", 1.0)
+    test_layer_is_as_exact_as_eager(dtype, "gelu_tanh", 1.0)
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32])
+def test_dispatch_combine_and_router_are_as_exact_as_eager(dtype):
+    routed = make_routed("random", (67, 4, 5, 41, 8), dtype)
+    slots, rows = routed["slots"], routed["buffer"].shape[0]
+    buffer = routed["buffer"].nan_to_num()
+    options = {"num_selected_experts": 2, "group_size": 20, "noise_std": 1.0, "seed": torch.tensor(3)}
+    for scale in (1.0, 1e-3, 1e4):
+        x = (routed["x"] * scale / routed["x"].abs().max()).to(dtype)
+        assert_matches_eager(
+            lambda x: vk.dispatch(x, slots, rows), lambda x: vk.dispatch_reference(x, slots, rows), {"x": x}
+        )
+        assert_matches_eager(
+            lambda buffer, gates: vk.combine(buffer, slots, gates),
+            lambda buffer, gates: vk.combine_reference(buffer, slots, gates),
+            {"buffer": (buffer * scale / 4).to(dtype), "gates": routed["gates"].to(dtype)},
+        )
+        weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(2)).div(scale).to(dtype)
+        for name in ("gates", "importance", "load", "mean_gates"):
+            assert_matches_eager(
+                lambda x, weight, name=name: getattr(vk.router(x, weight, **options), name),
+                lambda x, weight, name=name: getattr(vk.router_reference(x, weight, **options), name),
+                {"x": x, "weight": weight},
+                ulps=8,
+            )
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FORWARD)
+def test_activation_and_its_gradient_over_the_whole_range(name, dtype):
+    largest = min(torch.finfo(dtype).max, 1e18)
+    exponents = torch.linspace(-6, torch.tensor(largest, dtype=torch.float64).log10().item(), 400, dtype=torch.float64)
+    x = torch.cat([-(10**exponents), torch.zeros(1, dtype=torch.float64), 10**exponents]).clamp(-largest, largest)
+    pre = torch.cat([x, torch.linspace(-12, 12, 2001, dtype=torch.float64)]).to(dtype).unsqueeze(1)
+    exact = pre.double().clone().requires_grad_()
+    want = FORWARD[name](exact)
+    (slope,) = torch.autograd.grad(want.sum(), exact)
+    eager = pre.clone().requires_grad_()
+    eager_y = FORWARD[name](eager)
+    (eager_slope,) = torch.autograd.grad(eager_y.sum(), eager)
+    hidden, grad = torch.empty_like(pre), torch.ones_like(pre)
+    activate(name, pre, hidden)
+    chain(name, pre, grad, (torch.empty_like(pre), torch.empty_like(pre)))
+    # In float64 the truth is eager itself, without an error to compare with.
+    assert_within_budget("slope", grad, eager_slope, slope, ulps=64 if dtype == torch.float64 else 2)
+    # Relative to each value: the largest would hide all others.
+    scale = pre.double().abs().clamp(min=1.0)
+    got, base, truth = (each.double() / scale for each in (hidden, eager_y.detach(), want.detach()))
+    assert got.isfinite().all()
+    error, eager_error = ((each - truth).abs().max().item() for each in (got, base))
+    assert error <= max(2 * eager_error, 4 * torch.finfo(dtype).eps)
