@@ -1,5 +1,6 @@
 """Typefaces, on the fonts that matplotlib ships: DejaVu has every character here but 日."""
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vmoe_torch.data import glyphs, typefaces
+from vmoe_torch.data import described, glyphs, typefaces
 from vmoe_torch.data.distort import Distort
 from vmoe_torch.data.loader import EpochSampler, training_loader
 from vmoe_torch.data.typefaces import Typefaces
@@ -144,6 +145,44 @@ def test_typefaces_name_a_font_that_cannot_be_read(root, cache):
     (root / "empty").mkdir()
     with pytest.raises(ValueError, match=r"must hold font files \(\.ttf"):
         Typefaces(root, "empty", cache=cache)
+
+
+def test_typefaces_tell_what_they_passed_over(root, cache):
+    shutil.copy(SHIPPED / "DejaVuSans.ttf", root / "train" / "Other.ttf")
+    for hidden in ("._Other.ttf", ".git/a.ttf", "__MACOSX/b.ttf"):
+        (root / "train" / hidden).parent.mkdir(exist_ok=True)
+        (root / "train" / hidden).write_bytes(b"no font")
+    data = Typefaces(root, cache=cache)
+    assert data.empty == ["日"]
+    assert data.notices == [
+        "passed over 1 faces that draw all as an earlier one does",
+        "no face has 1 of 6 characters: 日",
+    ]
+    assert described(data) == f"10 images in 6 classes; {'; '.join(data.notices)}"
+    (root / "characters.txt").write_text("A日A", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^characters of .*characters\.txt must be named once each, got 'A' twice"):
+        Typefaces(root, cache=cache)
+
+
+def test_typefaces_digest_is_of_fonts_characters_and_size(root, cache, tmp_path):
+    digest = Typefaces(root, cache=cache).digest()
+    moved = shutil.copytree(root, tmp_path / "moved", ignore=shutil.ignore_patterns("cache"))
+    assert Typefaces(moved, cache=tmp_path / "file").digest() == digest
+    assert Typefaces(root, cache=cache, characters="AajQ日§").digest() != digest
+    assert Typefaces(root, cache=cache, side=47).digest() != digest
+    shutil.copy(SHIPPED / "DejaVuSerif.ttf", moved / "train" / "deeper" / "DejaVuSerif-Bold.ttf")
+    assert Typefaces(moved, cache=cache).digest() != digest
+
+
+def test_typefaces_travel_without_their_pictures(root, cache):
+    data = Typefaces(root, cache=cache, side=200)
+    sent = pickle.dumps(data)
+    assert len(sent) < 10_000
+    again = pickle.loads(sent)
+    assert all(np.array_equal(np.asarray(again[i][0]), np.asarray(data[i][0])) for i in range(len(data)))
+    # Without a cache they are in memory, and travel.
+    (root / "no").touch()
+    assert len(pickle.loads(pickle.dumps(Typefaces(root, cache=root / "no")))) == 10
 
 
 def test_glyph_that_would_not_fit_is_drawn_smaller():

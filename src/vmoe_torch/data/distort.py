@@ -7,7 +7,7 @@ from PIL import Image, ImageChops, ImageFilter
 
 
 class Distort:
-    """A random affine map, thinner or thicker strokes, blur, ink and paper, noise: PIL "L" -> PIL "L".
+    """A random affine map, thinner or thicker strokes, blur, ink and paper, noise, of a grey PIL image ("L" or "RGB").
 
     All draws are from Python's and NumPy's global generators, which the loader seeds per image.
 
@@ -61,7 +61,9 @@ class Distort:
         paper = random.uniform(0, 1 - self.contrast) * 255
         share = random.uniform(self.contrast, 1)
         ink = paper + ink * share * (1 - paper / 255)
-        ink += np.random.standard_normal(ink.shape).astype(np.float32) * random.uniform(0, self.noise)
+        noise = np.random.standard_normal(ink.shape[:2]).astype(np.float32) * random.uniform(0, self.noise)
+        # Grey in colour, too.
+        ink += noise if ink.ndim == 2 else noise[..., None]
         return Image.fromarray(np.clip(ink, 0, 255).astype(np.uint8))
 
     def _stroked(self, image: Image.Image) -> Image.Image:

@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vmoe_torch.data.names import shown
+from vmoe_torch.data.scan import is_hidden
+
 SUFFIXES = (".ttf", ".otf", ".ttc", ".otc", ".pfb")
 # A code point that Unicode will never give a character: what a font draws for it is its sign for a missing glyph.
 _NO_CHARACTER = "\uffff"
@@ -28,18 +31,31 @@ class Face:
 
 
 def font_files(root: Path | str) -> list[Path]:
-    """The font files anywhere below a folder, in the order of their paths.
+    """The font files anywhere below a folder that are not hidden, in the order of their paths.
 
     Raises:
         ValueError: if the folder is missing or holds no font file.
     """
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"folder of fonts {root} does not exist")
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        raise ValueError(f"folder of fonts {shown(root)} does not exist")
+    files = sorted(_fonts(root))
     if not files:
-        raise ValueError(f"folder of fonts {root} must hold font files ({', '.join(SUFFIXES)}), got none")
+        raise ValueError(f"folder of fonts {shown(root)} must hold font files ({', '.join(SUFFIXES)}), got none")
     return files
+
+
+def has_fonts(root: Path | str) -> bool:
+    """Whether there is a font file anywhere below a folder."""
+    return any(_fonts(Path(root)))
+
+
+def _fonts(root: Path) -> Iterator[Path]:
+    return (
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not any(map(is_hidden, path.relative_to(root).parts)) and path.is_file()
+    )
 
 
 def faces_of(path: Path) -> Iterator[Face]:
@@ -54,7 +70,7 @@ def faces_of(path: Path) -> Iterator[Face]:
             font = ImageFont.truetype(str(path), 16, index=index)
         except (OSError, ValueError) as error:
             if index == 0:
-                raise ValueError(f"font {path} cannot be read: {error}") from None
+                raise ValueError(f"font {shown(path)} cannot be read: {error}") from None
             return
         yield Face(path, index, " ".join(part for part in font.getname() if part))
         index += 1

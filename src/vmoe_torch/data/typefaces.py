@@ -7,15 +7,18 @@ meant, `characters.txt` with the characters to tell apart:
     FONTS/train/*.ttf, *.otf, *.ttc ...
     FONTS/val/...
 
-Fonts are drawn once, into a file of the cache. That fits rare scripts, for which there are fonts but no photographs.
+Fonts are drawn once, into files of the cache. That fits rare scripts, for which there are fonts but no photographs.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,7 +26,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vmoe_torch.data.glyphs import Face, draw, faces_of, font_files
+from vmoe_torch.data.names import shown, some
 
+TYPEFACES = "typefaces"
+LEAST_SIDE = 8
 CHARACTERS = "characters.txt"
 # Of the drawing: a cache of another version is drawn anew.
 _VERSION = 1
@@ -42,10 +48,13 @@ class Typefaces(Dataset):
         cache: folder of the drawn pictures; None is vmoe_torch/typefaces in the user's cache folder.
 
     Attributes:
+        root: folder of the split.
         class_names: the characters, by label.
         faces: the faces that have at least one of them, without those that draw all as an earlier one does.
         labels: (N,) int64.
         face_numbers: (N,) int64 place of each item's face in `faces`.
+        empty: characters that no face has.
+        notices: what was passed over.
 
     Raises:
         ValueError: if a folder is missing or holds no font, a font cannot be read, a character is named twice, or no
@@ -61,13 +70,17 @@ class Typefaces(Dataset):
         mode: str = "L",
         cache: Path | str | None = None,
     ):
-        if isinstance(side, bool) or not isinstance(side, int) or side < 8:
-            raise ValueError(f"side must be at least 8 pixels, got {side!r}")
-        files = font_files(Path(root) / split)
-        if characters is None:
-            listed = Path(root) / CHARACTERS
-            characters = _read_characters(listed) if listed.is_file() else _in_common(files)
-        characters = _checked(tuple(characters))
+        if isinstance(side, bool) or not isinstance(side, int) or side < LEAST_SIDE:
+            raise ValueError(f"side must be at least {LEAST_SIDE} pixels, got {side!r}")
+        self.root = Path(root) / split
+        files = font_files(self.root)
+        listed = Path(root) / CHARACTERS
+        if characters is not None:
+            characters = checked_characters(characters)
+        elif listed.is_file():
+            characters = checked_characters(_read_characters(listed), f"characters of {shown(listed)}")
+        else:
+            characters = checked_characters(_in_common(files), f"characters that all fonts in {shown(self.root)} have")
         cache = _cache_folder() if cache is None else Path(cache)
         self.class_names = characters
         self.mode = mode
@@ -75,12 +88,14 @@ class Typefaces(Dataset):
         self._pictures: list[np.ndarray] = []
         self._keys: list[str] = []
         labels, numbers, known = [], [], set()
-        for path in tqdm(files, desc=f"fonts of {split}", unit="font", leave=False, disable=None):
+        without = repeated = 0
+        for path in _watched(files, split):
             for face, key, pictures in _drawn(path, characters, side, cache):
                 there = np.flatnonzero(pictures.any(axis=(1, 2)))
                 # A proportional and a monospaced face differ in nothing here, as often those of one collection.
                 digest = hashlib.sha256(pictures).digest()
                 if len(there) == 0 or digest in known:
+                    without, repeated = without + (len(there) == 0), repeated + (len(there) > 0)
                     continue
                 known.add(digest)
                 labels.append(there)
@@ -89,9 +104,15 @@ class Typefaces(Dataset):
                 self._pictures.append(pictures)
                 self._keys.append(key)
         if not self.faces:
-            raise ValueError(f"fonts in {Path(root) / split} must have some of the characters, got none that has any")
+            raise ValueError(f"fonts in {shown(self.root)} must have some of the characters, got none that has any")
         self.labels = np.concatenate(labels).astype(np.int64)
         self.face_numbers = np.concatenate(numbers).astype(np.int64)
+        self.empty = [characters[label] for label in sorted(set(range(len(characters))) - set(self.labels.tolist()))]
+        counts = ((without, "have none of the characters"), (repeated, "draw all as an earlier one does"))
+        self.notices = [f"passed over {count:,} faces that {what}" for count, what in counts if count]
+        if self.empty:
+            of = f"{len(self.empty):,} of {len(characters):,} characters"
+            self.notices.append(f"no face has {of}: {some(self.empty)}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,6 +122,15 @@ class Typefaces(Dataset):
         image = Image.fromarray(np.asarray(self._pictures[self.face_numbers[index]][label]))
         return (image if self.mode == "L" else image.convert(self.mode)), label
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pictures on the disk travel to other processes as the names of their files."""
+        pictures = [Path(p.filename) if isinstance(p, np.memmap) else p for p in self._pictures]
+        return {**vars(self), "_pictures": pictures}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._pictures = [np.load(p, mmap_mode="r") if isinstance(p, Path) else p for p in self._pictures]
+
     def digest(self) -> str:
         """Of the fonts that are drawn, of the size, and of their labels and classes."""
         digest = hashlib.sha256("\0".join([*self.class_names, *self._keys]).encode(errors="surrogateescape"))
@@ -109,16 +139,41 @@ class Typefaces(Dataset):
         return digest.hexdigest()
 
 
-def _checked(characters: tuple[str, ...]) -> tuple[str, ...]:
-    wrong = next((c for c in characters if len(c) != 1 or c.isspace()), None)
-    if wrong is not None:
-        raise ValueError(f"characters must be single characters that draw something, got {wrong!r}")
+def are_characters(names: Sequence[str]) -> bool:
+    """Whether names of classes are characters to draw."""
+    return all(isinstance(name, str) and len(name) == 1 and not name.isspace() for name in names)
+
+
+def checked_characters(characters: Sequence[str], name: str = "characters") -> tuple[str, ...]:
+    """The characters, one by one.
+
+    Raises:
+        ValueError: naming what they are, if there is none, one is no character, or one is there twice.
+    """
+    characters = tuple(characters)
+    if not are_characters(characters):
+        wrong = next(c for c in characters if not are_characters([c]))
+        raise ValueError(f"{name} must be single characters that draw something, got {wrong!r}")
     if len(set(characters)) < len(characters):
-        twice = next(c for c in characters if characters.count(c) > 1)
-        raise ValueError(f"characters must be named once each, got {twice!r} twice")
+        twice = Counter(characters).most_common(1)[0][0]
+        raise ValueError(f"{name} must be named once each, got {twice!r} twice")
     if not characters:
-        raise ValueError("characters must be at least one, got none")
+        raise ValueError(f"{name} must be at least one, got none")
     return characters
+
+
+def _watched(files: list[Path], split: str) -> Iterable[Path]:
+    """With a bar, where it takes time."""
+    return tqdm(
+        files,
+        desc=f"drawing the fonts of {shown(split)}",
+        unit=" fonts",
+        delay=2.0,
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        leave=False,
+        # The other processes of a run draw the same.
+        disable=os.environ.get("RANK", "0") != "0",
+    )
 
 
 def _read_characters(path: Path) -> tuple[str, ...]:
@@ -126,7 +181,7 @@ def _read_characters(path: Path) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be a text file in UTF-8: {error}") from None
+        raise ValueError(f"{shown(path)} must be a text file in UTF-8: {error}") from None
     return tuple(c for c in text if not c.isspace())
 
 
@@ -143,7 +198,7 @@ def _in_common(files: list[Path]) -> tuple[str, ...]:
                     found = set(font.getBestCmap() or ())
             except (TTLibError, KeyError, AssertionError) as error:
                 raise ValueError(
-                    f"font {path} does not say which characters it has ({error}): list them in {CHARACTERS}"
+                    f"font {shown(path)} does not say which characters it has ({error}): list them in {CHARACTERS}"
                 ) from None
             common = found if common is None else common & found
     return tuple(chr(code) for code in sorted(common or ()) if chr(code).isprintable() and not chr(code).isspace())
@@ -170,6 +225,9 @@ def _drawn(path: Path, characters: tuple[str, ...], side: int, cache: Path) -> l
         if pictures is None:
             pictures = draw(face, characters, side)
             _write(file, pictures)
+            # From the disk: all fonts together may be more than the memory, and processes share it so.
+            written = _read(file, pictures.shape)
+            pictures = pictures if written is None else written
         drawn.append((face, name, pictures))
     return drawn
 

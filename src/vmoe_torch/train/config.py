@@ -14,6 +14,7 @@ import torch
 
 from vmoe_torch.data.named import NUMBERED, STREAMS
 from vmoe_torch.data.shards import WDS
+from vmoe_torch.data.typefaces import TYPEFACES
 from vmoe_torch.train.arguments import suggestions
 from vmoe_torch.train.idle import check_idle, idle, reset
 from vmoe_torch.train.overrides import Text, changed
@@ -305,7 +306,8 @@ class Config:
             for parent in reversed(parents):
                 values = {parent: values}
             config = changed(config, values)
-            given.add(path)
+            # Of an argument in a key, the key.
+            given.add(".".join(path.split(".")[:2]))
         before = idle(self).keys() | given
         while left := idle(config).keys() - before:
             config = reset(config, left)
@@ -325,13 +327,13 @@ class Config:
         data = self.data
         check("data must describe timm's transforms: data.interpolation", OneOf(INTERPOLATIONS), data.interpolation)
         if not data.name.startswith((*NUMBERED, *STREAMS)):
-            names = ("folder", "fashion_mnist", "typefaces", WDS, *(f"{prefix}NAME" for prefix in NUMBERED))
+            names = ("folder", "fashion_mnist", TYPEFACES, WDS, *(f"{prefix}NAME" for prefix in NUMBERED))
             check("data.name", OneOf(names), data.name)
         if data.mixup_mode == "dirichlet" and data.cutmix > 0:
             raise ValueError(f"data.cutmix must be 0 with data.mixup_mode=dirichlet, got {data.cutmix}")
-        if data.kwargs and data.name != "typefaces":
-            raise ValueError(f"data.kwargs must be empty for data.name={data.name}, got {data.kwargs}")
-        if data.name.startswith(("folder", "typefaces", "torch/", WDS)) and data.root is None:
+        if data.name == TYPEFACES and data.root is None:
+            raise ValueError(f"data.root must name the folder of fonts for data.name={data.name}, got none")
+        if data.name.startswith(("folder", "torch/", WDS)) and data.root is None:
             raise ValueError(f"data.root must name the folder of images for data.name={data.name}, got none")
         if self.parallel.enabled:
             self._check_parallel()
