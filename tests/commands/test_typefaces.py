@@ -107,12 +107,16 @@ def test_fewshot_is_on_the_characters_of_the_folder(font_run, fonts, tmp_path, c
     assert len(classes) == 1
 
 
-def test_fonts_are_for_every_model(run_folder, fonts, capsys):
+def test_fonts_are_for_every_model(run_folder, fonts, image_folder, tmp_path, monkeypatch, capsys):
     _, err = run(capsys, "fewshot", run_folder, "--data", f"typefaces={fonts}", "--shots=1")
     assert f"{fonts}/val: 13 images in 13 classes" in err
     fails(capsys, ["eval", run_folder, "--data", f"typefaces={fonts}"], "must be among the 10 expected")
     # Without the word they are no images.
     fails(capsys, ["eval", run_folder, "--data", fonts], "got no image; passed over")
+    (tmp_path / "typefaces").symlink_to(image_folder)
+    monkeypatch.chdir(tmp_path)
+    assert len(open_images(open_model(run_folder), "typefaces")) == 12
+    fails(capsys, ["eval", run_folder, "--data=typefaces="], "typefaces= does not exist")
 
 
 def test_characters_are_names_in_every_report(font_run, fonts, tmp_path, capsys):

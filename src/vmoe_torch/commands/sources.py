@@ -263,9 +263,11 @@ def open_images(
     exif = source.config is not None and source.config.data.exif
     named_by_timm = text.startswith((WDS, *NUMBERED, *STREAMS))
     name, _, root = text.partition("=")
-    if name == TYPEFACES or (_learned_from_fonts(source) and has_fonts(text)):
+    # A folder may be called so, too.
+    named_fonts = name == TYPEFACES and root != ""
+    if named_fonts or (_learned_from_fonts(source) and has_fonts(text)):
         known = class_names or (None if own_labels else source.class_names)
-        dataset = _typefaces(source, Path(root if name == TYPEFACES else text), split, known)
+        dataset = _typefaces(source, Path(root if named_fonts else text), split, known)
         place = str(dataset.root)
     elif name == WDS:
         dataset = TarShards(root, split, None, source.mode, exif)
