@@ -64,10 +64,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _task(source: Source, data: str, train_split: str, test_split: str | None) -> Task:
     train = open_images(source, data, train_split, own_labels=True)
-    test = open_images(source, data, test_split, own_labels=True)
+    test = open_images(source, data, test_split, own_labels=True, class_names=train.class_names)
     labels = train.labels()
     if train.class_names is None:
         return Task(data, train, labels, test, int(labels.max()) + 1)
-    if test.class_names is not None:
-        test.follow(train.class_names)
     return Task(data, train, labels, test, len(train.class_names))

@@ -16,11 +16,13 @@ from torch.utils.data import Dataset
 from vmoe_torch.checkpoints.architecture import open_weights
 from vmoe_torch.checkpoints.sources import Weights, is_weights, read_weights
 from vmoe_torch.control import moe_layers
-from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards
+from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards, Typefaces, described
 from vmoe_torch.data.folder import class_folders
-from vmoe_torch.data.named import NUMBERED, STREAMS, class_names_of, described
+from vmoe_torch.data.glyphs import has_fonts
+from vmoe_torch.data.named import NUMBERED, STREAMS, class_names_of
 from vmoe_torch.data.names import shown, some
 from vmoe_torch.data.shards import WDS
+from vmoe_torch.data.typefaces import TYPEFACES, are_characters
 from vmoe_torch.models.description import description_of
 from vmoe_torch.train import Config, build_transforms
 from vmoe_torch.train.build import image_mode
@@ -33,7 +35,8 @@ MODEL_HELP = (
 )
 DATA_HELP = (
     "folder of class folders (or of splits train, val, valid, validation, test of such), folder of Fashion-MNIST's IDX "
-    "files, fashion_mnist for the images that come along, or a data set of timm's as torch/cifar10=FOLDER"
+    "files, fashion_mnist for the images that come along, a data set of timm's as torch/cifar10=FOLDER, or "
+    "typefaces=FOLDER for the characters in a folder of fonts"
 )
 
 
@@ -232,7 +235,14 @@ class Images(Dataset):
         self.class_names = class_names
 
 
-def open_images(source: Source, data: str | Path, split: str | None = None, *, own_labels: bool = False) -> Images:
+def open_images(
+    source: Source,
+    data: str | Path,
+    split: str | None = None,
+    *,
+    own_labels: bool = False,
+    class_names: tuple[str, ...] | None = None,
+) -> Images:
     """Opens images for a model, labelled as the model labels.
 
     Where both sides have names of classes, labels follow the model's; the images need not show all of its classes.
@@ -241,11 +251,13 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
         source: the model.
         data: "fashion_mnist" for the images that ship with the package; a folder with Fashion-MNIST's IDX files; a
             folder with one folder of images per class; or a map-style data set of timm's `create_dataset`, and where
-            its files are, as "torch/cifar10=FOLDER"; WebDataset's shards are "wds/=FOLDER".
+            its files are, as "torch/cifar10=FOLDER"; WebDataset's shards are "wds/=FOLDER", the characters that the
+            model knows in a folder of fonts are "typefaces=FOLDER", or FOLDER for a model that learned from fonts.
         split: None is "test" of Fashion-MNIST, the first folder there is of val, valid, validation and test inside a
             folder (the folder itself, if it has neither these nor train), and "validation" of timm's. "." is all that
             is in the folder.
         own_labels: whether to number the classes as the data set does, whatever those of the model.
+        class_names: to number the classes so, whatever those of the model.
 
     Raises:
         ValueError: if there is no such data or split, or its classes are not the model's.
@@ -255,7 +267,13 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
     exif = source.config is not None and source.config.data.exif
     named_by_timm = text.startswith((WDS, *NUMBERED, *STREAMS))
     name, _, root = text.partition("=")
-    if name == WDS:
+    # A folder may be called so, too.
+    named_fonts = name == TYPEFACES and root != ""
+    if named_fonts or (_learned_from_fonts(source) and has_fonts(text)):
+        known = class_names or (None if own_labels else source.class_names)
+        dataset = _typefaces(source, Path(root if named_fonts else text), split, known)
+        place = str(dataset.root)
+    elif name == WDS:
         dataset = TarShards(root, split, None, source.mode, exif)
         place = f"{text} ({', '.join(path.name for path in dataset.shards[:2])}{', ...' * (len(dataset.shards) > 2)})"
     elif named_by_timm:
@@ -271,7 +289,9 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
         dataset = ImageFolder(folder, mode=source.mode, parts=parts, exif=exif)
         place = ", ".join(str(folder / part) for part in parts) or text
     images = Images(dataset, text, source.mode, place)
-    if own_labels:
+    if class_names is not None and images.class_names is not None:
+        images.follow(class_names)
+    if own_labels or class_names is not None:
         return images
     names, own = images.class_names, source.class_names
     # Data sets of timm's number their classes in an order that is known, whatever they call them.
@@ -283,3 +303,16 @@ def open_images(source: Source, data: str | Path, split: str | None = None, *, o
         raise ValueError(f"{shown(text)} must have as many classes as the model, {count}, got {len(names)}")
     images.class_names = own or names
     return images
+
+
+def _learned_from_fonts(source: Source) -> bool:
+    return source.config is not None and source.config.data.name == TYPEFACES
+
+
+def _typefaces(source: Source, root: Path, split: str | None, class_names: tuple[str, ...] | None) -> Typefaces:
+    """Characters in a folder of fonts, drawn as the model has seen them: those that are its classes, else its own."""
+    parts = class_folders(root, split, has_fonts)
+    side = source.config.data.kwargs.get("side") if _learned_from_fonts(source) else None
+    size = {} if side is None else {"side": side}
+    characters = class_names if class_names is not None and are_characters(class_names) else None
+    return Typefaces(root, parts[0] if len(parts) == 1 else ".", characters, mode=source.mode, **size)

@@ -115,13 +115,16 @@ def find_split(root: Path, split: str) -> str | None:
     return _first(subfolders(root), alike)
 
 
-def class_folders(root: Path, split: str | None = None) -> list[str]:
+def class_folders(
+    root: Path, split: str | None = None, is_split: Callable[[Path], bool] = lambda folder: bool(subfolders(folder))
+) -> list[str]:
     """The folders in a folder that hold the class folders of a split, none where the folder does by itself.
 
     Args:
         root: folder of images.
         split: its name; None is val, valid, validation or test, the first one there, or the folder itself where no
             folder in it is one of these or train. "." is all that is in the folder, in splits or not.
+        is_split: whether a folder with the name of a split can be one.
 
     Raises:
         ValueError: if there is no such split, telling what is there.
@@ -136,7 +139,7 @@ def class_folders(root: Path, split: str | None = None) -> list[str]:
     there = subfolders(root)
     splits = [name for name in there if name.lower() in (*TRAIN, *EVALUATION)]
     # A class may be called "train", too; what it holds are images, not folders.
-    if not any(subfolders(root / name) for name in splits):
+    if not any(is_split(root / name) for name in splits):
         return []
     if split == ".":
         return there

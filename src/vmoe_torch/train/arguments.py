@@ -13,6 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vmoe_torch.data.typefaces import LEAST_SIDE, checked_characters
 from vmoe_torch.models.vmoe import VMoE
 from vmoe_torch.train.overrides import typed_text
 from vmoe_torch.train.rules import SOMETHING, Number, OneOf, Rule, check, count
@@ -64,6 +65,21 @@ def upcycle_arguments(model_name: str, upcycle: Callable, layer: type, values: M
         del own[name]
     parameters = {**layers, **own}
     return _typed_all("model.upcycle", values, parameters, parameters.keys(), False, model_name)
+
+
+def data_arguments(data: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `data.kwargs` says, in the types that `Typefaces` wants.
+
+    Raises:
+        ValueError: as `model_arguments`.
+    """
+    parameters = {"side": int, "characters": str | list[str] | tuple[str, ...] | None}
+    typed = _typed_all("data.kwargs", values, parameters, parameters.keys(), False, data)
+    if "side" in typed:
+        check("data.kwargs.side", count(LEAST_SIDE), typed["side"])
+    if typed.get("characters") is not None:
+        typed["characters"] = checked_characters(typed["characters"], "data.kwargs.characters")
+    return typed
 
 
 def suggestions(name: str) -> list[str]:

@@ -12,16 +12,17 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.transforms import Compose
 
 from vmoe_torch.checkpoints import upcycle
-from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards
+from vmoe_torch.data import Distort, FashionMnist, ImageFolder, NamedDataset, TarShards, Typefaces, described
 from vmoe_torch.data import fashion_mnist as fm
 from vmoe_torch.data.folder import find_split
-from vmoe_torch.data.named import described
-from vmoe_torch.data.names import shown
+from vmoe_torch.data.names import shown, some
 from vmoe_torch.data.shards import WDS
+from vmoe_torch.data.typefaces import TYPEFACES
 from vmoe_torch.layers import MoeMlp
-from vmoe_torch.train.arguments import model_arguments, upcycle_arguments
+from vmoe_torch.train.arguments import data_arguments, model_arguments, upcycle_arguments
 from vmoe_torch.train.config import Config, DataConfig, ModelConfig
 from vmoe_torch.train.mixup import DirichletMixup
 from vmoe_torch.train.rules import OneOf, check
@@ -45,7 +46,7 @@ class Data:
     def lines(self) -> list[str]:
         """The same for people, and what was passed over."""
         return [
-            f"{split}{f', {shown(data.root)}' if isinstance(data, ImageFolder) else ''}: {described(data)}"
+            f"{split}{f', {shown(data.root)}' if isinstance(data, ImageFolder | Typefaces) else ''}: {described(data)}"
             for split, data in (("train", self.train), ("val", self.val))
         ]
 
@@ -68,6 +69,8 @@ def build_data(config: DataConfig, mode: str = "RGB") -> Data:
     """
     if config.name == "fashion_mnist":
         train, val = (FashionMnist(split, config.root, mode) for split in ("train", "test"))
+    elif config.name == TYPEFACES:
+        train, val = _typefaces(config, mode)
     elif config.name == WDS:
         train = TarShards(config.root, config.train_split, None, mode, config.exif)
         val = TarShards(config.root, config.val_split, train.class_names, mode, config.exif)
@@ -91,6 +94,20 @@ def build_data(config: DataConfig, mode: str = "RGB") -> Data:
             )
         val = ImageFolder(folders[1], class_names=train.class_names, mode=mode, exif=config.exif)
     return Data(train, val, train.class_names)
+
+
+def _typefaces(config: DataConfig, mode: str) -> tuple[Typefaces, Typefaces]:
+    """Both splits, of the characters that the first one has."""
+    kwargs = data_arguments(config.name, config.kwargs)
+    root = Path(config.root)
+    splits = [find_split(root, split) or split for split in (config.train_split, config.val_split)]
+    train = Typefaces(root, splits[0], mode=mode, **kwargs)
+    if train.empty:
+        # A model would be given outputs that it never learns.
+        raise ValueError(
+            f"characters must each be in a font of {shown(train.root)}, got {some(train.empty)} that no face has"
+        )
+    return train, Typefaces(root, splits[1], mode=mode, **{**kwargs, "characters": train.class_names})
 
 
 def check_alike(facts: list[dict[str, dict[str, Any]]]) -> None:
@@ -213,6 +230,11 @@ def build_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[An
     }
     crop_pct = size["crop_pct"] if config.crop_pct is None else config.crop_pct
     crop_mode = size["crop_mode"] if config.crop_mode is None else config.crop_mode
+    evaluation = create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode)
+    if config.name == TYPEFACES and config.augment:
+        # A crop that misses a stroke, or a mirror, would make another character.
+        plain = create_transform(**common, crop_pct=1.0, crop_mode="squash")
+        return Compose([Distort((height, width)), plain]), evaluation
     try:
         train = create_transform(
             **common,
@@ -234,7 +256,7 @@ def build_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[An
         raise ValueError(
             f"data.auto_augment must be a policy of timm's, as rand-m10-n2, got {name!r}: {error!r}"
         ) from error
-    return train, create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode)
+    return train, evaluation
 
 
 def _per_channel(key: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:

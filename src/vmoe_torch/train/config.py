@@ -14,6 +14,7 @@ import torch
 
 from vmoe_torch.data.named import NUMBERED, STREAMS
 from vmoe_torch.data.shards import WDS
+from vmoe_torch.data.typefaces import TYPEFACES
 from vmoe_torch.train.arguments import suggestions
 from vmoe_torch.train.idle import check_idle, idle, reset
 from vmoe_torch.train.overrides import Text, changed
@@ -58,12 +59,14 @@ class ModelConfig:
 class DataConfig:
     """Where the images come from, and timm's transforms; `batch_size` is images per update over all processes."""
 
-    # "folder", "fashion_mnist", "wds/" for WebDataset's shards, or a data set of timm's `create_dataset` whose images
-    # have numbers, as "torch/cifar10" or "hfds/NAME".
+    # "folder", "fashion_mnist", "typefaces", "wds/" for WebDataset's shards, or a data set of timm's `create_dataset`
+    # whose images have numbers, as "torch/cifar10" or "hfds/NAME".
     name: Annotated[str, SOMETHING] = "folder"
     # folder: holds one folder per split, which holds one folder per class, with images at any depth. fashion_mnist: the
-    # full IDX files. wds/: the shards. timm's: where the files are.
+    # full IDX files. typefaces: one folder of fonts per split. wds/: the shards. timm's: where the files are.
     root: Annotated[str | None, SOMETHING] = None
+    # Arguments of `Typefaces`, as data.kwargs.side=64.
+    kwargs: dict[str, Any] = field(default_factory=dict)
     train_split: Annotated[str, SOMETHING] = "train"
     # "val", "valid" and "validation" mean the same, as "train" and "training".
     val_split: Annotated[str, SOMETHING] = "val"
@@ -303,7 +306,8 @@ class Config:
             for parent in reversed(parents):
                 values = {parent: values}
             config = changed(config, values)
-            given.add(path)
+            # Of an argument in a key, the key.
+            given.add(".".join(path.split(".")[:2]))
         before = idle(self).keys() | given
         while left := idle(config).keys() - before:
             config = reset(config, left)
@@ -323,13 +327,12 @@ class Config:
         data = self.data
         check("data must describe timm's transforms: data.interpolation", OneOf(INTERPOLATIONS), data.interpolation)
         if not data.name.startswith((*NUMBERED, *STREAMS)):
-            check(
-                "data.name",
-                OneOf(("folder", "fashion_mnist", WDS, *(f"{prefix}NAME" for prefix in NUMBERED))),
-                data.name,
-            )
+            names = ("folder", "fashion_mnist", TYPEFACES, WDS, *(f"{prefix}NAME" for prefix in NUMBERED))
+            check("data.name", OneOf(names), data.name)
         if data.mixup_mode == "dirichlet" and data.cutmix > 0:
             raise ValueError(f"data.cutmix must be 0 with data.mixup_mode=dirichlet, got {data.cutmix}")
+        if data.name == TYPEFACES and data.root is None:
+            raise ValueError(f"data.root must name the folder of fonts for data.name={data.name}, got none")
         if data.name.startswith(("folder", "torch/", WDS)) and data.root is None:
             raise ValueError(f"data.root must name the folder of images for data.name={data.name}, got none")
         if self.parallel.enabled:

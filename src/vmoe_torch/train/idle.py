@@ -1,11 +1,12 @@
 """Keys that change nothing in a combination, and why: a run with a value of its own in one of them is refused."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from timm.optim import get_optimizer_info, list_optimizers
 
-from vmoe_torch.train.overrides import changed
+from vmoe_torch.data.typefaces import TYPEFACES
 
 
 def idle(config: Any) -> dict[str, str]:
@@ -24,7 +25,8 @@ def reset(config: Any, keys: set[str]) -> Any:
     """The configuration with the defaults of these keys."""
     for key in keys:
         section, name = key.split(".")
-        config = changed(config, {section: {name: value_at(type(config)(), key)}})
+        part = replace(getattr(config, section), **{name: value_at(type(config)(), key)})
+        config = replace(config, **{section: part})
     return config
 
 
@@ -66,6 +68,14 @@ def _combinations(config: Any) -> list[tuple[bool, str, str]]:
         (not model.pretrained and model.checkpoint is None, "without weights to begin with", "model.drop_head"),
         (model.checkpoint is not None, "with model.checkpoint, whose weights replace it", "model.pretrained"),
         (data.name == "fashion_mnist", "with data.name=fashion_mnist", "data.train_split data.val_split"),
+        (data.name != TYPEFACES, f"with data.name={data.name}", "data.kwargs"),
+        (
+            data.name == TYPEFACES,
+            "with data.name=typefaces, which has distortions of its own",
+            "data.scale data.ratio data.hflip data.color_jitter data.auto_augment data.random_erasing",
+        ),
+        # Drawn at the start; a font that cannot be read stops a run there.
+        (data.name == TYPEFACES, "with data.name=typefaces, which draws its images", "data.exif data.max_broken"),
         (data.workers == 0, "with data.workers=0", "data.prefetch"),
         (
             not data.augment,
