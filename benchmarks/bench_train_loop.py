@@ -112,7 +112,7 @@ def run_loop(
     own = loop._Run._updates
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(mock.patch.object(loop._Run, "_updates", lambda run: between(own(run))))
+        stack.enter_context(mock.patch.object(loop._Run, "_updates", lambda run, stop: between(own(run, stop))))
         if images is not None:
             data = Data(Synthetic(images, len(images) * (updates + 1)), Synthetic(images, len(images)), CLASSES)
             stack.enter_context(mock.patch.object(loop, "build_data", return_value=data))
