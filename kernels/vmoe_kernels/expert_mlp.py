@@ -4,6 +4,7 @@ The backward keeps x and the pre-activation only; everything else is recomputed.
 blocks, so that the activation works on data that is still in cache.
 
 Dims: E experts, R rows per expert, D width in, H hidden width, O width out.
+Over 400 lines: the twin, the CPU's two directions, the ops and the public function are one op's, in that order.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,7 @@
-"""The training loop: one process or torchrun's, CPU or CUDA, and exactly resumable after any update."""
+"""The training loop: one process or torchrun's, CPU or CUDA, and exactly resumable after any update.
+
+Over 400 lines: what a run builds, and the order in which it uses it, stand in one place.
+"""
 
 import contextlib
 import itertools
