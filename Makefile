@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(WORKERS),2)
 test: $(STAMP) lint
 	$(PYTEST) tests --ignore=tests/interpreter
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
-	$(BIN)/python -m benchmarks.compile_report --check --processes 2 > /dev/null
+	$(BIN)/python -m benchmarks.compile.report --check --processes 2 > /dev/null
 
 # Other people's tools on our models; `make test` runs these tests too.
 test-interop: $(STAMP)

@@ -44,7 +44,7 @@ setup(
     long_description=readme(tomllib.loads((HERE / "pyproject.toml").read_text())["project"]["urls"]["Repository"]),
     long_description_content_type="text/markdown",
     package_dir={"": "src", "vmoe_kernels": "kernels/vmoe_kernels"},
-    packages=[*find_packages("src"), "vmoe_kernels"],
+    packages=[*find_packages("src"), *find_packages("kernels")],
     package_data={"vmoe_torch": ["py.typed"], "vmoe_kernels": ["py.typed"], "vmoe_torch.data": ["fashion_mnist/*"]},
     cmdclass={"editable_wheel": StaticEditable},
 )

@@ -5,15 +5,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bars, bench_model, bench_moe_layer, bench_train_step, plots
-from benchmarks.bench_moe_layer import Bar, layer_table
-from benchmarks.protocol import exponent
-from benchmarks.results import as_dicts, environment, from_dicts, heading, machine_name, table, write
-from benchmarks.session import Session
+from benchmarks.harness import bars, plots
+from benchmarks.harness.protocol import exponent
+from benchmarks.harness.results import as_dicts, environment, from_dicts, heading, machine_name, table, write
+from benchmarks.harness.session import Session
+from benchmarks.layer import on_cpu as bench_moe_layer
+from benchmarks.layer.on_cpu import Bar, layer_table
+from benchmarks.models import speed as bench_model
+from benchmarks.models import train_step as bench_train_step
 
 CPU = torch.device("cpu")
 # The layer's own benchmark comes first and is left out here. Models are last, since compiling takes longest.
-SHARES = (("bench_scaling", 0.25), ("bench_ranks", 0.15), ("bench_train_step", 0.15), ("bench_model", 0.45))
+SHARES = (("models.scaling", 0.25), ("models.ranks", 0.15), ("models.train_step", 0.15), ("models.speed", 0.45))
 LAYER_SHARE = 0.15
 SECONDS_PER_VARIANT = 3.0
 MODEL_OPS = (bench_model.OP, bench_train_step.OP)

@@ -40,11 +40,11 @@ for step in "${steps[@]}"; do
     sanitize)
       # Without PyTorch's cache of memory, in which an access past a tensor's end still meets memory of the process.
       for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 run compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m benchmarks.sanitize
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 run compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m benchmarks.compile.sanitize
       done
       ;;
     report) run python3 -m benchmarks.report --folder "$folder" ;;
-    tune) run python3 -m benchmarks.tune --folder "$folder" ;;
+    tune) run python3 -m benchmarks.compile.tune --folder "$folder" ;;
     *)
       echo "STEP must be tests, sanitize, report or tune, got $step" >&2
       exit 2

@@ -15,25 +15,25 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bars
-from benchmarks.cases import LAYERS
-from benchmarks.predicted import write_predicted
-from benchmarks.results import RESULTS, as_dicts, environment, heading, machine_name, table, write
-from benchmarks.session import Session, first_line
+from benchmarks.compile.predicted import write_predicted
+from benchmarks.harness import bars
+from benchmarks.harness.cases import LAYERS
+from benchmarks.harness.results import RESULTS, as_dicts, environment, heading, machine_name, table, write
+from benchmarks.harness.session import Session, first_line
 
 # In this order, each until its share of the time is used up; what one leaves goes to the next. By name: models want
 # timm, which a machine with a GPU may lack, and the kernels do not.
 SHARES = (
-    ("ceilings", 0.05),
-    ("bench_slots", 0.10),
-    ("bench_gpu_layer", 0.36),
-    ("bench_model", 0.12),
-    ("bench_expert_mlp", 0.12),
-    ("bench_router", 0.05),
-    ("bench_dispatch", 0.05),
-    ("bench_combine", 0.05),
-    ("bench_train_step", 0.05),
-    ("bench_scaling", 0.05),
+    ("harness.ceilings", 0.05),
+    ("ops.slots", 0.10),
+    ("layer.on_gpu", 0.36),
+    ("models.speed", 0.12),
+    ("ops.expert_mlp", 0.12),
+    ("ops.router", 0.05),
+    ("ops.dispatch", 0.05),
+    ("ops.combine", 0.05),
+    ("models.train_step", 0.05),
+    ("models.scaling", 0.05),
 )
 QUICK = 2  # cases of LAYERS
 
@@ -47,7 +47,7 @@ def write_measured(session: Session, folder: Path, complete: bool = False) -> Pa
         "complete": complete,
         "seconds": session.elapsed,
         "bars": results,
-        "ceilings": session.ceilings,
+        "harness.ceilings": session.ceilings,
         "peak_memory": [
             {"case": case, "variant": variant, "bytes": peak} for (case, variant), peak in session.memory.items()
         ],
@@ -74,7 +74,7 @@ def write_measured(session: Session, folder: Path, complete: bool = False) -> Pa
 def write_plots(session: Session, folder: Path) -> None:
     """Draws what was measured; a machine without matplotlib has the numbers alone."""
     try:
-        from benchmarks import plots
+        from benchmarks.harness import plots
     except ImportError as error:
         session.note(f"no plots: {first_line(error)}")
     else:

@@ -66,6 +66,6 @@ def golden_noise(monkeypatch):
             return seen[key]
 
         # The package has a function of the module's name.
-        monkeypatch.setattr(sys.modules["vmoe_kernels.router"], "philox_normal", noise)
+        monkeypatch.setattr(sys.modules["vmoe_kernels.routing.router_op"], "philox_normal", noise)
 
     return use

@@ -16,8 +16,8 @@ from vmoe_torch.commands import eval as eval_command
 from vmoe_torch.commands.options import integers, numbers
 from vmoe_torch.data import FashionMnist
 from vmoe_torch.data.idx import write_idx
-from vmoe_torch.train.logs import EPOCH_COLUMNS
-from vmoe_torch.train.table import read_table
+from vmoe_torch.train.record.logs import EPOCH_COLUMNS
+from vmoe_torch.train.record.table import read_table
 
 MODEL = ("patch_size=14", "embed_dim=32", "depth=2", "num_heads=2", "mlp_ratio=1.0", "num_experts=4")
 

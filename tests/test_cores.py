@@ -10,7 +10,7 @@ import torch
 from vmoe_torch import cores
 from vmoe_torch.cores import COUNTS, WAITING, is_command, set_waiting, threads_beside
 from vmoe_torch.recipes import load_recipe
-from vmoe_torch.train.logs import Logs
+from vmoe_torch.train.record.logs import Logs
 
 FREE = {name: value for name, value in os.environ.items() if name not in (*WAITING, *COUNTS)}
 
@@ -89,8 +89,8 @@ def test_cores_obey_affinity_and_quota(tmp_path, monkeypatch):
         for name, content in files.items():
             (groups / folder / name).write_text(content)
         own.write_text(text)
-        assert cores.cores(groups, own) == expected, text
-    assert cores.cores(tmp_path, tmp_path / "none") == 8
+        assert cores.available_cores(groups, own) == expected, text
+    assert cores.available_cores(tmp_path, tmp_path / "none") == 8
 
 
 def test_command_says_what_it_chose(tmp_path):
@@ -99,7 +99,7 @@ def test_command_says_what_it_chose(tmp_path):
     command = [sys.executable, "-m", "vmoe_torch.cli", *run]
     done = subprocess.run(command, env=FREE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith(f"threads: {cores.cores()} on {cores.cores()} cores")
+    assert done.stderr.startswith(f"threads: {cores.available_cores()} on {cores.available_cores()} cores")
     assert "OMP_WAIT_POLICY=passive" in done.stderr
     set_by_user = {**FREE, "OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--resume"], env=set_by_user, capture_output=True, text=True)

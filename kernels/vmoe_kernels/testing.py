@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmoe_kernels.slots import assign_slots_reference
+from vmoe_kernels.routing.slots import assign_slots_reference
 
 ROUTINGS = ("random", "ties", "one_expert", "dropped")
 # (T, K, E, C, D): single elements, sizes that no tile divides, a group of 8 images of 197 tokens, the widths of V-MoE.

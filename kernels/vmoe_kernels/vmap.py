@@ -10,12 +10,12 @@ Dims: B samples; of one sample, T tokens, K choices, E experts, R rows of an exp
 import torch
 from torch import Tensor
 
-from vmoe_kernels.combine import _combine_op
-from vmoe_kernels.dispatch import _dispatch_op
-from vmoe_kernels.expert_mlp import _expert_mlp_op, wants_grad
-from vmoe_kernels.moe_mlp import _moe_mlp_op
-from vmoe_kernels.router import _router_op
-from vmoe_kernels.slots import _assign_slots_op
+from vmoe_kernels.experts.expert_mlp_op import _expert_mlp_op, wants_grad
+from vmoe_kernels.experts.moe_mlp_op import _moe_mlp_op
+from vmoe_kernels.routing.router_op import _router_op
+from vmoe_kernels.routing.slots import _assign_slots_op
+from vmoe_kernels.rows.combine_op import _combine_op
+from vmoe_kernels.rows.dispatch_op import _dispatch_op
 
 
 def _samples(tensor: Tensor | None, dim: int | None, count: int) -> Tensor | None:

@@ -29,13 +29,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from vmoe_torch.budget import set_budget
-    from vmoe_torch.checkpoints import upcycle
+    from vmoe_torch.models.upcycling import upcycle
 else:
 
     def __getattr__(name: str) -> Any:
         # Loaded when it is asked for: whatever reads files stays out of `import vmoe_torch`.
         if name == "upcycle":
-            from vmoe_torch.checkpoints import upcycle
+            from vmoe_torch.models.upcycling import upcycle
 
             return upcycle
         if name == "set_budget":

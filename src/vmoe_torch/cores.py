@@ -2,7 +2,7 @@
 
 Threads that wait by spinning, as OpenMP's do by default, hold the cores that the threads they wait for need, as soon
 as anything else runs: on two cores beside other jobs an update of the demo then takes ten times as long and more
-(benchmarks/bench_waiting.py). OpenMP reads its setting when it is loaded, with torch, so the package imports this
+(benchmarks/models/waiting.py). OpenMP reads its setting when it is loaded, with torch, so the package imports this
 module first. It acts in processes that are the `vmoe` command or the demo alone: others that import the package are
 their owners' to set up.
 """
@@ -48,7 +48,7 @@ def set_waiting(environ: MutableMapping[str, str]) -> bool:
     return True
 
 
-def cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+def available_cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Cores that this process may use: of its affinity, and within its control groups' quota.
 
     Args:
@@ -112,7 +112,7 @@ def share(workers: int) -> None:
     import torch
 
     if OURS and not any(name in os.environ for name in COUNTS):
-        torch.set_num_threads(threads_beside(workers, cores()))
+        torch.set_num_threads(threads_beside(workers, available_cores()))
 
 
 def told(workers: int) -> str | None:
@@ -126,7 +126,7 @@ def told(workers: int) -> str | None:
     beside = f" beside {workers} that load images" if workers else ""
     policy = next((f"{name}={os.environ[name]}" for name in WAITING if name in os.environ), "OpenMP's default")
     why = ": they sleep while they wait, so other jobs cost little" if CHOSEN else ", as the environment says"
-    return f"threads: {count}{who} on {cores()} cores{beside}; waiting: {policy}{why}"
+    return f"threads: {count}{who} on {available_cores()} cores{beside}; waiting: {policy}{why}"
 
 
 def _say_interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -24,7 +24,7 @@ from vmoe_torch.analyze import (
 from vmoe_torch.analyze.heatmaps import NAMED_CLASSES
 from vmoe_torch.analyze.patches import pictures_of
 from vmoe_torch.evaluate import Evaluation, Flops, RoutingSetting
-from vmoe_torch.style import flops_unit, layer_label, shorten
+from vmoe_torch.report.style import flops_unit, layer_label, shorten
 
 
 def test_capacity_curve_draws_every_evaluation(evaluations):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vmoe_kernels.launch import CompileCase
+from vmoe_kernels.common.launch import CompileCase
 
 
 @triton.jit

@@ -8,10 +8,10 @@ import timm
 import torch
 from PIL import Image
 
-from benchmarks import bench_budget
-from benchmarks.bench_budget import main
-from benchmarks.budget_report import figure, markdown, sentences
-from benchmarks.results import RESULTS
+from benchmarks.harness.results import RESULTS
+from benchmarks.studies import budget as bench_budget
+from benchmarks.studies.budget import main
+from benchmarks.studies.budget_report import figure, markdown, sentences
 from vmoe_torch.commands.sources import Source
 
 IMAGES = {"train": 12, "test": 16}

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks import bench_fashion_mnist
-from benchmarks.bench_fashion_mnist import execute, forward_flops, main, plan
-from benchmarks.fashion_mnist_report import differences, figure, grid, markdown, sentences
+from benchmarks.studies import fashion_mnist as bench_fashion_mnist
+from benchmarks.studies.fashion_mnist import execute, forward_flops, main, plan
+from benchmarks.studies.fashion_mnist_report import differences, figure, grid, markdown, sentences
 from vmoe_torch.data import FashionMnist
 from vmoe_torch.data.idx import write_idx
 from vmoe_torch.recipes import fashion_mnist_dense, load_recipe

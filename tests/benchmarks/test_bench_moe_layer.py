@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_moe_layer
-from benchmarks.bench_moe_layer import CPU_LAYER, make_layer, memory_bars, run_cpu, speed_bars, tokens
-from benchmarks.protocol import Samples
+from benchmarks.harness.protocol import Samples
+from benchmarks.layer import on_cpu as bench_moe_layer
+from benchmarks.layer.on_cpu import CPU_LAYER, make_layer, memory_bars, run_cpu, speed_bars, tokens
 
 SMALL = replace(CPU_LAYER, images=8, tokens_per_image=5, width=16, hidden=32)
 

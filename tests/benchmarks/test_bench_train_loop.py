@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_train_loop
-from benchmarks.bench_train_loop import CONFIG, OURS, check_loops, main, run, synthetic_images
+from benchmarks.models import train_loop as bench_train_loop
+from benchmarks.models.train_loop import CONFIG, OURS, check_loops, main, run, synthetic_images
 from vmoe_torch.train.step import Update
 
 CPU = torch.device("cpu")

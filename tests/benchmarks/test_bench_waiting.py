@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import bench_waiting
-from benchmarks.bench_waiting import BUSY, QUIET, VARIANTS, busy_cores, main, measured
+from benchmarks.models import waiting as bench_waiting
+from benchmarks.models.waiting import BUSY, QUIET, VARIANTS, busy_cores, main, measured
 
 
 def test_main_writes_both_files(tmp_path, monkeypatch, capsys):

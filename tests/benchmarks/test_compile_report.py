@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from benchmarks import compile_report
-from benchmarks.compile_report import blocks_per_sm, compile_case, staleness
+from benchmarks.compile import report as compile_report
+from benchmarks.compile.report import blocks_per_sm, compile_case, staleness
 from tests.benchmarks.example_kernels import COMPILE_CASES, product_case, sums_case
-from vmoe_kernels.launch import triton_version
+from vmoe_kernels.common.launch import triton_version
 
 CLEAN = compile_report.Compiled("k", 90, 4, 1, 64, 0, 0, 4096, 4, 0, 0, 0, 1, 0, True, 0, 0, 8)
 
@@ -80,7 +80,7 @@ def test_collect_rejects_duplicate_names_and_empty_files(monkeypatch):
     with pytest.raises(ValueError, match=r"must be unique, got 'product/bf16' twice"):
         compile_report.collect(["tests.benchmarks.example_kernels"] * 2)
     with pytest.raises(ValueError, match="must export COMPILE_CASES"):
-        compile_report.collect(["vmoe_kernels.launch"])
+        compile_report.collect(["vmoe_kernels.common.launch"])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_blocks_per_sm_takes_the_scarcest_resource(registers, shared, num_warps,
 
 def test_report_lists_every_config_and_goes_stale(tmp_path):
     folder = tmp_path / "deeper" / "reports"
-    assert staleness([CLEAN], folder) == ["reports holds no report; run python -m benchmarks.compile_report"]
+    assert staleness([CLEAN], folder) == ["reports holds no report; run python -m benchmarks.compile.report"]
     compile_report.write([CLEAN], folder)
     name = f"triton-{triton_version()}"
     content = json.loads((folder / f"{name}.json").read_text())
@@ -102,12 +102,12 @@ def test_report_lists_every_config_and_goes_stale(tmp_path):
     assert "| k | sm_90 | 4 | 1 | 64 | 0 | 0 | 4096 | 4 | 0 | 0 | 0 | 8 |" in (folder / f"{name}.md").read_text()
     assert staleness([CLEAN], folder) == []
     assert staleness([], folder) == [
-        f"k on sm_90 is gone but listed in {name}; run python -m benchmarks.compile_report with that version"
+        f"k on sm_90 is gone but listed in {name}; run python -m benchmarks.compile.report with that version"
     ]
     # The report of another version goes stale by itself.
     (folder / "triton-0.1.json").write_text(json.dumps({"rows": []}))
     assert staleness([CLEAN], folder) == [
-        "k on sm_90 is missing in triton-0.1; run python -m benchmarks.compile_report with that version"
+        "k on sm_90 is missing in triton-0.1; run python -m benchmarks.compile.report with that version"
     ]
 
 

@@ -6,11 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bars, bench_model, bench_moe_layer, bench_ranks, bench_scaling, cpu_report, pairs, protocol
-from benchmarks.bench_moe_layer import CPU_LAYER
-from benchmarks.pairs import TINY, check_compiled, check_models, make_models
-from benchmarks.protocol import Samples, exponent
-from benchmarks.session import Session
+from benchmarks import cpu_report
+from benchmarks.harness import bars, pairs, protocol
+from benchmarks.harness.pairs import TINY, check_compiled, check_models, make_models
+from benchmarks.harness.protocol import Samples, exponent
+from benchmarks.harness.session import Session
+from benchmarks.layer import on_cpu as bench_moe_layer
+from benchmarks.layer.on_cpu import CPU_LAYER
+from benchmarks.models import ranks as bench_ranks
+from benchmarks.models import scaling as bench_scaling
+from benchmarks.models import speed as bench_model
 
 CPU = torch.device("cpu")
 SMALL = replace(CPU_LAYER, images=8, tokens_per_image=16, group_images=2, width=64, hidden=32)

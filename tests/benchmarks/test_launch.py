@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vmoe_kernels import launch
-from vmoe_kernels.launch import ANY, Config, look_up, override, recording, register_table, size_bucket
+from vmoe_kernels.common import launch
+from vmoe_kernels.common.launch import ANY, Config, look_up, override, recording, register_table, size_bucket
 
 CPU = torch.device("cpu")
 FALLBACK, BUCKET, VERSION, DEVICE = (Config({"BLOCK": size}, num_warps=4) for size in (16, 32, 64, 128))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.protocol import Samples, measure, peak_cpu_memory, relative_error, require_close, with_gradients
+from benchmarks.harness.protocol import Samples, measure, peak_cpu_memory, relative_error, require_close, with_gradients
 
 CPU = torch.device("cpu")
 

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bars, bench_scaling, pairs, predicted, report, work
-from benchmarks.cases import LAYERS, Case
-from benchmarks.pairs import TINY
-from benchmarks.protocol import Samples
-from benchmarks.session import Session
+from benchmarks import report
+from benchmarks.compile import predicted
+from benchmarks.harness import bars, pairs, work
+from benchmarks.harness.cases import LAYERS, Case
+from benchmarks.harness.pairs import TINY
+from benchmarks.harness.protocol import Samples
+from benchmarks.harness.session import Session
+from benchmarks.models import scaling as bench_scaling
 
 CPU = torch.device("cpu")
 SMALL = Case(images=4, tokens_per_image=6, group_images=2, width=16, hidden=32, num_experts=4)

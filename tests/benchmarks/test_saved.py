@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.cases import LAYERS
-from benchmarks.saved import count_saved, saved_bytes
+from benchmarks.harness.cases import LAYERS
+from benchmarks.harness.saved import count_saved, saved_bytes
 
 
 def test_count_saved_takes_each_storage_once_and_no_weights():

@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import tune
-from vmoe_kernels import launch
-from vmoe_kernels.launch import ANY, Config
+from benchmarks.compile import tune
+from vmoe_kernels.common import launch
+from vmoe_kernels.common.launch import ANY, Config
 
 CPU = torch.device("cpu")
 SLOW, FAST, WRONG, BROKEN = (Config({"WAIT": wait}, num_warps=4) for wait in (0.004, 0.0, -1.0, -2.0))

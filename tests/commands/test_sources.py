@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import vmoe_torch
-from tests.checkpoints.test_golden_checkpoints import FOLDER
 from tests.conftest import golden_arrays, relative_error
+from tests.weights.test_golden_checkpoints import FOLDER
 from vmoe_torch.checkpoints import convert
 from vmoe_torch.commands.sources import open_images, open_model
 from vmoe_torch.data import FashionMnist

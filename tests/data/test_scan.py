@@ -10,7 +10,7 @@ from PIL import Image
 
 from vmoe_torch.commands.sources import Images
 from vmoe_torch.data import ImageFolder, NamedDataset, described
-from vmoe_torch.data import scan as scan_module
+from vmoe_torch.data import scanning as scan_module
 from vmoe_torch.data.folder import class_folders, find_split
 
 

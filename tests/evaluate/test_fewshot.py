@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vmoe_torch.evaluate import Task, fewshot, format_fewshot, write_fewshot
-from vmoe_torch.evaluate.fewshot import collect_features
 from vmoe_torch.evaluate.ridge import Ridge, shuffled_classes
+from vmoe_torch.evaluate.transfer import collect_features
 
 SIZE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_experts": 2}
 

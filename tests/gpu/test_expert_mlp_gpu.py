@@ -6,8 +6,11 @@ from functools import partial
 import pytest
 import torch
 
-from vmoe_kernels import expert_mlp, expert_mlp_reference, launch
-from vmoe_kernels.activations import FORWARD
+from vmoe_kernels import expert_mlp, expert_mlp_reference
+from vmoe_kernels.common import launch
+from vmoe_kernels.experts.activations import FORWARD
+from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS
+from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
 from vmoe_kernels.testing import (
     assert_graph_replays,
     assert_matches_eager,
@@ -16,8 +19,6 @@ from vmoe_kernels.testing import (
     outputs_and_gradients,
     poisoned_memory,
 )
-from vmoe_kernels.triton_expert_gemm import CUBLAS, LINEAR_OPS
-from vmoe_kernels.triton_expert_gradient import WEIGHT_OPS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from vmoe_kernels import launch, moe_mlp, moe_mlp_reference
+from vmoe_kernels import moe_mlp, moe_mlp_reference
+from vmoe_kernels.common import launch
+from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS
+from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
 from vmoe_kernels.testing import (
     ROUTINGS,
     assert_graph_replays,
@@ -17,8 +20,6 @@ from vmoe_kernels.testing import (
     outputs_and_gradients,
     poisoned_memory,
 )
-from vmoe_kernels.triton_expert_gemm import CUBLAS, LINEAR_OPS
-from vmoe_kernels.triton_expert_gradient import WEIGHT_OPS
 
 pytestmark = [
     pytest.mark.gpu,

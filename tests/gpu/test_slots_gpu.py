@@ -5,7 +5,7 @@ import torch
 
 import vmoe_kernels as vk
 from tests.routing_checks import check_slots, make_choices
-from vmoe_kernels.launch import Config, override
+from vmoe_kernels.common.launch import Config, override
 from vmoe_kernels.testing import forbidden_synchronisation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

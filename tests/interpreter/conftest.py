@@ -2,7 +2,7 @@
 
 import pytest
 
-from vmoe_kernels import _impl
+from vmoe_kernels.common import impl as _impl
 
 if not _impl.INTERPRET:
     pytest.exit("tests/interpreter needs TRITON_INTERPRET=1 in the environment (`make test` sets it)", returncode=4)

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from vmoe_kernels import combine, combine_reference, launch
+from vmoe_kernels import combine, combine_reference
+from vmoe_kernels.common import launch
+from vmoe_kernels.rows.triton_combine import (
+    PREDICTED_MICROSECONDS,
+    combine_backward_bytes,
+    combine_backward_triton,
+    combine_bytes,
+    combine_triton,
+)
+from vmoe_kernels.rows.triton_move import dispatch_backward_bytes, dispatch_bytes
 from vmoe_kernels.testing import (
     ROUTED_SHAPES,
     ROUTINGS,
@@ -16,14 +25,6 @@ from vmoe_kernels.testing import (
     outputs_and_gradients,
     poisoned_memory,
 )
-from vmoe_kernels.triton_combine import (
-    PREDICTED_MICROSECONDS,
-    combine_backward_bytes,
-    combine_backward_triton,
-    combine_bytes,
-    combine_triton,
-)
-from vmoe_kernels.triton_dispatch import dispatch_backward_bytes, dispatch_bytes
 
 TRITON = partial(combine, impl="triton")
 ODD = (13, 3, 5, 4, 48)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from vmoe_kernels import dispatch, dispatch_reference, launch
-from vmoe_kernels.dispatch import choice_of_row
+from vmoe_kernels import dispatch, dispatch_reference
+from vmoe_kernels.common import launch
+from vmoe_kernels.rows.dispatch_op import choice_of_row
+from vmoe_kernels.rows.triton_move import choice_of_row_triton, dispatch_backward_triton, dispatch_triton
 from vmoe_kernels.testing import (
     ROUTED_SHAPES,
     ROUTINGS,
@@ -17,7 +19,6 @@ from vmoe_kernels.testing import (
     outputs_and_gradients,
     poisoned_memory,
 )
-from vmoe_kernels.triton_dispatch import choice_of_row_triton, dispatch_backward_triton, dispatch_triton
 
 TRITON = partial(dispatch, impl="triton")
 ODD = (13, 3, 5, 4, 48)

@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from vmoe_kernels import expert_mlp, expert_mlp_reference, launch
-from vmoe_kernels.activations import FORWARD
-from vmoe_kernels.philox import _uniform, philox_bits
+from vmoe_kernels import expert_mlp, expert_mlp_reference
+from vmoe_kernels.common import launch
+from vmoe_kernels.common.philox import _uniform, philox_bits
+from vmoe_kernels.experts.activations import FORWARD
+from vmoe_kernels.experts.triton_expert_mlp import expert_mlp_backward_triton, expert_mlp_triton
+from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS, gemm_tile, weight_operand
+from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
 from vmoe_kernels.testing import (
     assert_compiles_and_exports,
     assert_matches_eager,
@@ -18,9 +22,6 @@ from vmoe_kernels.testing import (
     outputs_and_gradients,
     poisoned_memory,
 )
-from vmoe_kernels.triton_expert_gemm import CUBLAS, LINEAR_OPS, gemm_tile, weight_operand
-from vmoe_kernels.triton_expert_gradient import WEIGHT_OPS
-from vmoe_kernels.triton_expert_mlp import expert_mlp_backward_triton, expert_mlp_triton
 
 TRITON = partial(expert_mlp, impl="triton")
 GEMMS = (*LINEAR_OPS, "expert_d_hidden", *WEIGHT_OPS)
@@ -53,7 +54,7 @@ def philox_dropout(monkeypatch):
         bits, _ = philox_bits(seed + stream, rows * columns)
         return (_uniform(bits) >= drop).view(rows, columns)
 
-    monkeypatch.setattr(sys.modules["vmoe_kernels.expert_mlp"], "dropout_keep", keep)
+    monkeypatch.setattr(sys.modules["vmoe_kernels.experts.expert_mlp_op"], "dropout_keep", keep)
 
 
 @pytest.mark.parametrize("activation", FORWARD)

@@ -9,8 +9,12 @@ import torch
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmoe_kernels import launch, moe_mlp, moe_mlp_reference
-from vmoe_kernels.philox import _uniform, philox_bits
+from vmoe_kernels import moe_mlp, moe_mlp_reference
+from vmoe_kernels.common import launch
+from vmoe_kernels.common.philox import _uniform, philox_bits
+from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS
+from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
+from vmoe_kernels.experts.triton_moe_mlp import moe_mlp_backward_triton, moe_mlp_costs, moe_mlp_triton
 from vmoe_kernels.testing import (
     ROUTINGS,
     assert_compiles_and_exports,
@@ -20,9 +24,6 @@ from vmoe_kernels.testing import (
     outputs_and_gradients,
     poisoned_memory,
 )
-from vmoe_kernels.triton_expert_gemm import CUBLAS, LINEAR_OPS
-from vmoe_kernels.triton_expert_gradient import WEIGHT_OPS
-from vmoe_kernels.triton_moe_mlp import moe_mlp_backward_triton, moe_mlp_costs, moe_mlp_triton
 
 GEMMS = (*LINEAR_OPS, "expert_d_hidden", *WEIGHT_OPS)
 # (T, K, E, C, D)
@@ -113,7 +114,7 @@ def test_moe_mlp_drops_as_on_cuda(monkeypatch):
         bits, _ = philox_bits(seed + stream, rows * columns)
         return (_uniform(bits) >= drop).view(rows, columns)
 
-    monkeypatch.setattr(sys.modules["vmoe_kernels.expert_mlp"], "dropout_keep", keep)
+    monkeypatch.setattr(sys.modules["vmoe_kernels.experts.expert_mlp_op"], "dropout_keep", keep)
     assert_matches_eager(*_ops(ODD, drop=0.3, seed=torch.tensor(11)), _inputs("random", ODD), ulps=ULPS)
 
 

@@ -6,8 +6,8 @@ from torch.library import opcheck
 
 import vmoe_kernels as vk
 from tests.routing_checks import check_slots, make_choices
-from vmoe_kernels import triton_slots
-from vmoe_kernels.launch import Config, override
+from vmoe_kernels.common.launch import Config, override
+from vmoe_kernels.routing import triton_slots
 from vmoe_kernels.testing import poisoned_memory
 
 KINDS = ("random", "ties", "zeros", "one_expert", "nan", "negative")
@@ -117,9 +117,9 @@ def test_slots_write_every_choice(design):
 
 def test_slots_scan_counts_over_many_blocks(monkeypatch):
     # More blocks than the scan reads at once, and several parts of experts.
-    monkeypatch.setattr("vmoe_kernels.triton_slots_sort._BLOCK_ROWS", 2)
-    monkeypatch.setattr("vmoe_kernels.triton_slots_sort._BLOCK_E", 4)
-    monkeypatch.setattr("vmoe_kernels.triton_slots_sort._BLOCK_N", 16)
+    monkeypatch.setattr("vmoe_kernels.routing.triton_slots_sort._BLOCK_ROWS", 2)
+    monkeypatch.setattr("vmoe_kernels.routing.triton_slots_sort._BLOCK_E", 4)
+    monkeypatch.setattr("vmoe_kernels.routing.triton_slots_sort._BLOCK_N", 16)
     experts, gates = make_choices("ties", 150, 9, 2, "cpu")
     with override("slots", Config({"DESIGN": "sort"}, num_warps=4)):
         check_slots(experts, gates, _assign, **_options((150, 100, 9, 2, 15, 6)))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import vmoe_kernels as vk
-from vmoe_kernels import checks
+from vmoe_kernels.common import checks
 
 T, K, E, D, H = 6, 1, 3, 4, 5
 X, WEIGHT = torch.randn(T, D), torch.randn(E, D)

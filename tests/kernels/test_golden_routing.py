@@ -5,7 +5,7 @@ import torch
 
 import vmoe_kernels as vk
 from tests.conftest import golden_arrays, golden_cases, manifest, relative_error
-from vmoe_kernels.router import _top_experts
+from vmoe_kernels.routing.router_op import _top_experts
 
 CASES = golden_cases("routing", lambda config: "capacity" in config)
 FAILS = golden_cases("routing", lambda config: "capacity" not in config)

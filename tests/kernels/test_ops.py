@@ -77,7 +77,7 @@ def test_layer_equals_reference(size, batch_priority, noise_std):
 @pytest.mark.parametrize("save", [True, False])
 def test_blocks_of_rows_fit_their_memory(save, monkeypatch):
     # 13 rows are cut into blocks of 5, but the 8 or 9 that are filled make one block of 8 or two of 5.
-    monkeypatch.setattr(sys.modules["vmoe_kernels.expert_mlp"], "_BLOCK_FLOATS", 8 * 32)
+    monkeypatch.setattr(sys.modules["vmoe_kernels.experts.expert_mlp_op"], "_BLOCK_FLOATS", 8 * 32)
     inputs = _layer_inputs((40, 40, 16, 32, 4, 1, 1.3))
     results = []
     for impl in ("auto", "reference"):
@@ -95,7 +95,7 @@ def test_blocks_of_rows_fit_their_memory(save, monkeypatch):
 
 
 def test_no_block_exceeds_the_largest():
-    module = sys.modules["vmoe_kernels.expert_mlp"]
+    module = sys.modules["vmoe_kernels.experts.expert_mlp_op"]
     for hidden in (1, 2048, 3072, 1 << 21):
         for rows in (0, 1, 341, 342, 512, 513, 700, 864, 1025, 5000):
             blocks = list(module.row_blocks(rows, hidden))
@@ -218,7 +218,7 @@ def test_sum_priority_counts_all_gates():
 
 
 def test_noise_is_normal_and_reproducible():
-    from vmoe_kernels.philox import philox_normal
+    from vmoe_kernels.common.philox import philox_normal
 
     noise = philox_normal(torch.tensor(1234567890123), 200_000)
     assert abs(noise.mean().item()) < 0.01

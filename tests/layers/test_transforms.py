@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from tests.conftest import relative_error
-from vmoe_kernels._impl import use_reference
+from vmoe_kernels.common.impl import use_reference
 from vmoe_torch import auxiliary_loss
 from vmoe_torch.layers import MoeMlp, inject_auxiliary_loss
 

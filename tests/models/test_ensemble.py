@@ -7,8 +7,8 @@ import torch
 
 import vmoe_torch
 from vmoe_torch.checkpoints import convert, export_original, load_original, read_original, write_original
-from vmoe_torch.checkpoints.architecture import open_original
 from vmoe_torch.models import VMoE, VMoEEnsemble
+from vmoe_torch.models.architecture import open_original
 from vmoe_torch.models.ensemble import EnsembleMoeMlp, average_members
 
 TINY = {

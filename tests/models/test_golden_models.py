@@ -5,7 +5,7 @@ import torch
 
 import vmoe_torch
 from tests.conftest import golden_arrays, golden_cases, manifest, relative_error
-from vmoe_torch.models.weights import from_original
+from vmoe_torch.weights.names import from_original
 
 
 def _model(case, **kwargs):

@@ -7,7 +7,7 @@ import torch
 
 import vmoe_torch
 from tests.conftest import GOLDEN
-from vmoe_torch.models.weights import from_original
+from vmoe_torch.weights.names import from_original
 
 STATS = json.loads((GOLDEN / "init_stats.json").read_text())
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import vmoe_kernels
 import vmoe_torch
 from tests.parallel.processes import enter, run
-from tests.parallel.test_plan import Wire
+from tests.test_planning import Wire
 from vmoe_kernels import route
 from vmoe_torch.parallel import ExpertExchange, build_mesh, parallelize, shared_errors
 

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from vmoe_torch.parallel import RankError
-from vmoe_torch.parallel.meeting import _hello, _welcome
+from vmoe_torch.parallel.ranks.meeting import _hello, _welcome
 
 TIMEOUT = 30.0
 

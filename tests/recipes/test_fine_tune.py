@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.checkpoints.test_golden_checkpoints import FOLDER
+from tests.weights.test_golden_checkpoints import FOLDER
 from vmoe_torch.checkpoints import read_original
 from vmoe_torch.cli import main
-from vmoe_torch.train.table import read_table
+from vmoe_torch.train.record.table import read_table
 
 COLORS = {"blue": (60, 80, 160), "green": (70, 150, 80), "red": (170, 80, 70)}
 # The shape of the checkpoint's model, whose images had 32 x 32 pixels and 10 classes.

@@ -12,7 +12,7 @@ What a test needs decides who runs it:
 - default_cfgs works on the meta device: every model.
 - The pruning contract copies the model per block: models whose parameters, times the copies, are at most LIMIT.
 - Reference outputs on timm's hub (test_model_inference) exist for no model of ours.
-- Loading the released weights needs the network: tests/checkpoints does it from a server on loopback.
+- Loading the released weights needs the network: tests/weights does it from a server on loopback.
 - Every other test holds weights and gradients in float32, 8 bytes a parameter, and may hold a traced copy: models of
   at most LIMIT parameters, which is 4 GiB of weights and gradients, safe on a machine of 24 GB and done in minutes.
 Parameters are counted on the meta device. Who ran and who was left out, and why, is printed at the end.

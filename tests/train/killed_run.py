@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from vmoe_torch.parallel import ShardedCheckpoints, export_safetensors, join
 from vmoe_torch.train import Config, train
-from vmoe_torch.train.logs import Logs
+from vmoe_torch.train.record.logs import Logs
 
 
 def die(*_):

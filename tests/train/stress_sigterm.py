@@ -21,7 +21,7 @@ import numpy as np
 from tests.train.conftest import tiny_config
 from vmoe_torch.data.idx import write_idx
 from vmoe_torch.train import read_checkpoint
-from vmoe_torch.train.table import read_table
+from vmoe_torch.train.record.table import read_table
 
 PROGRAM = Path(__file__).with_name("stopped_run.py")
 # Seconds: until a run trains, until it has ended, and until its processes have told where they are.

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vmoe_torch.train.alarms import Alarms
 from vmoe_torch.train.config import AlarmsConfig
-from vmoe_torch.train.routing import LayerSample
+from vmoe_torch.train.record.alarms import Alarms
+from vmoe_torch.train.record.routing import LayerSample
 
 EVEN = LayerSample([0.25] * 4, [0.25] * 4, 0.0, 0.0, num_selected=2)
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vmoe_torch.train import loop, train
-from vmoe_torch.train.table import read_table
+from vmoe_torch.train.record.table import read_table
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 from vmoe_torch.data.loader import SeededDataset
 from vmoe_torch.train import read_checkpoint, train
 from vmoe_torch.train.loop import _Run
+from vmoe_torch.train.record.table import CsvTable, read_table
 from vmoe_torch.train.step import Update
-from vmoe_torch.train.table import CsvTable, read_table
 
 PROGRAM = Path(__file__).with_name("stopped_run.py")
 # README and docs tell users to give a run this long between SIGTERM and SIGKILL, beside the time that one update takes.

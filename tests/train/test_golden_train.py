@@ -7,12 +7,12 @@ from torch import nn
 
 from tests.conftest import golden_arrays, golden_cases, manifest, relative_error
 from vmoe_torch import VMoE, auxiliary_loss
-from vmoe_torch.models.weights import from_original
 from vmoe_torch.train import Config
 from vmoe_torch.train.build import build_loss
 from vmoe_torch.train.config import LossConfig, OptimConfig, ScheduleConfig
 from vmoe_torch.train.mixup import DirichletMixup, mix
 from vmoe_torch.train.optimizer import build_optimizer, build_schedule
+from vmoe_torch.weights.names import from_original
 
 TRAIN_STEPS = golden_cases("train", lambda config: "deterministic" in config)
 OPTIMIZERS = golden_cases("train", lambda config: config.get("name") in ("adam", "sgd"))

@@ -10,7 +10,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 from vmoe_torch.recipes import load_recipe
 from vmoe_torch.train import Config, build_model
 from vmoe_torch.train.config import SCHEDULES, OptimConfig, ScheduleConfig
-from vmoe_torch.train.idle import idle, value_at
+from vmoe_torch.train.idle_keys import idle, value_at
 from vmoe_torch.train.optimizer import build_optimizer, build_schedule
 
 BASE = Config().override("data.name=fashion_mnist")

@@ -11,7 +11,7 @@ from PIL import Image
 from vmoe_torch.train import build_data, load_model, train
 from vmoe_torch.train.build import check_alike
 from vmoe_torch.train.checkpoint import read_checkpoint
-from vmoe_torch.train.table import read_table
+from vmoe_torch.train.record.table import read_table
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from vmoe_torch.parallel import full_state_dict
 from vmoe_torch.train import load_model, train
-from vmoe_torch.train.processes import Processes
+from vmoe_torch.train.process_group import Processes
+from vmoe_torch.train.record.table import read_table
 from vmoe_torch.train.spread import EvenShares
 from vmoe_torch.train.step import Update
-from vmoe_torch.train.table import read_table
 from vmoe_torch.train.validation import validate
 
 PROGRAM = Path(__file__).with_name("killed_run.py")

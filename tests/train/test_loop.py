@@ -9,8 +9,8 @@ import torch
 
 from vmoe_torch.recipes import load_recipe
 from vmoe_torch.train import build_model, loop, read_checkpoint, train
+from vmoe_torch.train.record.table import read_table
 from vmoe_torch.train.step import Update
-from vmoe_torch.train.table import read_table
 
 
 def assert_same_weights(got, want):

@@ -8,8 +8,8 @@ from torch import nn
 
 from vmoe_torch.train import read_checkpoint, train
 from vmoe_torch.train.nonfinite import FiniteWatch, explain
+from vmoe_torch.train.record.table import read_table
 from vmoe_torch.train.step import Update
-from vmoe_torch.train.table import read_table
 
 
 def test_watch_keeps_the_first_update():

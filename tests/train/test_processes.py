@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vmoe_torch.train import train
-from vmoe_torch.train.processes import processes
+from vmoe_torch.train.process_group import processes
 
 PROGRAM = Path(__file__).with_name("two_processes.py")
 

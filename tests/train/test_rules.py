@@ -9,7 +9,7 @@ from typing import Union, get_args, get_origin
 import pytest
 
 from vmoe_torch.train import Config
-from vmoe_torch.train.idle import value_at
+from vmoe_torch.train.idle_keys import value_at
 from vmoe_torch.train.rules import Each, Matches, Number, OneOf, check, count, declared
 
 FIELDS = {path: (kind, rule) for path, kind, rule in declared(Config)}

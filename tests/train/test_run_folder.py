@@ -9,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.browser import browser_test, check_page
 from vmoe_torch.train import train
-from vmoe_torch.train.meter import Meter
-from vmoe_torch.train.summary import write_summary
-from vmoe_torch.train.table import CsvTable, read_table
+from vmoe_torch.train.record.meter import Meter
+from vmoe_torch.train.record.summary import write_summary
+from vmoe_torch.train.record.table import CsvTable, read_table
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from tests.checkpoints.test_golden_checkpoints import FOLDER
+from tests.weights.test_golden_checkpoints import FOLDER
 from vmoe_torch.checkpoints import convert, read_original
 from vmoe_torch.models.position import zoom_position
 from vmoe_torch.train import build_model, load_model, train

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from tests.parallel.processes import run
 from vmoe_torch.train import train
 from vmoe_torch.train.checkpoint import CheckpointFolder
-from vmoe_torch.train.disk import cannot_write
 from vmoe_torch.train.loop import _Run
+from vmoe_torch.train.record.disk import cannot_write
 from vmoe_torch.train.step import Update
 
 # Seconds, on a busy machine; those that wait for each other would take parallel.timeout.

@@ -7,7 +7,7 @@ from vmoe_torch.analyze.ablation import Ablation
 from vmoe_torch.analyze.curves import capacity_curve, router_ablation, selected_experts_curve
 from vmoe_torch.evaluate import Evaluation
 from vmoe_torch.report import Figure, Section, Table
-from vmoe_torch.style import flops_unit, layer_label, percent
+from vmoe_torch.report.style import flops_unit, layer_label, percent
 
 
 def by_setting(evaluations: Sequence[Evaluation]) -> dict[tuple[int | None, float], dict[bool, Evaluation]]:

@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from vmoe_torch.analyze.ablation import Ablation
 from vmoe_torch.analyze.lettering import Lettering
 from vmoe_torch.evaluate import Evaluation
-from vmoe_torch.style import BLUE, GREEN, GREY, ORANGE, flops_unit, layer_label
+from vmoe_torch.report.style import BLUE, GREEN, GREY, ORANGE, flops_unit, layer_label
 
 _STYLE = {True: (BLUE, "BPR", "o"), False: (ORANGE, "vanilla", "s"), None: (GREEN, "as trained", "D")}
 _DASHES = ("-", "--", ":", "-.")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vmoe_torch.analyze.lettering import Lettering
 from vmoe_torch.analyze.statistics import LayerRouting
-from vmoe_torch.style import HIDDEN, layer_label
+from vmoe_torch.report.style import HIDDEN, layer_label
 
 # Classes with a column and a name of their own; of more, the most specialised get a second map.
 NAMED_CLASSES = 24

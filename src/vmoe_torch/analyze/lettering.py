@@ -7,7 +7,7 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from PIL import ImageFont
 
 from vmoe_torch.data.names import shown
-from vmoe_torch.style import shorten
+from vmoe_torch.report.style import shorten
 
 
 class Lettering:

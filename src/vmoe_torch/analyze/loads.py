@@ -6,7 +6,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from vmoe_torch.analyze.statistics import LayerRouting
-from vmoe_torch.style import BLUE, GREY, ORANGE, layer_label
+from vmoe_torch.report.style import BLUE, GREY, ORANGE, layer_label
 
 
 def expert_loads(routings: dict[str, LayerRouting]) -> Canvas:

@@ -19,7 +19,7 @@ from vmoe_torch.analyze.lettering import Lettering
 from vmoe_torch.analyze.statistics import kept_choices_per_patch
 from vmoe_torch.control import moe_layers, routing
 from vmoe_torch.data import BrokenImageError
-from vmoe_torch.style import HIDDEN, shorten
+from vmoe_torch.report.style import HIDDEN, shorten
 
 # Vanilla first; what `batch_priority` is, and what it is called.
 ORDERS = ((False, "vanilla"), (True, "BPR"))

@@ -9,7 +9,7 @@ from vmoe_torch.analyze.patches import ORDERS, KeptPatches, kept_patches_animati
 from vmoe_torch.analyze.statistics import LayerRouting
 from vmoe_torch.data.names import shown
 from vmoe_torch.report import Figure, Section, Table
-from vmoe_torch.style import layer_label, percent
+from vmoe_torch.report.style import layer_label, percent
 
 # Layers whose kept patches are drawn; of more, evenly spread ones.
 MOST_GRIDS = 4

@@ -4,11 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from vmoe_torch.checkpoints import convert, export_original
 from vmoe_torch.commands.options import add_weights, keep, wants_average, writable
 from vmoe_torch.commands.sources import open_model
 from vmoe_torch.parallel import export_safetensors
 from vmoe_torch.train.rules import count
+from vmoe_torch.weights.conversion import convert, export_original
 
 
 def add(commands) -> None:

@@ -5,7 +5,7 @@ import argparse
 from vmoe_torch.commands.images import add_max_broken, tell, warn
 from vmoe_torch.commands.options import add_weights, integers, keep, progress, wants_average, writable
 from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, Source, open_images, open_model
-from vmoe_torch.evaluate.fewshot import SHOTS, Task, fewshot, format_fewshot, write_fewshot
+from vmoe_torch.evaluate.transfer import SHOTS, Task, fewshot, format_fewshot, write_fewshot
 from vmoe_torch.train.rules import DEVICE, count
 
 

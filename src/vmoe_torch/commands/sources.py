@@ -13,8 +13,6 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vmoe_torch.checkpoints.architecture import open_weights
-from vmoe_torch.checkpoints.sources import Weights, is_weights, read_weights
 from vmoe_torch.control import moe_layers
 from vmoe_torch.data import FashionMnist, ImageFolder, NamedDataset, TarShards, Typefaces, described
 from vmoe_torch.data.folder import class_folders
@@ -23,10 +21,12 @@ from vmoe_torch.data.named import NUMBERED, STREAMS, class_names_of
 from vmoe_torch.data.names import shown, some
 from vmoe_torch.data.shards import WDS
 from vmoe_torch.data.typefaces import TYPEFACES, are_characters
+from vmoe_torch.models.architecture import open_weights
 from vmoe_torch.models.description import description_of
 from vmoe_torch.train import Config, build_transforms
 from vmoe_torch.train.build import image_mode
 from vmoe_torch.train.checkpoint import FORMAT, model_of, write_atomically
+from vmoe_torch.weights.sources import Weights, is_weights, read_weights
 
 MODEL_HELP = (
     "run folder or checkpoint file of vmoe train or of timm's train.py, folder of timm's save_for_hf, file with a "

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from vmoe_torch.data.image import read_image
 from vmoe_torch.data.names import natural_key, shown, some
-from vmoe_torch.data.scan import scan, subfolders
+from vmoe_torch.data.scanning import scan, subfolders
 
 # What splits are called, whatever the case; names in a row mean the same split.
 TRAIN, VAL, TEST = ("train", "training"), ("val", "valid", "validation"), ("test",)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vmoe_torch.data.names import shown
-from vmoe_torch.data.scan import is_hidden
+from vmoe_torch.data.scanning import is_hidden
 
 SUFFIXES = (".ttf", ".otf", ".ttc", ".otc", ".pfb")
 # A code point that Unicode will never give a character: what a font draws for it is its sign for a missing glyph.

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from vmoe_torch.data.folder import EVALUATION, TEST, TRAIN, VAL
 from vmoe_torch.data.image import UNREADABLE, broken, converted, image_suffixes
 from vmoe_torch.data.names import shown, some
-from vmoe_torch.data.scan import is_hidden
+from vmoe_torch.data.scanning import is_hidden
 from vmoe_torch.data.tar import tar_files
 
 WDS = "wds/"

@@ -1,10 +1,10 @@
 """Evaluation of one set of weights: at many routing settings, with the FLOPs of each, and by few-shot transfer."""
 
 from vmoe_torch.evaluate.classification import Evaluation, evaluate
-from vmoe_torch.evaluate.fewshot import FewShot, Task, fewshot, format_fewshot, write_fewshot
 from vmoe_torch.evaluate.flops import Flops, count_flops, ptflops_hooks
 from vmoe_torch.evaluate.settings import RoutingSetting, setting_grid
 from vmoe_torch.evaluate.table import as_rows, format_table, write_csv, write_json
+from vmoe_torch.evaluate.transfer import FewShot, Task, fewshot, format_fewshot, write_fewshot
 
 __all__ = [
     "Evaluation",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from vmoe_kernels.transforms import carries_tangent, differentiating
+from vmoe_kernels.common.transforms import carries_tangent, differentiating
 from vmoe_torch.layers import loss_scale
 from vmoe_torch.layers.unfollowed import note_unfollowed
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vmoe_torch.layers.plain import plain
+from vmoe_torch.layers.quantised import plain
 
 
 class ExpertLinear(nn.Module):

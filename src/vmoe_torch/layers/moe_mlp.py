@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vmoe_kernels as kernels
-from vmoe_kernels.checks import check_flag, check_integer, check_number, check_selected
+from vmoe_kernels.common.checks import check_flag, check_integer, check_number, check_selected
 from vmoe_torch.layers import options as opt
 from vmoe_torch.layers import portable
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss

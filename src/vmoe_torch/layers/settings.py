@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from vmoe_kernels.activations import check_activation
-from vmoe_kernels.checks import check_integer
+from vmoe_kernels.common.checks import check_integer
+from vmoe_kernels.experts.activations import check_activation
 from vmoe_torch.layers.options import GroupSize
 
 GROUP_SIZES = {"batch": 0, "image": 1}

@@ -12,7 +12,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from vmoe_kernels.checks import check_integer
+from vmoe_kernels.common.checks import check_integer
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.models.options import MoeLayers, VMoEOptions
 from vmoe_torch.models.vmoe import VMoE, create_vmoe, parse_moe_layers, released_cfg

@@ -23,14 +23,14 @@ from timm.models import (
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from vmoe_kernels.checks import check_integer, check_number
+from vmoe_kernels.common.checks import check_integer, check_number
 from vmoe_torch.layers import ExpertLinear, MoeMlp
 from vmoe_torch.layers import options as opt
 from vmoe_torch.layers.choice import MODEL_KEY, ROUTING
 from vmoe_torch.models import description
-from vmoe_torch.models.adapt import checkpoint_filter_fn, load_original_npz
 from vmoe_torch.models.options import Layer, MoeLayers, PositionEmbedding, VisionTransformerOptions, WeightInit
 from vmoe_torch.models.position import TEMPERATURE, sincos2d
+from vmoe_torch.weights.adapt import checkpoint_filter_fn, load_original_npz
 
 __all__ = ["MoeBlock", "VMoE", "parse_moe_layers"]
 
@@ -312,7 +312,7 @@ class VMoE(vit.VisionTransformer):
             load_original_npz(self, checkpoint_path, prefix)
         else:
             # The only way up: what reads files is not loaded with the models.
-            from vmoe_torch.checkpoints import load_original
+            from vmoe_torch.weights.sources import load_original
 
             load_original(checkpoint_path, self)
 
@@ -466,7 +466,7 @@ def create_vmoe(variant: str, pretrained: bool = False, model_cls: type[VMoE] = 
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
         # timm would take the URL for that of a single file.
         if cfg.custom_load and cfg.url and not (cfg.file or cfg.state_dict or cfg.url.endswith(".npz")):
-            from vmoe_torch.checkpoints import cached_checkpoint
+            from vmoe_torch.weights.pretrained import cached_checkpoint
 
             overlay |= {"file": str(cached_checkpoint(cfg.url, kwargs.get("cache_dir"))), "custom_load": True}
             kwargs["pretrained_cfg_overlay"] = overlay

@@ -1,6 +1,6 @@
 """Expert parallelism, applied to a finished model from outside: DeviceMesh, DTensor, FSDP2, all-to-all."""
 
-from vmoe_torch.parallel.agreement import on_first, require_same
+from vmoe_torch.parallel.apply import parallelize, parameter_groups
 from vmoe_torch.parallel.checkpoint import (
     ShardedCheckpoints,
     export_safetensors,
@@ -10,12 +10,12 @@ from vmoe_torch.parallel.checkpoint import (
 )
 from vmoe_torch.parallel.clip import clip_grad_norm
 from vmoe_torch.parallel.exchange import ExpertExchange
-from vmoe_torch.parallel.failures import RankError, shared_errors
-from vmoe_torch.parallel.materialize import materialize
-from vmoe_torch.parallel.meeting import join, wait_for_all
 from vmoe_torch.parallel.mesh import build_mesh
-from vmoe_torch.parallel.parallelize import parallelize, parameter_groups
-from vmoe_torch.parallel.plan import GPUS, Plan, Settings, changes_that_fit, describe, plan
+from vmoe_torch.parallel.meta import materialize
+from vmoe_torch.parallel.ranks.agreement import on_first, require_same
+from vmoe_torch.parallel.ranks.failures import RankError, shared_errors
+from vmoe_torch.parallel.ranks.meeting import join, wait_for_all
+from vmoe_torch.planning import GPUS, Plan, Settings, changes_that_fit, describe, plan
 
 __all__ = [
     "GPUS",

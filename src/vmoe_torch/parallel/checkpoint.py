@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from vmoe_torch.layers.choice import FILE_KEY, metadata_of, restore_routing, with_metadata
-from vmoe_torch.parallel.agreement import on_first
 from vmoe_torch.parallel.mesh import group_timeout
+from vmoe_torch.parallel.ranks.agreement import on_first
 from vmoe_torch.parallel.writing import Writing, reason_of, writes
 
 _STATE, _COMPLETE = "state.pt", "complete.json"

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vmoe_torch.layers import MoeMlp
-from vmoe_torch.parallel.agreement import begin_same
 from vmoe_torch.parallel.mesh import group_timeout
+from vmoe_torch.parallel.ranks.agreement import begin_same
 
 # The exchange's splits are equal, and gradients are averaged over ranks.
 RULE = "must be the same on all ranks in every forward"

@@ -12,8 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from vmoe_torch.parallel.agreement import on_first
-from vmoe_torch.parallel.failures import list_ranks
+from vmoe_torch.parallel.ranks.agreement import on_first
+from vmoe_torch.parallel.ranks.failures import list_ranks
 
 
 @contextmanager

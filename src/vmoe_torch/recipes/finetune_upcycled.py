@@ -5,7 +5,7 @@ A dense run of your own: model.pretrained=false model.checkpoint=RUN, with the m
 Data: folders train/ and val/ with one folder per class each.
 Hardware: 8 GPUs; one does it with optim.accumulation=8.
 Cost: 10,000 updates of 1,024 images.
-Result: not yet run. At small scale, see benchmarks/bench_upcycle.py.
+Result: not yet run. At small scale, see benchmarks/studies/upcycle.py.
 """
 
 from vmoe_torch.recipes import finetune_in1k_384

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
-from vmoe_torch.checkpoints import upcycle
 from vmoe_torch.data import Distort, FashionMnist, ImageFolder, NamedDataset, TarShards, Typefaces, described
 from vmoe_torch.data import fashion_mnist as fm
 from vmoe_torch.data.folder import find_split
@@ -22,6 +21,7 @@ from vmoe_torch.data.names import shown, some
 from vmoe_torch.data.shards import WDS
 from vmoe_torch.data.typefaces import TYPEFACES
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.models.upcycling import upcycle
 from vmoe_torch.train.arguments import data_arguments, model_arguments, upcycle_arguments
 from vmoe_torch.train.config import Config, DataConfig, ModelConfig
 from vmoe_torch.train.mixup import DirichletMixup

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vmoe_torch.checkpoints.sources import RUN_FORMAT, read_weights
 from vmoe_torch.train.build import build_model
 from vmoe_torch.train.config import Config
-from vmoe_torch.train.disk import cannot_write
+from vmoe_torch.train.record.disk import cannot_write
+from vmoe_torch.weights.sources import RUN_FORMAT, read_weights
 
 FORMAT = RUN_FORMAT
 BEST = "best.pt"

@@ -16,7 +16,7 @@ from vmoe_torch.data.named import NUMBERED, STREAMS
 from vmoe_torch.data.shards import WDS
 from vmoe_torch.data.typefaces import TYPEFACES
 from vmoe_torch.train.arguments import suggestions
-from vmoe_torch.train.idle import check_idle, idle, reset
+from vmoe_torch.train.idle_keys import check_idle, idle, reset
 from vmoe_torch.train.overrides import Text, changed
 from vmoe_torch.train.rules import (
     DEVICE,

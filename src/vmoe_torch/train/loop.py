@@ -21,7 +21,6 @@ from tqdm import tqdm
 from vmoe_torch.data import EpochSampler, evaluation_loader, training_loader
 from vmoe_torch.data.loader import read_item
 from vmoe_torch.parallel import parameter_groups
-from vmoe_torch.train.alarms import Alarm, Alarms
 from vmoe_torch.train.build import (
     Data,
     build_data,
@@ -34,18 +33,19 @@ from vmoe_torch.train.build import (
 )
 from vmoe_torch.train.config import Config
 from vmoe_torch.train.determinism import deterministic, seed_everything
-from vmoe_torch.train.logs import ALARM_COLUMNS, Logs, check_writable
-from vmoe_torch.train.meter import Meter
 from vmoe_torch.train.nonfinite import NonFiniteError, explain, weights_not_finite
 from vmoe_torch.train.optimizer import build_optimizer, build_schedule
-from vmoe_torch.train.processes import Processes, processes
-from vmoe_torch.train.routing import sample_routing
+from vmoe_torch.train.process_group import Processes, processes
+from vmoe_torch.train.record.alarms import Alarm, Alarms
+from vmoe_torch.train.record.logs import ALARM_COLUMNS, Logs, check_writable
+from vmoe_torch.train.record.meter import Meter
+from vmoe_torch.train.record.routing import sample_routing
+from vmoe_torch.train.record.table import CsvTable
 from vmoe_torch.train.sigterm import StopSignals
 from vmoe_torch.train.spread import EvenShares, spread_model
 from vmoe_torch.train.start import build_starting_model
 from vmoe_torch.train.state import RunCheckpoints, RunState
 from vmoe_torch.train.step import Update
-from vmoe_torch.train.table import CsvTable
 from vmoe_torch.train.validation import validate
 
 
@@ -125,7 +125,7 @@ def _write_alarm(config: Config, alarm: Alarm) -> None:
     folder = Path(config.run.output)
     CsvTable(folder / "alarms.csv", ALARM_COLUMNS, alarm.update).add(vars(alarm))
     if config.run.summary:
-        from vmoe_torch.train.summary import write_summary
+        from vmoe_torch.train.record.summary import write_summary
 
         write_summary(folder)
 

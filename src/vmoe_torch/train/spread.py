@@ -5,7 +5,7 @@ from torch.utils.data import Dataset, Subset
 
 from vmoe_torch.parallel import build_mesh, materialize, parallelize
 from vmoe_torch.train.config import PRECISIONS, Config
-from vmoe_torch.train.processes import Processes
+from vmoe_torch.train.process_group import Processes
 
 
 def spread_model(model: nn.Module, config: Config, group: Processes) -> nn.Module:

@@ -7,14 +7,14 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
-from vmoe_torch.checkpoints import cached_checkpoint
-from vmoe_torch.checkpoints.convert import weights_of
-from vmoe_torch.checkpoints.sources import Weights, read_weights
-from vmoe_torch.models.adapt import load_adapted
 from vmoe_torch.models.vmoe import VMoE
 from vmoe_torch.train.build import create_model, upcycled
 from vmoe_torch.train.checkpoint import load_weights
 from vmoe_torch.train.config import ModelConfig
+from vmoe_torch.weights.adapt import load_adapted
+from vmoe_torch.weights.conversion import weights_of
+from vmoe_torch.weights.pretrained import cached_checkpoint
+from vmoe_torch.weights.sources import Weights, read_weights
 
 
 def build_starting_model(config: ModelConfig, num_classes: int) -> nn.Module:

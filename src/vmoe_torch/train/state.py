@@ -20,9 +20,9 @@ from vmoe_torch.train.checkpoint import (
 )
 from vmoe_torch.train.config import Config
 from vmoe_torch.train.determinism import seed_everything
-from vmoe_torch.train.meter import Meter
 from vmoe_torch.train.optimizer import build_optimizer
-from vmoe_torch.train.processes import Processes
+from vmoe_torch.train.process_group import Processes
+from vmoe_torch.train.record.meter import Meter
 
 
 @dataclass

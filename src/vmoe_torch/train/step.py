@@ -13,7 +13,7 @@ from vmoe_torch.parallel import clip_grad_norm
 from vmoe_torch.train.config import PRECISIONS, Config
 from vmoe_torch.train.mixup import DirichletMixup
 from vmoe_torch.train.nonfinite import FiniteWatch
-from vmoe_torch.train.processes import Processes
+from vmoe_torch.train.process_group import Processes
 from vmoe_torch.train.state import RunState
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vmoe_torch.data.loader import NO_LABEL, Batches
-from vmoe_torch.train.processes import Processes
+from vmoe_torch.train.process_group import Processes
 
 
 @torch.no_grad()

@@ -1,0 +1,290 @@
+"""Compiles every shipped kernel config for sm_80, sm_90 and sm_100 without a GPU, and reads what came out.
+
+    python -m benchmarks.compile.report            writes benchmarks/results/compile_report/triton-<version>.{json,md}
+    python -m benchmarks.compile.report --check    writes nothing; exit code 1 on any defect, or if a report is stale
+
+A defect is stack use, local-memory instructions (spills), more shared memory than the chip has, a matrix product
+without tensor-core instructions (a float32 product in full precision, "ieee", has none to use and is excepted), or a
+tensor descriptor that is not read by TMA. Each Triton file of vmoe_kernels exports the cases as COMPILE_CASES. Each
+Triton version has a report of its own.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+import vmoe_kernels
+from vmoe_kernels.common.launch import CompileCase, triton_version
+
+REPORTS = Path(__file__).parents[1] / "results" / "compile_report"
+# Bytes of shared memory a block may use, and a multiprocessor has (CUDA programming guide, compute capabilities).
+SHARED_PER_BLOCK = {80: 166_912, 90: 232_448, 100: 232_448}
+SHARED_PER_SM = {80: 167_936, 90: 233_472, 100: 233_472}
+SHARED_RESERVED_PER_BLOCK = 1024
+REGISTERS_PER_SM, WARPS_PER_SM, BLOCKS_PER_SM = 65_536, 64, 32
+TENSOR_MEMORY_COLUMNS = 512
+
+# Heading of a column to the field of Compiled it shows.
+COLUMNS = {
+    "warps": "num_warps",
+    "stages": "num_stages",
+    "registers": "registers",
+    "stack": "stack",
+    "local": "local",
+    "shared": "shared",
+    "wgmma": "wgmma",
+    "mma": "mma",
+    "tcgen05": "tcgen05",
+    "TMA": "tma",
+    "blocks/SM": "blocks_per_sm",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one config became on one chip."""
+
+    name: str
+    capability: int
+    num_warps: int
+    num_stages: int
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    local: int  # local-memory loads and stores in the machine code: spills, or arrays indexed at run time
+    shared: int  # bytes per block
+    wgmma: int  # instructions in the PTX
+    mma: int
+    tcgen05: int
+    tma: int  # loads by TMA in the PTX
+    dots: int  # matrix products in the source that tensor cores can do
+    ieee_dots: int  # float32 products in full precision
+    has_dot: bool
+    descriptors: int  # arguments that are tensor descriptors
+    tensor_memory: int  # columns of sm_100's tensor memory
+    blocks_per_sm: int  # resident at once
+
+    def problems(self) -> list[str]:
+        """Why this config must not ship; empty if it may."""
+        found = []
+        if self.stack:
+            found.append(f"uses {self.stack} bytes of stack")
+        if self.local:
+            found.append(f"spills: {self.local} local-memory instructions")
+        limit = SHARED_PER_BLOCK[self.capability]
+        if self.shared > limit:
+            found.append(f"needs {self.shared} bytes of shared memory, the chip has {limit}")
+        if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
+            found.append(f"needs {self.tensor_memory} tensor-memory columns, the chip has {TENSOR_MEMORY_COLUMNS}")
+        if self.dots and not self.wgmma + self.mma + self.tcgen05:
+            found.append("multiplies matrices without tensor-core instructions")
+        if self.dots and self.capability == 90 and not self.wgmma:
+            found.append("multiplies matrices without wgmma")
+        if self.descriptors and not self.tma:
+            found.append("reads a tensor descriptor without TMA")
+        if self.has_dot and not self.dots + self.ieee_dots:
+            found.append("is declared to multiply matrices and has no tl.dot")
+        if self.dots + self.ieee_dots and not self.has_dot:
+            found.append("has a tl.dot and is not declared to multiply matrices (has_dot)")
+        return [f"{self.name} on sm_{self.capability} {problem}" for problem in found]
+
+
+def triton_modules() -> list[str]:
+    """Names of the files of vmoe_kernels that hold Triton kernels."""
+    names = (module.name for module in pkgutil.walk_packages(vmoe_kernels.__path__, "vmoe_kernels."))
+    return sorted(name for name in names if name.rpartition(".")[2].startswith("triton_"))
+
+
+def collect(modules: list[str]) -> list[tuple[str, int, CompileCase]]:
+    """(module, index, case) of every case; a duplicate name or a file without cases is an error."""
+    found, names = [], set()
+    for module in modules:
+        cases = getattr(importlib.import_module(module), "COMPILE_CASES", None)
+        if not cases:
+            raise ValueError(f"{module} must export COMPILE_CASES, got {cases!r}")
+        for index, case in enumerate(cases):
+            if case.name in names:
+                raise ValueError(f"the name of a compile case must be unique, got {case.name!r} twice")
+            names.add(case.name)
+            found.append((module, index, case))
+    return found
+
+
+def compile_case(case: CompileCase, capability: int) -> Compiled:
+    """Compiles a case for a chip and reads the result.
+
+    Raises:
+        RuntimeError: under Triton's interpreter, which leaves nothing to compile.
+        ValueError: if the case names arguments that the kernel lacks, or lacks some that it has.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("kernels compile only where TRITON_INTERPRET is not set")
+    names = case.kernel.arg_names
+    given = {**case.signature, **case.constexprs}
+    if set(given) != set(names):
+        raise ValueError(f"{case.name}: signature and constexprs must name {sorted(names)}, got {sorted(given)}")
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in case.divisible]
+    source = ASTSource(
+        case.kernel,
+        signature,
+        dict(case.constexprs),
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.max_registers}
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, stack, local = machine_code(binary.asm["cubin"])
+    ptx, shared = binary.asm["ptx"], binary.metadata.shared
+    dots = re.findall(r"= tt\.dot(?:_scaled)? .*", binary.asm["ttir"])
+    ieee = [dot for dot in dots if "xf32> *" in dot and "inputPrecision" not in dot]
+    return Compiled(
+        name=case.name,
+        capability=capability,
+        num_warps=case.num_warps,
+        num_stages=case.num_stages,
+        registers=registers,
+        stack=stack,
+        local=local,
+        shared=shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma=ptx.count("mma.sync"),
+        tcgen05=ptx.count("tcgen05.mma"),
+        tma=ptx.count("cp.async.bulk.tensor"),
+        dots=len(dots) - len(ieee),
+        ieee_dots=len(ieee),
+        has_dot=case.has_dot,
+        descriptors=sum(kind.startswith("tensordesc") for kind in case.signature.values()),
+        tensor_memory=binary.metadata.tmem_size or 0,
+        # Warp-specialised kernels get more warps than they ask for.
+        blocks_per_sm=blocks_per_sm(capability, registers, shared, binary.metadata.num_warps),
+    )
+
+
+def machine_code(cubin: bytes) -> tuple[int, int, int]:
+    """Registers per thread, stack bytes per thread and local-memory instructions of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def read(option: str) -> str:
+            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage = read("-res-usage")
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump must report the registers of the kernel, got {usage!r}")
+        registers, stack, local = map(int, found.groups())
+        # Local memory lies in the stack frame; disassembling takes longer than compiling, so only where there is some.
+        code = read("-sass") if stack or local else ""
+    return registers, stack, len(re.findall(r"\b(?:LDL|STL)\b", code))
+
+
+def blocks_per_sm(capability: int, registers: int, shared: int, num_warps: int) -> int:
+    """Blocks that a multiprocessor holds at once; registers are handed out to warps in units of 256."""
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = REGISTERS_PER_SM // per_warp // num_warps
+    by_shared = SHARED_PER_SM[capability] // (shared + SHARED_RESERVED_PER_BLOCK)
+    return min(by_registers, by_shared, WARPS_PER_SM // num_warps, BLOCKS_PER_SM)
+
+
+def _compile_one(job: tuple[str, int, int]) -> Compiled:
+    module, index, capability = job
+    return compile_case(importlib.import_module(module).COMPILE_CASES[index], capability)
+
+
+def compile_all(modules: list[str], processes: int) -> list[Compiled]:
+    """Compiles every case of the modules for every chip it ships for."""
+    jobs = [(module, index, chip) for module, index, case in collect(modules) for chip in case.capabilities]
+    # Spawned, so that no worker inherits the threads of the parent's torch.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_compile_one, jobs))
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__.split("+")[0], "triton": triton.__version__}
+
+
+def markdown(rows: list[Compiled]) -> str:
+    """The report as a table, one row per config and chip."""
+    made = ", ".join(f"{name} {version}" for name, version in versions().items())
+    lines = [
+        "# Compile report",
+        "",
+        f"Written by `python -m benchmarks.compile.report` with {made}; no GPU was used. Registers and stack bytes are",
+        "per thread, shared memory and blocks per multiprocessor per block. Local counts local-memory instructions",
+        "(spills). wgmma, mma, tcgen05 and TMA count instructions in the PTX; a product marked ieee is float32 in full",
+        "precision, which has no tensor-core instruction.",
+        "",
+        f"| kernel, config | chip | {' | '.join(COLUMNS)} |",
+        "| --- " * (len(COLUMNS) + 2) + "|",
+    ]
+    for row in rows:
+        name = f"{row.name} (ieee)" if row.ieee_dots and not row.dots else row.name
+        values = " | ".join(str(getattr(row, field)) for field in COLUMNS.values())
+        lines.append(f"| {name} | sm_{row.capability} | {values} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(rows: list[Compiled], folder: Path = REPORTS) -> None:
+    """Writes the report of the installed Triton as JSON and Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"triton-{triton_version()}"
+    content = {"versions": versions(), "rows": [dataclasses.asdict(row) for row in rows]}
+    path.with_name(f"{path.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    path.with_name(f"{path.name}.md").write_text(markdown(rows))
+
+
+def staleness(rows: list[Compiled], folder: Path = REPORTS) -> list[str]:
+    """Whether a committed report lists other configs than there are; numbers may differ with Triton's version."""
+    now = {(row.name, row.capability) for row in rows}
+    files = sorted(folder.glob("triton-*.json"))
+    found = [] if files else [f"{folder.name} holds no report; run python -m benchmarks.compile.report"]
+    for file in files:
+        listed = {(row["name"], row["capability"]) for row in json.loads(file.read_text())["rows"]}
+        found += [
+            f"{name} on sm_{chip} {what} {file.stem}; run python -m benchmarks.compile.report with that version"
+            for what, keys in (("is missing in", now - listed), ("is gone but listed in", listed - now))
+            for name, chip in sorted(keys)
+        ]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail on any defect or a stale report")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument("modules", nargs="*", help="modules with COMPILE_CASES (default: all of vmoe_kernels)")
+    options = parser.parse_args(arguments)
+    rows = compile_all(options.modules or triton_modules(), options.processes)
+    problems = [problem for row in rows for problem in row.problems()]
+    if options.check:
+        problems += staleness(rows) if not options.modules else []
+    elif not options.modules:
+        write(rows)
+    else:
+        print(markdown(rows))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{len(rows)} compilations of {len({row.name for row in rows})} configs, {len(problems)} defects")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

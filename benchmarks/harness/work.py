@@ -1,0 +1,92 @@
+"""The fewest bytes and FLOPs of each op, and the time that a chip's ceilings allow for them.
+
+Inputs count as read once and outputs as written once; a matrix product counts 2 FLOPs per multiply-add.
+Dims: T tokens, K choices, D width, H hidden width, E experts, N rows of the expert buffer.
+"""
+
+from dataclasses import dataclass
+
+from benchmarks.harness.cases import Case
+
+# An H200's, for predictions: bf16 products at 8192^3 and a device-to-device copy, reads and writes counted.
+H200_MATMUL, H200_COPY = 790e12, 4.3e12
+INDEX_BYTES = 4  # int32, float32
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an op must do at least."""
+
+    bytes: int
+    flops: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+    def seconds(self, matmul: float = H200_MATMUL, copy: float = H200_COPY) -> float:
+        """The larger of both times: products and copies overlap."""
+        return max(self.bytes / copy, self.flops / matmul)
+
+
+def router(case: Case, element: int = 2) -> dict[str, Work]:
+    """x and the router weight in; logits, gates and experts out; the backward reads them and writes d_x."""
+    tokens, experts = case.num_tokens * case.width * element, case.num_experts * case.width * element
+    logits, chosen = case.num_tokens * case.num_experts * 4, case.num_tokens * case.num_selected * INDEX_BYTES
+    flops = 2 * case.num_tokens * case.width * case.num_experts
+    return {
+        "forward": Work(tokens + experts + logits + 2 * chosen, flops),
+        "backward": Work(2 * tokens + 2 * experts + logits + 2 * chosen, 2 * flops),
+    }
+
+
+def slots(case: Case) -> dict[str, Work]:
+    """Experts and one priority per token in, slots out."""
+    chosen = case.num_tokens * case.num_selected * INDEX_BYTES
+    return {"forward": Work(2 * chosen + case.num_tokens * 4)}
+
+
+def dispatch(case: Case, element: int = 2) -> dict[str, Work]:
+    """Tokens and slots in, the buffer out; the backward the other way round."""
+    tokens, buffer = case.num_tokens * case.width * element, case.num_rows * case.width * element
+    index = case.num_tokens * case.num_selected * INDEX_BYTES
+    return {"forward": Work(tokens + buffer + index), "backward": Work(tokens + buffer + index)}
+
+
+def combine(case: Case, element: int = 2) -> dict[str, Work]:
+    """Buffer, slots and gates in, tokens out; the backward reads d_y and the buffer, writes d_buffer and d_gates."""
+    tokens, buffer = case.num_tokens * case.width * element, case.num_rows * case.width * element
+    index = case.num_tokens * case.num_selected * INDEX_BYTES
+    return {"forward": Work(buffer + tokens + 2 * index), "backward": Work(tokens + 2 * buffer + 3 * index)}
+
+
+def expert_mlp(case: Case, element: int = 2) -> dict[str, Work]:
+    """Buffer and weights in, buffer out; training also writes the pre-activation and reads it again."""
+    buffer = case.num_rows * case.width * element
+    weights = 2 * case.num_experts * case.width * case.hidden * element
+    hidden = case.num_rows * case.hidden * element
+    forward = Work(2 * buffer + weights + 2 * hidden, case.mlp_flops)
+    # The backward makes d_hidden and the hidden activations again, and reads both twice.
+    backward = Work(3 * buffer + 2 * weights + hidden + 4 * hidden, 2 * case.mlp_flops)
+    return {"forward": forward, "both": forward + Work(hidden) + backward}
+
+
+def moe_layer(case: Case, element: int = 2) -> dict[str, Work]:
+    """Routing, and an expert MLP that gathers its tokens and whose outputs are combined."""
+    route, mlp = router(case, element), expert_mlp(case, element)
+    ends = {"forward": combine(case, element)["forward"]}
+    ends["both"] = ends["forward"] + combine(case, element)["backward"]
+    place = slots(case)["forward"]
+    return {
+        "forward": route["forward"] + place + mlp["forward"] + ends["forward"],
+        "both": route["forward"] + route["backward"] + place + mlp["both"] + ends["both"],
+    }
+
+
+OPS = {
+    "router": router,
+    "slots": slots,
+    "dispatch": dispatch,
+    "combine": combine,
+    "expert_mlp": expert_mlp,
+    "moe_layer": moe_layer,
+}

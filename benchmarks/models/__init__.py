@@ -1,0 +1,1 @@
+"""Whole models and the loop that trains them."""

@@ -1,0 +1,114 @@
+"""Which implementation answers a call: the registered op (Triton on CUDA, a fast loop on CPU) or the eager twin."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vmoe_kernels.common.checks import MAX_ROWS
+from vmoe_kernels.common.transforms import carries_tangent, differentiating
+
+IMPLS = ("auto", "triton", "reference")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Under Triton's interpreter the kernels run on CPU tensors, in place of the CPU implementations.
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def register_triton(op, launcher: Callable) -> None:
+    """Makes `launcher` the CUDA kernel of a custom op, and its CPU kernel under the interpreter."""
+
+    @functools.wraps(launcher)
+    def on_its_device(first: Tensor, *args):
+        # Triton launches on the current device, which need not be the tensors' own.
+        with torch.cuda.device(first.device):
+            return launcher(first, *args)
+
+    op.register_kernel("cuda")(on_its_device)
+    if INTERPRET:
+        op.register_kernel("cpu")(launcher)
+
+
+def use_reference(impl: str, x: Tensor, *others: Tensor | None) -> bool:
+    """Decides whether a call on `x` runs the eager twin; an explicit request never falls back in silence.
+
+    `others` are the remaining inputs that may be differentiated: what the registered ops cannot do is the twin's.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    if impl == "reference":
+        return True
+    if differentiating() or carries_tangent(x, *others):
+        if impl == "auto":
+            return True
+        raise ValueError(
+            f"impl must be 'reference' or 'auto' under forward-mode AD and torch.func's gradients, got {impl!r}"
+        )
+    on_triton = x.device.type == "cuda" or (INTERPRET and x.device.type == "cpu")
+    if impl == "triton":
+        if not HAS_TRITON or not on_triton:
+            raise ValueError(f"impl='triton' needs Triton and a CUDA tensor, got a tensor on {x.device}")
+        if x.dtype == torch.float64:
+            raise ValueError("impl='triton' takes float16, bfloat16 and float32, got float64")
+    if on_triton and INTERPRET and x.dtype == torch.bfloat16:
+        raise ValueError(
+            "dtype must be float16 or float32 under TRITON_INTERPRET=1, got bfloat16, with whose bits Triton's "
+            "interpreter computes as with integers; impl='reference' takes it"
+        )
+    if impl == "triton":
+        return False
+    return on_triton and (not HAS_TRITON or x.dtype == torch.float64)
+
+
+def no_autocast(fn: Callable) -> Callable:
+    """Runs an implementation as its dtypes say: an enclosing autocast would narrow its float32 accumulation."""
+
+    @functools.wraps(fn)
+    def wrapped(*args, **kwargs):
+        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device
+        if device.type not in ("cpu", "cuda"):
+            return fn(*args, **kwargs)
+        with torch.autocast(device.type, enabled=False):
+            return fn(*args, **kwargs)
+
+    return wrapped
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything narrower accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """All given tensors are floating point and on one device; the first one names the device."""
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        device = device or tensor.device
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device} like {next(iter(tensors))}, got {tensor.device}")
+
+
+def check_dtypes(x: Tensor, **tensors: Tensor | None) -> None:
+    """All given tensors have the dtype of `x`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name} must be {x.dtype} like x, got {tensor.dtype}")
+
+
+def check_slots(slots: Tensor, num_tokens: int, device: torch.device) -> None:
+    """Slots are (T, K) int32 on the device of the data."""
+    if slots.dtype != torch.int32:
+        raise ValueError(f"slots must be int32, got {slots.dtype}")
+    if slots.ndim != 2 or slots.shape[0] != num_tokens:
+        raise ValueError(f"slots must be (T, K) with T={num_tokens}, got {tuple(slots.shape)}")
+    if slots.device != device:
+        raise ValueError(f"slots must be on {device}, got {slots.device}")
+    if not torch.compiler.is_compiling() and slots.numel() >= MAX_ROWS:
+        raise ValueError(f"slots must hold fewer than 2**31 choices, got {slots.numel()}")

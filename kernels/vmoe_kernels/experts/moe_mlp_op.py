@@ -1,0 +1,301 @@
+"""The whole sparse MLP after routing: dispatch, expert MLP and combine in one op that never stores expert outputs.
+
+The gate's gradient is <d_y, output>; as output = hidden W2^T + b2, it is <d_y W2, hidden> + <d_y, b2>, and d_y W2 is
+needed anyway. So the op saves its inputs and the pre-activation, nothing else. On CPU it visits filled rows only.
+
+Dims: T tokens, K choices, E experts, R rows per expert, D width in, H hidden width, O width out.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vmoe_kernels.common.checks import check_integer, check_rows
+from vmoe_kernels.common.impl import (
+    HAS_TRITON,
+    accumulation_dtype,
+    check_dtypes,
+    check_floating,
+    check_slots,
+    no_autocast,
+    register_triton,
+    use_reference,
+)
+from vmoe_kernels.common.philox import dropout_keep
+from vmoe_kernels.common.transforms import differs_backward, twin_gradients
+from vmoe_kernels.experts.activations import check_activation
+from vmoe_kernels.experts.expert_mlp_op import (
+    ExpertGradients,
+    check_dropout,
+    check_expert_weights,
+    expert_mlp_reference,
+    fake_weight_gradients,
+    forward_rows,
+    gradient_blocks,
+    largest_block,
+    row_blocks,
+    wants_grad,
+    weights_of,
+)
+from vmoe_kernels.rows.combine_op import _nan_gates, combine_reference
+from vmoe_kernels.rows.dispatch_op import choice_of_row, dispatch_reference
+
+
+@no_autocast
+def moe_mlp_reference(
+    x: Tensor,
+    slots: Tensor,
+    gates: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    rows_per_expert: int,
+    activation: str = "gelu_tanh",
+    drop: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Eager twin of `moe_mlp`: the three twins, chained."""
+    num_experts = fc1_weight.shape[0]
+    buffer = dispatch_reference(x, slots, num_experts * rows_per_expert).view(num_experts, rows_per_expert, x.shape[1])
+    out = expert_mlp_reference(
+        buffer, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation, drop=drop, seed=seed
+    )
+    return combine_reference(out.flatten(0, 1), slots, gates)
+
+
+def _filled_rows(slots: Tensor, num_experts: int, rows_per_expert: int):
+    """Per expert: its filled rows and the flat choices that hold them, both int64."""
+    choices = choice_of_row(slots, num_experts * rows_per_expert).view(num_experts, rows_per_expert)
+    for e in range(num_experts):
+        rows = (choices[e] >= 0).nonzero().squeeze(1)
+        yield e, rows, choices[e, rows]
+
+
+@torch.library.custom_op("vmoe::moe_mlp", mutates_args=(), device_types="cpu")
+@no_autocast
+def _moe_mlp_op(
+    x: Tensor,
+    slots: Tensor,
+    gates: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    rows_per_expert: int,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    num_experts, width, _ = fc1_weight.shape
+    dtype = accumulation_dtype(x.dtype)
+    y = _nan_gates(gates.to(dtype), slots).expand(-1, fc2_weight.shape[1]).contiguous()
+    # Filled rows lie packed at the front of each expert's part; the rest is never touched.
+    pre = x.new_empty(num_experts, rows_per_expert if save else 0, width)
+    weight = gates.reshape(-1, 1).to(dtype)
+    largest = largest_block(rows_per_expert, width)
+    scratch = x.new_empty(1 if save else 2, largest, width)
+    inputs, outputs = x.new_empty(largest, x.shape[1]), x.new_empty(largest, y.shape[1])
+    for e, rows, choices in _filled_rows(slots, num_experts, rows_per_expert):
+        tokens = choices // slots.shape[1]
+        keep = dropout_keep(seed, e, (rows_per_expert, width), drop)[rows] if drop > 0 else None
+        for block in row_blocks(rows.numel(), width):
+            count = block.stop - block.start
+            x_rows, out, memory = inputs[:count], outputs[:count], scratch[:, :count]
+            torch.index_select(x, 0, tokens[block], out=x_rows)
+            forward_rows(
+                x_rows,
+                pre[e, block] if save else memory[1],
+                memory[0],
+                out,
+                weights_of(e, fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+                activation,
+                None if keep is None else keep[block],
+                drop,
+            )
+            y.index_add_(0, tokens[block], out.to(dtype).mul_(weight.index_select(0, choices[block])))
+    return y.to(x.dtype), pre
+
+
+@_moe_mlp_op.register_fake
+def _(x, slots, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows_per_expert, activation, drop, seed, save):
+    num_experts, hidden, _ = fc1_weight.shape
+    return (
+        x.new_empty((x.shape[0], fc2_weight.shape[1])),
+        x.new_empty((num_experts, rows_per_expert if save else 0, hidden)),
+    )
+
+
+@torch.library.custom_op("vmoe::moe_mlp_backward", mutates_args=(), device_types="cpu")
+@no_autocast
+def _moe_mlp_backward_op(
+    d_y: Tensor,
+    x: Tensor,
+    slots: Tensor,
+    gates: Tensor,
+    pre: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    rows_per_expert: int,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_experts, width, _ = fc1_weight.shape
+    gradients = ExpertGradients((fc1_weight, fc1_bias, fc2_weight, fc2_bias), activation, drop)
+    d_x = torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device)
+    d_gates = gates.new_zeros(gates.shape)
+    weight = gates.reshape(-1, 1).to(d_x.dtype)
+    for e, rows, choices in _filled_rows(slots, num_experts, rows_per_expert):
+        if rows.numel() == 0:
+            gradients.no_rows(e)
+        tokens = choices // slots.shape[1]
+        keep = dropout_keep(seed, e, (rows_per_expert, width), drop)[rows] if drop > 0 else None
+        for block in gradient_blocks(rows.numel(), width, x.dtype):
+            d_rows, d_gate = gradients.add_rows(
+                e,
+                block.start == 0,
+                x.index_select(0, tokens[block]),
+                pre[e, block],
+                d_y.index_select(0, tokens[block]),
+                weight.index_select(0, choices[block]),
+                None if keep is None else keep[block],
+            )
+            d_x.index_add_(0, tokens[block], d_rows.to(d_x.dtype))
+            d_gates.view(-1)[choices[block]] = d_gate.to(gates.dtype)
+    return (d_x.to(x.dtype), d_gates, *gradients.results())
+
+
+@_moe_mlp_backward_op.register_fake
+def _(d_y, x, slots, gates, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows_per_expert, activation, drop, seed):
+    return (
+        x.new_empty(x.shape),
+        gates.new_empty(gates.shape),
+        *fake_weight_gradients(fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, slots, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows_per_expert, activation, drop, seed, _ = inputs
+    ctx.save_for_backward(x, slots, gates, output[1], fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed)
+    ctx.mark_non_differentiable(output[1])
+    # Else autograd would fill a zero gradient of the size of the pre-activation.
+    ctx.set_materialize_grads(False)
+    ctx.rows_per_expert, ctx.activation, ctx.drop = rows_per_expert, activation, drop
+
+
+def _backward(ctx, d_y, _pre):
+    if d_y is None:
+        return (None,) * 12
+    x, slots, gates, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed = ctx.saved_tensors
+    if differs_backward():
+
+        def twin(x, gates, *weights):
+            settings = {"rows_per_expert": ctx.rows_per_expert, "activation": ctx.activation}
+            return moe_mlp_reference(x, slots, gates, *weights, **settings, drop=ctx.drop, seed=seed)
+
+        d_x, *others = twin_gradients(twin, (x, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias), (d_y,))
+        return (d_x, None, *others, None, None, None, None, None)
+    d_x, d_gates, d_fc1, d_b1, d_fc2, d_b2 = torch.ops.vmoe.moe_mlp_backward(
+        d_y.contiguous(),
+        x,
+        slots,
+        gates,
+        pre,
+        fc1_weight,
+        fc1_bias,
+        fc2_weight,
+        fc2_bias,
+        ctx.rows_per_expert,
+        ctx.activation,
+        ctx.drop,
+        seed,
+    )
+    d_b1 = None if fc1_bias is None else d_b1
+    d_b2 = None if fc2_bias is None else d_b2
+    return d_x, None, d_gates, d_fc1, d_b1, d_fc2, d_b2, None, None, None, None, None
+
+
+_moe_mlp_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.vmoe.moe_mlp)
+def _moe_mlp_flops(x_shape, slots_shape, gates_shape, fc1_shape, b1_shape, fc2_shape, b2_shape, rows, *_, **__) -> int:
+    """Matrix products at full capacity, as the paper counts: every row of every buffer."""
+    num_experts, hidden, width = fc1_shape
+    return 2 * num_experts * rows * hidden * (width + fc2_shape[1])
+
+
+@register_flop_formula(torch.ops.vmoe.moe_mlp_backward)
+def _moe_mlp_backward_flops(dy_shape, x_shape, slots, gates, pre_shape, fc1_shape, b1, fc2_shape, b2, rows, *_, **__):
+    num_experts, hidden, width = fc1_shape
+    return 4 * num_experts * rows * hidden * (width + fc2_shape[1])
+
+
+def moe_mlp(
+    x: Tensor,
+    slots: Tensor,
+    gates: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    rows_per_expert: int,
+    activation: str = "gelu_tanh",
+    drop: float = 0.0,
+    seed: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Sends tokens to their slots, runs every expert and sums each token's outputs by its gates.
+
+    Args:
+        x: (T, D) tokens.
+        slots: (T, K) int32 row of each choice in the (E * R) buffer, unique, or -1 where dropped.
+        gates: (T, K) weights, not renormalised over kept choices.
+        fc1_weight: (E, H, D).
+        fc1_bias: (E, H) or None.
+        fc2_weight: (E, O, H).
+        fc2_bias: (E, O) or None.
+        rows_per_expert: R, as `vmoe_kernels.rows_per_expert` gives it.
+        activation: "gelu", "gelu_tanh", "relu" or "silu".
+        drop: probability of dropping a hidden activation.
+        seed: 0-dim int64 key; needed with dropout.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        (T, O) in the dtype of `x`; tokens whose choices were all dropped are 0.
+
+    Raises:
+        ValueError: if shapes, dtypes, devices, the activation or the dropout are off.
+    """
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    check_floating(x=x, gates=gates, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
+    if x.ndim != 2:
+        raise ValueError(f"x must be (T, D), got {tuple(x.shape)}")
+    check_slots(slots, x.shape[0], x.device)
+    if gates.shape != slots.shape:
+        raise ValueError(f"gates must have the shape of slots {tuple(slots.shape)}, got {tuple(gates.shape)}")
+    check_dtypes(x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
+    check_expert_weights(x.shape[1], *weights)
+    rows_per_expert = check_integer("rows_per_expert", rows_per_expert, 0)
+    check_rows(fc1_weight.shape[0] * rows_per_expert)
+    check_activation(activation)
+    drop = check_dropout(drop, seed, x.device, rows_per_expert * fc1_weight.shape[1])
+    if use_reference(impl, x, gates, *weights):
+        return moe_mlp_reference(
+            x, slots, gates, *weights, rows_per_expert=rows_per_expert, activation=activation, drop=drop, seed=seed
+        )
+    save = wants_grad(x, gates, *weights)
+    return torch.ops.vmoe.moe_mlp(x, slots, gates, *weights, rows_per_expert, activation, drop, seed, save)[0]
+
+
+if HAS_TRITON:
+    from vmoe_kernels.experts.triton_moe_mlp import moe_mlp_backward_triton, moe_mlp_triton
+
+    register_triton(_moe_mlp_op, moe_mlp_triton)
+    register_triton(_moe_mlp_backward_op, moe_mlp_backward_triton)

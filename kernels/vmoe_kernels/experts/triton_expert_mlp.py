@@ -1,0 +1,261 @@
+"""Launchers of `expert_mlp` and its backward in Triton, and the sums over rows that complete the biases' gradients.
+
+Dims: E experts, R rows per expert, D width in, H hidden width, O width out, P partial sums, W columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmoe_kernels.common.impl import no_autocast
+from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table
+from vmoe_kernels.experts.triton_activation import compile_case
+from vmoe_kernels.experts.triton_epilogue import tile_rows
+from vmoe_kernels.experts.triton_gemm import Buffer, Rows, linear
+from vmoe_kernels.experts.triton_gradient import hidden_gradient, weight_gradient
+from vmoe_kernels.rows.triton_move import check_dtype
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _output_bias_kernel(
+    d_out_ptr,  # (T, O) where a map is given, else (E * R, O)
+    choices_ptr,  # (E * R,) int32, or None
+    gates_ptr,  # (T * K,) floating, or None
+    bias_ptr,  # (E, O), or None
+    row_dots_ptr,  # (E * R,) float32, or None
+    column_sums_ptr,  # (E, P, O) float32
+    num_rows,
+    O: tl.constexpr,  # noqa: E741
+    K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """A program owns BLOCK_ROWS rows of one expert: their <d_out, bias>, and the column sums of gate * d_out."""
+    row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
+    tile = tl.program_id(0).to(tl.int64)
+    expert = tile // row_tiles
+    place, count, choices = tile_rows(choices_ptr, expert, tile % row_tiles, num_rows, BLOCK_ROWS)
+    held = choices >= 0
+    rows = tl.arange(0, BLOCK_ROWS)
+    if choices_ptr is None:
+        sources = place + rows
+    else:
+        sources = (choices // K).to(tl.int64)
+    row_dots = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for start in range(0, O, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        mask = held[:, None] & (cols < O)[None, :]
+        d_out = tl.load(d_out_ptr + sources[:, None] * O + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        if row_dots_ptr is not None:
+            bias = tl.load(bias_ptr + expert * O + cols, mask=cols < O, other=0.0).to(tl.float32)
+            row_dots += tl.sum(d_out * bias[None, :], 1)
+        if gates_ptr is not None:
+            d_out *= tl.load(gates_ptr + choices, mask=held, other=0.0).to(tl.float32)[:, None]
+        tl.store(column_sums_ptr + tile * O + cols, tl.sum(d_out, 0), mask=cols < O)
+    if row_dots_ptr is not None:
+        tl.store(row_dots_ptr + place + rows, row_dots, mask=rows < count)
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def _sum_parts_kernel(
+    parts_ptr,  # (E, P, W) float32
+    out_ptr,  # (E, W)
+    num_parts,
+    WIDTH: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """A program owns BLOCK_COLS columns of one expert, and adds up their parts in order."""
+    col_tiles: tl.constexpr = (WIDTH + BLOCK_COLS - 1) // BLOCK_COLS
+    expert = tl.program_id(0).to(tl.int64) // col_tiles
+    cols = tl.program_id(0) % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    parts_ptr += expert * num_parts * WIDTH
+    total = tl.zeros((BLOCK_PARTS, BLOCK_COLS), tl.float32)
+    for start in range(0, num_parts, BLOCK_PARTS):
+        parts = start + tl.arange(0, BLOCK_PARTS)
+        mask = (parts < num_parts)[:, None] & (cols < WIDTH)[None, :]
+        total += tl.load(parts_ptr + parts[:, None] * WIDTH + cols[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + expert * WIDTH + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=cols < WIDTH)
+
+
+# Predicted, nothing was measured yet: 32 rows make 784 programs at 25,088 rows; 256 columns of float32 would spill on
+# sm_100.
+register_table("output_bias", {(ANY, ANY, ANY): Config({"BLOCK_ROWS": 32, "BLOCK_COLS": 128}, num_warps=4)})
+register_table("sum_parts", {(ANY, ANY, ANY): Config({"BLOCK_PARTS": 32, "BLOCK_COLS": 64}, num_warps=4)})
+
+
+def output_bias_gradient(d_out: Rows, gates: Tensor | None, bias: Tensor, row_dots: Tensor | None) -> Tensor:
+    """Gradient of the second bias, and the bias's share of the gates' gradients.
+
+    Args:
+        d_out: rows of O columns.
+        gates: (T, K) weights of the choices, or None for 1.
+        bias: (E, O).
+        row_dots: (E * R,) float32, which is filled with <d_out, bias>, or None.
+
+    Returns:
+        (E, O), the sum of gate * d_out over the rows that hold something.
+    """
+    buffer, width = d_out.buffer, bias.shape[1]
+    config = look_up("output_bias", bias.device)
+    row_tiles = triton.cdiv(buffer.rows, config.constexprs["BLOCK_ROWS"])
+    column_sums = bias.new_empty(buffer.num_experts, row_tiles, width, dtype=torch.float32)
+    if buffer.num_experts * row_tiles > 0:
+        _output_bias_kernel[(buffer.num_experts * row_tiles,)](
+            d_out.data, buffer.choices, gates, bias, row_dots, column_sums, buffer.rows,
+            O=width, K=buffer.num_choices, **config.kwargs(),
+        )  # fmt: skip
+    return sum_parts(column_sums, bias.dtype)
+
+
+def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Adds up (E, P, W) float32 over P, in one order; (E, W) in dtype."""
+    num_experts, num_parts, width = parts.shape
+    out = parts.new_empty(num_experts, width, dtype=dtype)
+    config = look_up("sum_parts", parts.device)
+    tiles = num_experts * triton.cdiv(width, config.constexprs["BLOCK_COLS"])
+    if tiles > 0:
+        _sum_parts_kernel[(tiles,)](parts, out, num_parts, WIDTH=width, **config.kwargs())
+    return out
+
+
+def check_sizes(rows: int, hidden: int, drop: float) -> None:
+    """The random stream of an expert counts its hidden activations in 32 bits."""
+    if drop > 0 and rows * hidden >= 2**32:
+        raise ValueError(f"drop > 0 needs fewer than 2**32 hidden activations per expert, got {rows} * {hidden}")
+
+
+@no_autocast
+def expert_mlp_triton(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launcher of `vmoe::expert_mlp`."""
+    check_dtype("x", x)
+    num_experts, rows, _ = x.shape
+    width = fc1_weight.shape[1]
+    check_sizes(rows, width, drop)
+    return run_experts(
+        Rows(x.contiguous(), Buffer(num_experts, rows)),
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed, save,
+    )  # fmt: skip
+
+
+def run_experts(
+    x: Rows,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Both GEMMs: the outputs (E, R, O) and the pre-activation (E, R, H), or (E, 0, H) unless saved."""
+    hidden, pre = linear(
+        "expert_up", x, fc1_weight.contiguous(), contiguous(fc1_bias),
+        activation=activation, drop=drop, seed=seed, save=save,
+    )  # fmt: skip
+    if pre is None:
+        pre = hidden.new_empty(hidden.shape[0], 0, hidden.shape[2])
+    out, _ = linear("expert_down", Rows(hidden, x.buffer), fc2_weight.contiguous(), contiguous(fc2_bias))
+    return out, pre
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """A bias as the kernels read it."""
+    return None if tensor is None else tensor.contiguous()
+
+
+@no_autocast
+def expert_mlp_backward_triton(
+    d_out: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launcher of `vmoe::expert_mlp_backward`."""
+    check_dtype("x", x)
+    buffer = Buffer(*x.shape[:2])
+    d_out, x = Rows(d_out.contiguous(), buffer), Rows(x.contiguous(), buffer)
+    d_x, weights, _ = experts_backward(
+        d_out, x, pre, None, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed
+    )
+    return d_x, *weights
+
+
+def experts_backward(
+    d_out: Rows,
+    x: Rows,
+    pre: Tensor,
+    gates: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """Backward of `run_experts`, and of the gated sum of its outputs where gates are given.
+
+    Returns:
+        The gradient of the rows of x (E, R, D), undefined in empty rows; the gradients of fc1 weight and bias, fc2
+        weight and bias, empty where a bias is absent; and, with gates, float32 parts (P, E * R) and (E * R,) that add
+        up to the gradient of the gate of each row, the second from the bias, None where there is none.
+    """
+    buffer = x.buffer
+    d_pre, gated, row_dots, column_sums = hidden_gradient(
+        d_out, fc2_weight.contiguous(), pre.contiguous(), contiguous(gates),
+        biased=fc1_bias is not None, activation=activation, drop=drop, seed=seed,
+    )  # fmt: skip
+    bias_dots, d_fc2_bias = None, fc2_weight.new_empty(0)
+    if fc2_bias is not None:
+        bias_dots = None if row_dots is None else row_dots.new_empty(row_dots.shape[1])
+        d_fc2_bias = output_bias_gradient(d_out, contiguous(gates), fc2_bias.contiguous(), bias_dots)
+    d_fc1_bias = fc1_weight.new_empty(0) if column_sums is None else sum_parts(column_sums, fc1_weight.dtype)
+    gated, d_pre = Rows(gated, buffer), Rows(d_pre, buffer)
+    d_fc2 = weight_gradient("expert_d_fc2", d_out, gated)
+    d_fc1 = weight_gradient("expert_d_fc1", d_pre, x)
+    d_x, _ = linear("expert_d_rows", d_pre, fc1_weight.contiguous(), None, transposed=True)
+    return d_x, (d_fc1, d_fc1_bias, d_fc2, d_fc2_bias), (row_dots, bias_dots)
+
+
+def _compile_cases() -> list[CompileCase]:
+    cases = []
+    sum_config, bias_config = (look_up(op, torch.device("cpu")) for op in ("sum_parts", "output_bias"))
+    for dtype in ("bf16", "fp32"):
+        pointer = f"*{dtype}"
+        for width, routed in ((768, True), (1280, False)):
+            arguments = {
+                "d_out_ptr": pointer,
+                "choices_ptr": "*i32" if routed else None,
+                "gates_ptr": "*fp32" if routed else None,
+                "bias_ptr": pointer,
+                "row_dots_ptr": "*fp32" if routed else None,
+                "column_sums_ptr": "*fp32",
+                "num_rows": "i32",
+            }
+            name = f"output_bias/{'routed' if routed else 'unrouted'}/{dtype}/O{width}"
+            cases.append(compile_case(name, _output_bias_kernel, arguments, {"O": width, "K": 2}, bias_config))
+        arguments = {"parts_ptr": "*fp32", "out_ptr": pointer, "num_parts": "i32"}
+        cases.append(compile_case(f"sum_parts/{dtype}", _sum_parts_kernel, arguments, {"WIDTH": 3072}, sum_config))
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

@@ -1,0 +1,409 @@
+"""Triton GEMMs over the rows of every expert, with the work around them in the epilogue, or cuBLAS where it is chosen.
+
+Rows come from the experts' buffers as they lie, or straight from the tokens that hold them; rows that no choice holds
+are neither read nor written, and a tile without any costs a load of its map. Weights come by pointers or, if a config
+says so, by descriptors (TMA on chips that have it), which take no registers for addresses.
+
+Dims: E experts, R rows per expert, T tokens, K choices per token, IN and OUT columns of a GEMM.
+Over 400 lines: a kernel stands in one file with its launch table and its compile cases, candidates included.
+"""
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
+from vmoe_kernels.experts.triton_activation import activation_after_gemm, compile_case
+from vmoe_kernels.experts.triton_epilogue import store_hidden, tile_mask, tile_rows
+from vmoe_kernels.rows.triton_move import dispatch_triton
+
+
+@triton.jit
+def tile_of(tile, row_tiles, COL_TILES: tl.constexpr, GROUP_ROWS: tl.constexpr):
+    """Expert, row tile and column tile of a tile: GROUP_ROWS row tiles share the columns' weights while in L2."""
+    expert = tile // (row_tiles * COL_TILES)
+    tile %= row_tiles * COL_TILES
+    first = tile // (GROUP_ROWS * COL_TILES) * GROUP_ROWS
+    size = tl.minimum(row_tiles - first, GROUP_ROWS)
+    tile %= GROUP_ROWS * COL_TILES
+    return expert, first + tile % size, tile // size
+
+
+@triton.jit
+def product(
+    x_ptr,  # (any, IN)
+    sources,  # (BLOCK_ROWS,) rows of x
+    held,  # (BLOCK_ROWS,) bool
+    weight,  # (E, OUT, IN), or (E, IN, OUT) if TRANSPOSED: a pointer, or a descriptor if TMA
+    expert,
+    first_col,
+    end,  # IN, or 0 to skip the tile
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """A (BLOCK_ROWS, BLOCK_COLS) tile of x @ weight^T (x @ weight if TRANSPOSED) in float32."""
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    cols = first_col + tl.arange(0, BLOCK_COLS)
+    for start in range(0, end, BLOCK_IN):
+        inner = start + tl.arange(0, BLOCK_IN)
+        x_mask = tile_mask(held, inner, IN, BLOCK_IN)
+        x = tl.load(x_ptr + sources[:, None] * IN + inner[None, :], mask=x_mask, other=0.0)
+        if TMA:
+            # A descriptor ends with the expert's own matrix and gives 0 past it.
+            if TRANSPOSED:
+                w = weight.load([expert.to(tl.int32), start, first_col]).reshape(BLOCK_IN, BLOCK_COLS)
+            else:
+                w = weight.load([expert.to(tl.int32), first_col, start]).reshape(BLOCK_COLS, BLOCK_IN).trans(1, 0)
+        else:
+            if TRANSPOSED:
+                offsets = inner[:, None] * OUT + cols[None, :]
+            else:
+                offsets = inner[:, None] + cols[None, :] * IN
+            weight_ptr = weight + expert * (IN * OUT)
+            if IN % BLOCK_IN == 0 and OUT % BLOCK_COLS == 0:
+                w = tl.load(weight_ptr + offsets)
+            else:
+                w = tl.load(weight_ptr + offsets, mask=(inner < IN)[:, None] & (cols < OUT)[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["num_experts", "num_rows"])
+def _linear_kernel(
+    x_ptr,  # (T, IN) if GATHER, else (E * R, IN)
+    choices_ptr,  # (E * R,) int32, or None
+    weight,  # (E, OUT, IN), or (E, IN, OUT) if TRANSPOSED: a pointer, or a descriptor if TMA
+    bias_ptr,  # (E, OUT), or None
+    pre_ptr,  # (E * R, OUT), or None
+    out_ptr,  # (E * R, OUT)
+    seed_ptr,  # () int64, or None
+    drop,
+    num_experts,
+    num_rows,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    K: tl.constexpr,
+    GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """A program owns whole (BLOCK_ROWS, BLOCK_COLS) tiles of out, one, or every so many if PERSISTENT."""
+    col_tiles: tl.constexpr = (OUT + BLOCK_COLS - 1) // BLOCK_COLS
+    row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
+    num_tiles = num_experts * row_tiles * col_tiles
+    first = tl.program_id(0)
+    step = num_tiles
+    if PERSISTENT:
+        step = tl.num_programs(0)
+    for tile in tl.range(first, num_tiles, step, flatten=PERSISTENT):
+        expert, tile_row, tile_col = tile_of(tile, row_tiles, col_tiles, GROUP_ROWS)
+        expert = expert.to(tl.int64)
+        place, _, choices = tile_rows(choices_ptr, expert, tile_row, num_rows, BLOCK_ROWS)
+        held = choices >= 0
+        if GATHER:
+            x_tile_ptr, sources = x_ptr, (choices // K).to(tl.int64)
+        else:
+            x_tile_ptr, sources = x_ptr + place * IN, tl.arange(0, BLOCK_ROWS)
+        end = IN
+        if choices_ptr is not None:
+            end = IN * tl.max(held.to(tl.int32), 0)
+        start = tile_col * BLOCK_COLS
+        acc = product(
+            x_tile_ptr, sources, held, weight, expert, start, end,
+            IN, OUT, TRANSPOSED, TMA, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN,
+        )  # fmt: skip
+        store_hidden(
+            acc, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, expert, place, num_rows, held,
+            start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS, BLOCK_COLS,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Which rows of the experts' buffers hold something: all of them, or those that a choice names."""
+
+    num_experts: int
+    rows: int  # R, per expert
+    slots: Tensor | None = None  # (T, K) int32
+    choices: Tensor | None = None  # (E * R,) int32, the inverse of slots
+
+    @property
+    def num_choices(self) -> int:
+        """K, or 1 where every row counts."""
+        return 1 if self.slots is None else self.slots.shape[1]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The left operand of a GEMM: a buffer (E * R, W) as it lies, or the tokens (T, W) that its rows hold."""
+
+    data: Tensor
+    buffer: Buffer
+    gather: bool = False
+
+    @cached_property
+    def gathered(self) -> Tensor:
+        """(E, R, W) in memory, as cuBLAS wants it; empty rows of gathered tokens are 0."""
+        data = self.data
+        if self.gather:
+            data = dispatch_triton(data, self.buffer.slots, self.buffer.num_experts * self.buffer.rows)
+        return data.view(self.buffer.num_experts, self.buffer.rows, data.shape[-1])
+
+
+# Stands in a launch table for the library's batched GEMM, with the epilogue as a kernel of its own.
+CUBLAS = Config({"GEMM": "cublas"}, num_warps=4)
+ROW_BOUNDS = (64,)
+
+
+def gemm_tile(
+    rows: int,
+    cols: int,
+    inner: int,
+    *,
+    warps: int,
+    stages: int,
+    group: int = 8,
+    parts: int = 1,
+    persistent: bool = False,
+    tma: bool = False,
+    registers: int | None = None,
+) -> Config:
+    return Config(
+        {
+            "BLOCK_ROWS": rows,
+            "BLOCK_COLS": cols,
+            "BLOCK_IN": inner,
+            "GROUP_ROWS": group,
+            "PARTS": parts,
+            "PERSISTENT": persistent,
+            "TMA": tma,
+        },
+        num_warps=warps,
+        num_stages=stages,
+        max_registers=registers,
+    )
+
+
+# Predicted, nothing was measured yet. 128x128 with 8 warps and 128 registers runs two programs per multiprocessor of an
+# H100 or H200, so one's epilogue (4 bytes of stores per 1,536 FLOPs at D=768) hides behind the other's products. With
+# that cap sm_80 and sm_100 would spill, and so would dropout, which draws random numbers in the epilogue. float32 in
+# full precision has no tensor cores: small tiles fill the chip.
+_WIDE = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4)
+_WIDE_SM90 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=2, registers=128)
+_FEW_ROWS = gemm_tile(64, 128, 64, warps=4, stages=3, parts=2)
+_DROPOUT = gemm_tile(128, 128, 64, warps=8, stages=3, parts=8)
+_FLOAT32 = gemm_tile(64, 64, 32, warps=8, stages=2)
+# By TMA the narrow tile fits two programs on a multiprocessor without a cap, and the wide one has registers to spare.
+_TMA = (
+    gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, tma=True),
+    gemm_tile(128, 256, 64, warps=8, stages=3, parts=4, persistent=True, tma=True),
+)
+_BY_POINTERS = (
+    gemm_tile(128, 256, 64, warps=8, stages=3, parts=2),
+    gemm_tile(256, 128, 64, warps=8, stages=3, parts=2),
+    gemm_tile(128, 256, 64, warps=8, stages=3, parts=2, persistent=True),
+    gemm_tile(128, 128, 64, warps=8, stages=4, persistent=True),
+)
+_CANDIDATES = (*_BY_POINTERS, *_TMA, CUBLAS)
+
+
+def tile_name(config: Config) -> str:
+    """How a compile case names a candidate: "128x256x64/persistent/tma"."""
+    sizes = [str(size) for name, size in config.constexprs.items() if name.startswith("BLOCK_")]
+    flags = [name.lower() for name in ("PERSISTENT", "TMA") if config.constexprs.get(name)]
+    return "/".join(["x".join(sizes), *flags])
+
+
+LINEAR_OPS = ("expert_up", "expert_down", "expert_d_rows")
+for _op in LINEAR_OPS:
+    register_table(
+        _op,
+        {
+            (ANY, ANY, ANY): _WIDE,
+            (ANY, ANY, "le64"): _FEW_ROWS,
+            ("sm90", ANY, ANY): _WIDE_SM90,
+            ("sm90", ANY, "le64"): _FEW_ROWS,
+        },
+        candidates=_CANDIDATES,
+    )
+    register_table(f"{_op}/fp32", {(ANY, ANY, ANY): _FLOAT32}, candidates=(CUBLAS,))
+register_table("expert_up/dropout", {(ANY, ANY, ANY): _DROPOUT}, candidates=(CUBLAS,))
+
+
+def gemm_config(op: str, dtype: torch.dtype, device: torch.device, rows: int, drop: float = 0.0) -> Config:
+    """The table entry of a GEMM over `rows` rows per expert; float32 and dropout have tables of their own."""
+    if dtype == torch.float32:
+        op = f"{op}/fp32"
+    elif drop > 0:
+        op = f"{op}/dropout"
+    return look_up(op, device, size_bucket(rows, ROW_BOUNDS))
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """How float32 factors are multiplied: in full, or as tf32 where PyTorch was told so for its own products."""
+    allowed = tensor.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    # Off CUDA (the interpreter) any number does that lets a program own several tiles.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def programs(config: Config, tiles: int, device: torch.device) -> int:
+    """Size of the grid: a program per tile, or per multiprocessor if the config is persistent."""
+    return min(tiles, _multiprocessors(device)) if config.constexprs["PERSISTENT"] else tiles
+
+
+def weight_operand(weight: Tensor, config: Config, transposed: bool) -> tuple[Tensor | TensorDescriptor, dict]:
+    """A weight as a kernel reads it, and the config's keyword arguments.
+
+    TMA needs a chip from sm_90 on and rows of whole 16-byte units; any other weight is read by pointers.
+    """
+    launch = config.kwargs()
+    in_units = weight.data_ptr() % 16 == 0 and weight.shape[2] * weight.element_size() % 16 == 0 and weight.numel() > 0
+    old_chip = weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (9, 0)
+    if not launch["TMA"] or not in_units or old_chip:
+        return weight, {**launch, "TMA": False}
+    return TensorDescriptor.from_tensor(weight, _weight_block(config, transposed)), launch
+
+
+def _weight_block(config: Config, transposed: bool) -> list[int]:
+    sizes = config.constexprs["BLOCK_COLS"], config.constexprs["BLOCK_IN"]
+    return [1, *(reversed(sizes) if transposed else sizes)]
+
+
+def weight_type(dtype: str, config: Config, transposed: bool) -> str:
+    """Triton's name, in a compile case, of the type of what `weight_operand` returns."""
+    if not config.constexprs["TMA"]:
+        return f"*{dtype}"
+    return f"tensordesc<{dtype}{_weight_block(config, transposed)}>".replace(" ", "")
+
+
+def linear(
+    op: str,
+    x: Rows,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    transposed: bool = False,
+    activation: str = "none",
+    drop: float = 0.0,
+    seed: Tensor | None = None,
+    save: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """out = dropout(activation(x @ weight^T + bias)) for the rows of every expert; empty rows are left undefined.
+
+    Args:
+        op: name of the launch table.
+        x: rows of IN columns.
+        weight: (E, OUT, IN), or (E, IN, OUT) if transposed, contiguous.
+        bias: (E, OUT) or None.
+        transposed: how the weight lies.
+        activation: its name, or "none".
+        drop: probability of dropping an element.
+        seed: 0-dim int64 key, used where drop > 0.
+        save: whether the pre-activation is wanted.
+
+    Returns:
+        (E, R, OUT), and the pre-activation (E, R, OUT) or None.
+    """
+    buffer = x.buffer
+    num_experts, rows = buffer.num_experts, buffer.rows
+    width_in, width_out = x.data.shape[-1], weight.shape[2 if transposed else 1]
+    seed = seed if drop > 0 else None
+    config = gemm_config(op, weight.dtype, weight.device, rows, drop)
+    if config == CUBLAS:
+        raw = torch.bmm(x.gathered, weight if transposed else weight.transpose(1, 2))
+        if bias is None and activation == "none":
+            return raw, None
+        return activation_after_gemm(raw, bias, buffer.choices, activation, drop, seed, save), raw if save else None
+    out = weight.new_empty(num_experts, rows, width_out)
+    pre = torch.empty_like(out) if save else None
+    sizes = config.constexprs
+    tiles = num_experts * triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(width_out, sizes["BLOCK_COLS"])
+    if tiles > 0:
+        operand, launch = weight_operand(weight, config, transposed)
+        _linear_kernel[(programs(config, tiles, weight.device),)](
+            x.data, buffer.choices, operand, bias, pre, out, seed, drop, num_experts, rows,
+            IN=width_in, OUT=width_out, K=buffer.num_choices, GATHER=x.gather, TRANSPOSED=transposed,
+            ACTIVATION=activation, PRECISION=dot_precision(weight), **launch,
+        )  # fmt: skip
+    return out, pre
+
+
+def _compile_cases() -> list[CompileCase]:
+    cases = []
+
+    def add(op, variant, config, chips, activation, width_in, width_out, gather, save, dtype="bf16"):
+        pointer, biased, routed = f"*{dtype}", op != "expert_d_rows", variant != "unrouted"
+        arguments = {
+            "x_ptr": pointer,
+            "choices_ptr": "*i32" if routed else None,
+            "weight": weight_type(dtype, config, not biased),
+            "bias_ptr": pointer if biased else None,
+            "pre_ptr": pointer if save else None,
+            "out_ptr": pointer,
+            "seed_ptr": "*i64" if variant == "dropout" else None,
+            "drop": "fp32",
+            "num_experts": "i32",
+            "num_rows": "i32",
+        }
+        constexprs = {
+            "IN": width_in,
+            "OUT": width_out,
+            "K": 2,
+            "GATHER": gather,
+            "TRANSPOSED": not biased,
+            "ACTIVATION": activation,
+            "PRECISION": "ieee",
+        }
+        name = f"{op}/{variant}/{dtype}/{activation}/{width_in}x{width_out}{'/saved' if save else ''}"
+        options = {"has_dot": True, "capabilities": chips}
+        cases.append(compile_case(name, _linear_kernel, arguments, constexprs, config, **options))
+
+    chips, others = (80, 90, 100), (80, 100)
+    for activation, width_in, width_out in (("gelu_tanh", 768, 3072), ("gelu", 1280, 5120)):
+        add("expert_up", "sm90", _WIDE_SM90, (90,), activation, width_in, width_out, True, True)
+        add("expert_up", "any", _WIDE, others, activation, width_in, width_out, True, True)
+        add("expert_up", "dropout", _DROPOUT, chips, activation, width_in, width_out, True, True)
+        add("expert_down", "sm90", _WIDE_SM90, (90,), "none", width_out, width_in, False, False)
+        add("expert_down", "any", _WIDE, others, "none", width_out, width_in, False, False)
+    add("expert_up", "le64", _FEW_ROWS, chips, "gelu_tanh", 768, 3072, True, True)
+    add("expert_up", "sm90", _WIDE_SM90, (90,), "gelu_tanh", 768, 3072, True, False)
+    add("expert_up", "unrouted", _WIDE, chips, "gelu_tanh", 768, 3072, False, True)
+    add("expert_down", "le64", _FEW_ROWS, chips, "none", 3072, 768, False, False)
+    add("expert_d_rows", "sm90", _WIDE_SM90, (90,), "none", 3072, 768, False, False)
+    add("expert_d_rows", "any", _WIDE, others, "none", 3072, 768, False, False)
+    # What `benchmarks.compile.tune` may choose; the wide tiles by pointers are for sm_90.
+    for config in (*_BY_POINTERS, *_TMA):
+        variant, fits = tile_name(config), (90, 100) if config in _TMA else (90,)
+        add("expert_up", variant, config, fits, "gelu_tanh", 768, 3072, True, True)
+        add("expert_down", variant, config, fits, "none", 3072, 768, False, False)
+        add("expert_d_rows", variant, config, fits, "none", 3072, 768, False, False)
+    add("expert_up", "fp32", _FLOAT32, chips, "gelu", 768, 3072, True, True, "fp32")
+    add("expert_d_rows", "fp32", _FLOAT32, chips, "none", 3072, 768, False, False, "fp32")
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

@@ -1,0 +1,332 @@
+"""Triton GEMMs of the experts' backward: the gradient of the hidden activations, and the weight gradients.
+
+The hidden activations are recomputed from the pre-activation in the epilogue that needs them, so nothing else is saved,
+and the gate's gradient falls out of it: <d_y W2, hidden> + <d_y, b2>.
+
+Dims: E experts, R rows per expert, T tokens, K choices per token, O and H output and hidden columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmoe_kernels.common.launch import ANY, CompileCase, Config, register_table
+from vmoe_kernels.experts.triton_activation import (
+    activation_backward_after_gemm,
+    compile_case,
+    hidden_gradient_outputs,
+)
+from vmoe_kernels.experts.triton_epilogue import store_hidden_gradient, tile_rows
+from vmoe_kernels.experts.triton_gemm import (
+    CUBLAS,
+    Rows,
+    dot_precision,
+    gemm_config,
+    gemm_tile,
+    product,
+    programs,
+    tile_name,
+    tile_of,
+    weight_operand,
+    weight_type,
+)
+
+
+@triton.jit(do_not_specialize=["num_experts", "num_rows"])
+def _hidden_gradient_kernel(
+    d_out_ptr,  # (T, O) if GATHER, else (E * R, O)
+    choices_ptr,  # (E * R,) int32, or None
+    gates_ptr,  # (T * K,) floating, or None
+    weight,  # (E, O, H): a pointer, or a descriptor if TMA
+    pre_ptr,  # (E * R, H)
+    d_pre_ptr,  # (E * R, H)
+    gated_ptr,  # (E * R, H)
+    row_dots_ptr,  # (column tiles, E * R) float32, or None
+    column_sums_ptr,  # (E, row tiles, H) float32, or None
+    seed_ptr,  # () int64, or None
+    drop,
+    num_experts,
+    num_rows,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    K: tl.constexpr,
+    GATHER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """A program owns whole tiles of d_pre and gated, and the partial sums of their rows and columns."""
+    col_tiles: tl.constexpr = (OUT + BLOCK_COLS - 1) // BLOCK_COLS
+    row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
+    num_tiles = num_experts * row_tiles * col_tiles
+    first = tl.program_id(0)
+    step = num_tiles
+    if PERSISTENT:
+        step = tl.num_programs(0)
+    for tile in tl.range(first, num_tiles, step, flatten=PERSISTENT):
+        expert, tile_row, tile_col = tile_of(tile, row_tiles, col_tiles, GROUP_ROWS)
+        expert = expert.to(tl.int64)
+        place, count, choices = tile_rows(choices_ptr, expert, tile_row, num_rows, BLOCK_ROWS)
+        held = choices >= 0
+        rows = tl.arange(0, BLOCK_ROWS)
+        if GATHER:
+            d_out_tile_ptr, sources = d_out_ptr, (choices // K).to(tl.int64)
+        else:
+            d_out_tile_ptr, sources = d_out_ptr + place * IN, rows
+        end = IN
+        if choices_ptr is not None:
+            end = IN * tl.max(held.to(tl.int32), 0)
+        start = tile_col * BLOCK_COLS
+        acc = product(
+            d_out_tile_ptr, sources, held, weight, expert, start, end,
+            IN, OUT, True, TMA, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN,
+        )  # fmt: skip
+        gates = None
+        if gates_ptr is not None:
+            gates = tl.load(gates_ptr + choices, mask=held, other=0.0).to(tl.float32)
+        sums_ptr = None
+        if column_sums_ptr is not None:
+            sums_ptr = column_sums_ptr + (expert * row_tiles + tile_row) * OUT
+        row_dots = store_hidden_gradient(
+            acc, gates, pre_ptr, d_pre_ptr, gated_ptr, sums_ptr, seed_ptr, drop, expert, place, num_rows, count,
+            held, start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS, BLOCK_COLS,
+        )  # fmt: skip
+        if row_dots_ptr is not None:
+            dots_ptr = row_dots_ptr + tile_col.to(tl.int64) * num_experts * num_rows
+            tl.store(dots_ptr + place + rows, row_dots, mask=rows < count)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _weight_gradient_kernel(
+    a_ptr,  # (T, M) if GATHER_A, else (E * R, M)
+    b_ptr,  # (T, N) if GATHER_B, else (E * R, N)
+    choices_ptr,  # (E * R,) int32, or None
+    out_ptr,  # (E, M, N)
+    num_rows,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GATHER_A: tl.constexpr,
+    GATHER_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """A program owns a (BLOCK_M, BLOCK_N) tile of one expert's a^T @ b, summed over its rows in float32, in order."""
+    row_tiles: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    col_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    expert, tile_m, tile_n = tile_of(tl.program_id(0), row_tiles, col_tiles, GROUP_M)
+    expert = expert.to(tl.int64)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, num_rows, BLOCK_ROWS):
+        rows = start + tl.arange(0, BLOCK_ROWS)
+        places = expert * num_rows + rows
+        inside = rows < num_rows
+        a_rows, b_rows, a_held, b_held = places, places, inside, inside
+        if GATHER_A or GATHER_B:
+            choices = tl.load(choices_ptr + places, mask=inside, other=-1)
+            tokens = (choices // K).to(tl.int64)
+            if GATHER_A:
+                a_rows, a_held = tokens, choices >= 0
+            if GATHER_B:
+                b_rows, b_held = tokens, choices >= 0
+        a = tl.load(a_ptr + a_rows[:, None] * M + m[None, :], mask=a_held[:, None] & (m < M)[None, :], other=0.0)
+        b = tl.load(b_ptr + b_rows[:, None] * N + n[None, :], mask=b_held[:, None] & (n < N)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    offsets = expert * (M * N) + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def _weight_tile(m: int, n: int, rows: int, *, warps: int, stages: int, registers: int | None = None) -> Config:
+    return Config(
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_ROWS": rows, "GROUP_M": 8},
+        num_warps=warps,
+        num_stages=stages,
+        max_registers=registers,
+    )
+
+
+# Predicted, nothing was measured yet. The epilogue holds the product, the pre-activation and two results at once, in
+# quarters of 128x128, which do not spill. Smaller tiles fit two programs on a multiprocessor and load more from L2.
+_D_HIDDEN = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4)
+_D_HIDDEN_FLOAT32 = gemm_tile(64, 64, 32, warps=8, stages=2)
+_D_HIDDEN_CANDIDATES = (
+    gemm_tile(128, 64, 64, warps=8, stages=3, parts=2, registers=128),
+    gemm_tile(128, 128, 64, warps=8, stages=4, parts=4, persistent=True),
+)
+_D_HIDDEN_TMA = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, tma=True)
+register_table(
+    "expert_d_hidden", {(ANY, ANY, ANY): _D_HIDDEN}, candidates=(*_D_HIDDEN_CANDIDATES, _D_HIDDEN_TMA, CUBLAS)
+)
+register_table("expert_d_hidden/fp32", {(ANY, ANY, ANY): _D_HIDDEN_FLOAT32}, candidates=(CUBLAS,))
+# Predicted, nothing was measured yet. The map of rows to tokens is loaded a stage ahead of what it points to, so four
+# stages keep three tiles in flight; two programs fit on a multiprocessor. Chips without wgmma hold the operands in
+# registers as well, and spill with 64 rows.
+_WEIGHT = _weight_tile(128, 128, 32, warps=8, stages=4)
+_WEIGHT_SM90 = _weight_tile(128, 128, 64, warps=8, stages=4)
+_WEIGHT_FLOAT32 = _weight_tile(64, 64, 32, warps=8, stages=2)
+_WEIGHT_CANDIDATES = (
+    _weight_tile(128, 128, 64, warps=8, stages=3),
+    _weight_tile(128, 256, 64, warps=8, stages=4),
+)
+WEIGHT_OPS = ("expert_d_fc1", "expert_d_fc2")
+for _op in WEIGHT_OPS:
+    table = {(ANY, ANY, ANY): _WEIGHT, ("sm90", ANY, ANY): _WEIGHT_SM90, ("sm100", ANY, ANY): _WEIGHT_SM90}
+    register_table(_op, table, candidates=(*_WEIGHT_CANDIDATES, CUBLAS))
+    register_table(f"{_op}/fp32", {(ANY, ANY, ANY): _WEIGHT_FLOAT32}, candidates=(CUBLAS,))
+
+
+def hidden_gradient(
+    d_out: Rows,
+    weight: Tensor,
+    pre: Tensor,
+    gates: Tensor | None,
+    *,
+    biased: bool,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Backward through the second GEMM and the activation, which is recomputed.
+
+    Args:
+        d_out: rows of O columns: the gradient of the experts' outputs, or, with gates, of the gated sum.
+        weight: (E, O, H) of the second GEMM.
+        pre: (E, R, H) saved pre-activation.
+        gates: (T, K) weights of the choices, or None.
+        biased: whether the first bias needs its gradient.
+        activation: its name.
+        drop: probability of dropping a hidden activation.
+        seed: 0-dim int64 key, used where drop > 0.
+
+    Returns:
+        d_pre (E, R, H), gated (E, R, H), which is gate * hidden, both 0 in empty rows; row_dots (parts, E * R) float32,
+        which add up to <d_out W2, hidden>, or None without gates; column_sums (E, parts, H) float32, which add up to
+        the gradient of the first bias, or None.
+    """
+    buffer = d_out.buffer
+    seed = seed if drop > 0 else None
+    config = gemm_config("expert_d_hidden", weight.dtype, weight.device, buffer.rows)
+    if config == CUBLAS:
+        d_hidden = torch.bmm(d_out.gathered, weight)
+        return activation_backward_after_gemm(d_hidden, pre, gates, buffer.choices, biased, activation, drop, seed)
+    outputs = hidden_gradient_outputs(pre, config, gates is not None, biased)
+    d_pre, gated, row_dots, column_sums = outputs
+    num_experts, rows, width = pre.shape
+    sizes = config.constexprs
+    tiles = num_experts * triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(width, sizes["BLOCK_COLS"])
+    if tiles > 0:
+        operand, launch = weight_operand(weight, config, transposed=True)
+        _hidden_gradient_kernel[(programs(config, tiles, weight.device),)](
+            d_out.data, buffer.choices, gates, operand, pre, d_pre, gated, row_dots, column_sums, seed, drop,
+            num_experts, rows, IN=weight.shape[1], OUT=width, K=buffer.num_choices, GATHER=d_out.gather,
+            ACTIVATION=activation, PRECISION=dot_precision(weight), **launch,
+        )  # fmt: skip
+    return outputs
+
+
+def weight_gradient(op: str, a: Rows, b: Rows) -> Tensor:
+    """a^T @ b summed over the rows of each expert, in float32.
+
+    Args:
+        op: name of the launch table.
+        a: rows of M columns.
+        b: rows of N columns; of a and b, at least the one that is not gathered is 0 in empty rows.
+
+    Returns:
+        (E, M, N), 0 for an expert without rows.
+    """
+    buffer = a.buffer
+    config = gemm_config(op, a.data.dtype, a.data.device, buffer.rows)
+    if config == CUBLAS:
+        return torch.bmm(a.gathered.transpose(1, 2), b.gathered)
+    m, n = a.data.shape[-1], b.data.shape[-1]
+    out = a.data.new_empty(buffer.num_experts, m, n)
+    sizes = config.constexprs
+    tiles = buffer.num_experts * triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"])
+    if tiles > 0:
+        _weight_gradient_kernel[(tiles,)](
+            a.data, b.data, buffer.choices, out, buffer.rows,
+            M=m, N=n, K=buffer.num_choices, GATHER_A=a.gather, GATHER_B=b.gather,
+            PRECISION=dot_precision(a.data), **config.kwargs(),
+        )  # fmt: skip
+    return out
+
+
+def _compile_cases() -> list[CompileCase]:
+    cases = []
+
+    def add_hidden(variant, config, chips, dtype, activation, width, hidden):
+        pointer, routed = f"*{dtype}", variant != "unrouted"
+        arguments = {
+            "d_out_ptr": pointer,
+            "choices_ptr": "*i32" if routed else None,
+            "gates_ptr": "*fp32" if routed else None,
+            "weight": weight_type(dtype, config, transposed=True),
+            "pre_ptr": pointer,
+            "d_pre_ptr": pointer,
+            "gated_ptr": pointer,
+            "row_dots_ptr": "*fp32" if routed else None,
+            "column_sums_ptr": "*fp32",
+            "seed_ptr": "*i64" if variant == "dropout" else None,
+            "drop": "fp32",
+            "num_experts": "i32",
+            "num_rows": "i32",
+        }
+        sizes = {"IN": width, "OUT": hidden, "K": 2, "GATHER": routed}
+        constexprs = {**sizes, "ACTIVATION": activation, "PRECISION": "ieee"}
+        name = f"expert_d_hidden/{variant}/{dtype}/{activation}/{width}x{hidden}"
+        options = {"has_dot": True, "capabilities": chips}
+        cases.append(compile_case(name, _hidden_gradient_kernel, arguments, constexprs, config, **options))
+
+    def add_weight(op, variant, config, chips, dtype, m, n, gather):
+        pointer = f"*{dtype}"
+        arguments = {
+            "a_ptr": pointer,
+            "b_ptr": pointer,
+            "choices_ptr": "*i32" if gather else None,
+            "out_ptr": pointer,
+            "num_rows": "i32",
+        }
+        constexprs = {"M": m, "N": n, "K": 2, "GATHER_A": gather == "a", "GATHER_B": gather == "b"}
+        constexprs["PRECISION"] = "ieee"
+        options = {"has_dot": True, "capabilities": chips}
+        name = f"{op}/{variant}/{dtype}/{m}x{n}"
+        cases.append(compile_case(name, _weight_gradient_kernel, arguments, constexprs, config, **options))
+
+    chips = (80, 90, 100)
+    for dtype, config in (("bf16", _D_HIDDEN), ("fp32", _D_HIDDEN_FLOAT32)):
+        add_hidden("routed", config, chips, dtype, "gelu_tanh", 768, 3072)
+        add_hidden("routed", config, chips, dtype, "gelu", 1280, 5120)
+        add_hidden("dropout", config, chips, dtype, "gelu", 768, 3072)
+        add_hidden("unrouted", config, chips, dtype, "gelu", 768, 3072)
+    for variant, dtype, config, fits in (
+        ("any", "bf16", _WEIGHT, (80,)),
+        ("sm90", "bf16", _WEIGHT_SM90, (90, 100)),
+        ("any", "fp32", _WEIGHT_FLOAT32, chips),
+    ):
+        add_weight("expert_d_fc1/routed", variant, config, fits, dtype, 3072, 768, "b")
+        add_weight("expert_d_fc2/routed", variant, config, fits, dtype, 768, 3072, "a")
+        add_weight("expert_d_fc1/unrouted", variant, config, fits, dtype, 5120, 1280, "")
+    # What `benchmarks.compile.tune` may choose; those by pointers are for sm_90.
+    for config in _D_HIDDEN_CANDIDATES:
+        add_hidden(tile_name(config), config, (90,), "bf16", "gelu_tanh", 768, 3072)
+    add_hidden(tile_name(_D_HIDDEN_TMA), _D_HIDDEN_TMA, (90, 100), "bf16", "gelu_tanh", 768, 3072)
+    for config in _WEIGHT_CANDIDATES:
+        add_weight("expert_d_fc1/routed", tile_name(config), config, (90, 100), "bf16", 3072, 768, "b")
+        add_weight("expert_d_fc2/routed", tile_name(config), config, (90, 100), "bf16", 768, 3072, "a")
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

@@ -1,0 +1,181 @@
+"""Launchers of `moe_mlp` and its backward in Triton: tokens are gathered inside the GEMMs, no buffer of them is made.
+
+Dims: T tokens, K choices per token, E experts, R rows per expert, N = E * R, D width in, H hidden width, O width out.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmoe_kernels.common.impl import no_autocast
+from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table
+from vmoe_kernels.experts.triton_activation import compile_case
+from vmoe_kernels.experts.triton_expert_mlp import check_sizes, experts_backward, run_experts
+from vmoe_kernels.experts.triton_gemm import Buffer, Rows
+from vmoe_kernels.rows.triton_move import check_dtype, choice_of_row_triton, sum_rows
+
+
+@triton.jit(do_not_specialize=["num_choices", "num_rows"])
+def _gate_gradient_kernel(
+    row_dots_ptr,  # (PARTS, N) float32
+    bias_dots_ptr,  # (N,) float32, or None
+    slots_ptr,  # (T * K,) int32
+    d_gates_ptr,  # (T * K,) floating
+    num_choices,
+    num_rows,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program owns a block of gates: the parts of each kept one's gradient, added up in order; 0 where dropped."""
+    choices = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    slots = tl.load(slots_ptr + choices, mask=choices < num_choices, other=-1)
+    kept = (slots >= 0) & (slots < num_rows)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(PARTS):
+        total += tl.load(row_dots_ptr + tl.cast(part, tl.int64) * num_rows + slots, mask=kept, other=0.0)
+    if bias_dots_ptr is not None:
+        total += tl.load(bias_dots_ptr + slots, mask=kept, other=0.0)
+    tl.store(d_gates_ptr + choices, total.to(d_gates_ptr.dtype.element_ty), mask=choices < num_choices)
+
+
+# Predicted, nothing was measured yet: 25,088 choices make 196 programs, over one per multiprocessor.
+register_table("gate_gradient", {(ANY, ANY, ANY): Config({"BLOCK": 128}, num_warps=4)})
+
+
+def gate_gradient(row_dots: Tensor, bias_dots: Tensor | None, slots: Tensor, gates: Tensor) -> Tensor:
+    """Gradient of each gate, <d_y, output of its choice>.
+
+    Args:
+        row_dots: (P, N) float32 parts of <d_y W2, hidden> for each row.
+        bias_dots: (N,) float32, <d_y, b2> for each row, or None without a bias.
+        slots: (T, K) int32 row of each choice, or -1 where dropped.
+        gates: (T, K), for its dtype.
+
+    Returns:
+        (T, K), 0 where dropped.
+    """
+    d_gates = gates.new_empty(gates.shape)
+    config = look_up("gate_gradient", gates.device)
+    grid = (triton.cdiv(slots.numel(), config.constexprs["BLOCK"]),)
+    parts, num_rows = row_dots.shape
+    _gate_gradient_kernel[grid](
+        row_dots, bias_dots, slots, d_gates, slots.numel(), num_rows, PARTS=parts, **config.kwargs()
+    )
+    return d_gates
+
+
+@no_autocast
+def moe_mlp_triton(
+    x: Tensor,
+    slots: Tensor,
+    gates: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    rows_per_expert: int,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launcher of `vmoe::moe_mlp`."""
+    check_dtype("x", x)
+    num_experts, hidden, _ = fc1_weight.shape
+    check_sizes(rows_per_expert, hidden, drop)
+    slots = slots.contiguous()
+    buffer = _buffer(slots, num_experts, rows_per_expert)
+    out, pre = run_experts(
+        Rows(x.contiguous(), buffer, gather=True),
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed, save,
+    )  # fmt: skip
+    return sum_rows("combine", out.flatten(0, 1), slots, gates), pre
+
+
+def _buffer(slots: Tensor, num_experts: int, rows: int) -> Buffer:
+    return Buffer(num_experts, rows, slots, choice_of_row_triton(slots, num_experts * rows))
+
+
+@no_autocast
+def moe_mlp_backward_triton(
+    d_y: Tensor,
+    x: Tensor,
+    slots: Tensor,
+    gates: Tensor,
+    pre: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    rows_per_expert: int,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launcher of `vmoe::moe_mlp_backward`."""
+    check_dtype("x", x)
+    slots = slots.contiguous()
+    buffer = _buffer(slots, fc1_weight.shape[0], rows_per_expert)
+    d_rows, weights, dots = experts_backward(
+        Rows(d_y.contiguous(), buffer, gather=True),
+        Rows(x.contiguous(), buffer, gather=True),
+        pre, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed,
+    )  # fmt: skip
+    d_x = sum_rows("dispatch_backward", d_rows.flatten(0, 1), slots, None)
+    return d_x, gate_gradient(*dots, slots, gates), *weights
+
+
+def moe_mlp_costs(
+    num_tokens: int, num_choices: int, num_rows: int, num_experts: int, width: int, hidden: int, itemsize: int
+) -> dict[str, tuple[int, int]]:
+    """What each kernel of a layer must do at least, at full capacity.
+
+    A predicted time is the larger of FLOPs over the peak rate and bytes over the peak bandwidth.
+
+    Args:
+        num_tokens: T.
+        num_choices: K.
+        num_rows: N, rows of all experts.
+        num_experts: E.
+        width: D, in and out.
+        hidden: H.
+        itemsize: bytes of an element of the data and weights.
+
+    Returns:
+        Kernel to (FLOPs, bytes), each operand and result counted once, forward kernels first.
+    """
+    gemm = 2 * num_rows * width * hidden
+    tokens, rows, acts = num_tokens * width, num_rows * width, num_rows * hidden
+    weight = num_experts * width * hidden
+    elements = {
+        "expert_up": (gemm, tokens + weight + 2 * acts),
+        "expert_down": (gemm, acts + weight + rows),
+        "combine": (0, num_choices * tokens + tokens),
+        "expert_d_hidden": (gemm, tokens + weight + 3 * acts),
+        "output_bias": (0, tokens),
+        "expert_d_fc2": (gemm, tokens + acts + weight),
+        "expert_d_fc1": (gemm, tokens + acts + weight),
+        "expert_d_rows": (gemm, acts + weight + rows),
+        "dispatch_backward": (0, num_choices * tokens + tokens),
+    }
+    return {kernel: (flops, count * itemsize) for kernel, (flops, count) in elements.items()}
+
+
+def _compile_cases() -> list[CompileCase]:
+    config = look_up("gate_gradient", torch.device("cpu"))
+    cases = []
+    for parts, biased in ((24, True), (40, False)):
+        arguments = {
+            "row_dots_ptr": "*fp32",
+            "bias_dots_ptr": "*fp32" if biased else None,
+            "slots_ptr": "*i32",
+            "d_gates_ptr": "*fp32",
+            "num_choices": "i32",
+            "num_rows": "i32",
+        }
+        cases.append(compile_case(f"gate_gradient/{parts}", _gate_gradient_kernel, arguments, {"PARTS": parts}, config))
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

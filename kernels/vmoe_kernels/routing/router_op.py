@@ -1,0 +1,319 @@
+"""Router: tokens to logits, gates, chosen experts, and the per-group sums that the auxiliary losses need.
+
+Paper: arXiv 2106.05974, section 2.2 and appendix A. Softmax comes before top-k and the gates are not renormalised.
+Noise with standard deviation noise_std / E is added to the logits; importance uses the noise-free gates.
+
+Dims: T tokens, D width, E experts, K selected, G groups of S tokens (the last one may be smaller).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vmoe_kernels.common.checks import check_draws, check_integer, check_number, check_seed, check_selected
+from vmoe_kernels.common.impl import (
+    HAS_TRITON,
+    accumulation_dtype,
+    check_floating,
+    no_autocast,
+    register_triton,
+    use_reference,
+)
+from vmoe_kernels.common.philox import philox_normal
+from vmoe_kernels.common.transforms import differs_backward, twin_gradients
+
+
+class RouterOutput(NamedTuple):
+    """What a router says of every token; all float results are float32 (float64 for float64 inputs)."""
+
+    gates: Tensor  # (T, K) combine weights, largest first, not renormalised
+    experts: Tensor  # (T, K) int32 expert of each choice
+    logits: Tensor  # (T, E) without noise
+    importance: Tensor  # (G, E) sum over the group's tokens of the noise-free gates
+    load: Tensor  # (G, E) mean probability of being selected if the noise were redrawn; 0 without noise
+    mean_gates: Tensor  # (G, E) mean of the gates that routing used (noisy where there is noise)
+    top1_share: Tensor  # (G, E) share of the group's tokens whose first choice is the expert; no gradient
+
+
+@no_autocast
+def router_reference(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    num_selected_experts: int,
+    group_size: int,
+    noise_std: float = 0.0,
+    seed: Tensor | None = None,
+) -> RouterOutput:
+    """Eager twin of `router`: differentiable PyTorch that defines the op."""
+    return _scored(x, weight, None, num_selected_experts, group_size, noise_std, seed)
+
+
+def _scored(
+    x: Tensor,
+    weight: Tensor,
+    experts: Tensor | None,
+    num_selected_experts: int,
+    group_size: int,
+    noise_std: float,
+    seed: Tensor | None,
+) -> RouterOutput:
+    """The twin; with `experts` (T, K) int64 those are taken as chosen already."""
+    num_tokens, num_experts = x.shape[0], weight.shape[0]
+    dtype = accumulation_dtype(x.dtype)
+    logits = x.to(dtype) @ weight.to(dtype).t()
+    probs = logits.softmax(-1)
+    noisy, noisy_probs = logits, probs
+    if noise_std > 0:
+        noise = philox_normal(seed, num_tokens * num_experts).view(num_tokens, num_experts).to(dtype)
+        noisy = logits + noise * (noise_std / num_experts)
+        noisy_probs = noisy.softmax(-1)
+    if experts is None:
+        experts = _top_experts(noisy_probs.detach(), num_selected_experts)
+    gates = noisy_probs.gather(1, experts)
+    groups = -(-num_tokens // group_size)
+    load = probs.new_zeros(groups, num_experts)
+    if noise_std > 0:
+        threshold = noisy.gather(1, experts[:, -1:])
+        load = _group_mean(_normal_cdf((logits - threshold) * (num_experts / noise_std)), group_size)
+    first = torch.zeros_like(probs).scatter(1, experts[:, :1], 1.0)
+    return RouterOutput(
+        gates=gates,
+        experts=experts.to(torch.int32),
+        logits=logits,
+        importance=_group_sum(probs, group_size),
+        load=load,
+        mean_gates=_group_mean(noisy_probs, group_size),
+        top1_share=_group_mean(first, group_size),
+    )
+
+
+def _top_experts(probs: Tensor, num_selected_experts: int) -> Tensor:
+    """(T, E) -> (T, K) int64, largest first, ties to the lower index, NaN before numbers (as torch.topk has it)."""
+    chosen = [probs.argmax(1, keepdim=True)]
+    for _ in range(num_selected_experts - 1):
+        # Not in place, for which vmap has no rule.
+        probs = probs.scatter(1, chosen[-1], -1.0)
+        chosen.append(probs.argmax(1, keepdim=True))
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, 1)
+
+
+def _normal_cdf(z: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(z * -(0.5**0.5))
+
+
+def _group_sum(values: Tensor, group_size: int) -> Tensor:
+    """(T, E) -> (G, E); the last group may be smaller."""
+    whole = values.shape[0] // group_size * group_size
+    sums = values[:whole].view(-1, group_size, values.shape[1]).sum(1)
+    if whole == values.shape[0]:
+        return sums
+    return torch.cat([sums, values[whole:].sum(0, keepdim=True)])
+
+
+def _group_mean(values: Tensor, group_size: int) -> Tensor:
+    return _group_sum(values, group_size) / _group_sizes(values, group_size)
+
+
+def _group_sizes(values: Tensor, group_size: int) -> Tensor:
+    """(G, 1): tokens of each group."""
+    num_tokens = values.shape[0]
+    groups = -(-num_tokens // group_size)
+    start = torch.arange(groups, device=values.device, dtype=values.dtype).unsqueeze(1) * group_size
+    return (num_tokens - start).clamp(max=group_size)
+
+
+@torch.library.custom_op("vmoe::router", mutates_args=(), device_types="cpu")
+def _router_op(
+    x: Tensor, weight: Tensor, num_selected_experts: int, group_size: int, noise_std: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = router_reference(
+        x,
+        weight,
+        num_selected_experts=num_selected_experts,
+        group_size=group_size,
+        noise_std=noise_std,
+        seed=seed,
+    )
+    return tuple(out)
+
+
+@_router_op.register_fake
+def _(x, weight, num_selected_experts, group_size, noise_std, seed):
+    num_tokens, num_experts = x.shape[0], weight.shape[0]
+    groups = -(-num_tokens // group_size)
+    dtype = accumulation_dtype(x.dtype)
+    per_group = [x.new_empty((groups, num_experts), dtype=dtype) for _ in range(4)]
+    return (
+        x.new_empty((num_tokens, num_selected_experts), dtype=dtype),
+        x.new_empty((num_tokens, num_selected_experts), dtype=torch.int32),
+        x.new_empty((num_tokens, num_experts), dtype=dtype),
+        *per_group,
+    )
+
+
+@torch.library.custom_op("vmoe::router_backward", mutates_args=(), device_types="cpu")
+@no_autocast
+def _router_backward_op(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    experts: Tensor,
+    seed: Tensor | None,
+    d_gates: Tensor | None,
+    d_logits: Tensor | None,
+    d_importance: Tensor | None,
+    d_load: Tensor | None,
+    d_mean_gates: Tensor | None,
+    group_size: int,
+    noise_std: float,
+) -> tuple[Tensor, Tensor]:
+    num_tokens, num_experts = logits.shape
+    dtype = logits.dtype
+    group = torch.arange(num_tokens, device=x.device) // group_size
+    noisy = logits
+    if noise_std > 0:
+        scale = noise_std / num_experts
+        noisy = logits + philox_normal(seed, logits.numel()).view_as(logits).to(dtype) * scale
+    chosen = experts.long()
+    sizes = _group_sizes(logits, group_size)
+
+    grad = torch.zeros_like(logits) if d_logits is None else d_logits.clone()
+    # Through the gates that routing used.
+    if d_gates is not None or d_mean_gates is not None:
+        probs = noisy.softmax(-1)
+        d_probs = torch.zeros_like(probs) if d_mean_gates is None else (d_mean_gates / sizes)[group]
+        if d_gates is not None:
+            d_probs.scatter_add_(1, chosen, d_gates)
+        grad += _softmax_backward(d_probs, probs)
+    # Through the noise-free gates.
+    if d_importance is not None:
+        grad += _softmax_backward(d_importance[group], logits.softmax(-1))
+    # Through the probability of being selected and its threshold, the k-th largest noisy logit.
+    if d_load is not None and noise_std > 0:
+        z = (logits - noisy.gather(1, chosen[:, -1:])) / scale
+        d_z = (d_load / sizes)[group] * torch.exp(-0.5 * z * z) * (0.3989422804014327 / scale)
+        grad += d_z
+        grad.scatter_add_(1, chosen[:, -1:], -d_z.sum(1, keepdim=True))
+    d_x = (grad @ weight.to(dtype)).to(x.dtype)
+    d_weight = (grad.t() @ x.to(dtype)).to(weight.dtype)
+    return d_x, d_weight
+
+
+def _softmax_backward(d_probs: Tensor, probs: Tensor) -> Tensor:
+    return probs * (d_probs - (d_probs * probs).sum(-1, keepdim=True))
+
+
+@_router_backward_op.register_fake
+def _(x, weight, logits, experts, seed, d_gates, d_logits, d_importance, d_load, d_mean_gates, group_size, noise_std):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, group_size, noise_std, seed = inputs
+    _, experts, logits, _, _, _, top1_share = output
+    ctx.save_for_backward(x, weight, logits, experts, seed)
+    ctx.mark_non_differentiable(experts, top1_share)
+    ctx.set_materialize_grads(False)
+    ctx.group_size, ctx.noise_std = group_size, noise_std
+
+
+def _backward(ctx, d_gates, _experts, d_logits, d_importance, d_load, d_mean_gates, _top1):
+    x, weight, logits, experts, seed = ctx.saved_tensors
+    if differs_backward():
+        # The forward's choices: another rounding of the logits could make others.
+        settings = (experts.long(), experts.shape[1], ctx.group_size, ctx.noise_std, seed)
+        gradients = twin_gradients(
+            no_autocast(lambda x, weight: _scored(x, weight, *settings)),
+            (x, weight),
+            (d_gates, None, d_logits, d_importance, d_load, d_mean_gates, None),
+        )
+        return (*gradients, None, None, None, None)
+    d_x, d_weight = torch.ops.vmoe.router_backward(
+        x,
+        weight,
+        logits,
+        experts,
+        seed,
+        d_gates,
+        d_logits,
+        d_importance,
+        d_load,
+        d_mean_gates,
+        ctx.group_size,
+        ctx.noise_std,
+    )
+    return d_x, d_weight, None, None, None, None
+
+
+_router_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.vmoe.router)
+def _router_flops(x_shape, weight_shape, *_, **__) -> int:
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.vmoe.router_backward)
+def _router_backward_flops(x_shape, weight_shape, *_, **__) -> int:
+    return 4 * x_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+def router(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    num_selected_experts: int,
+    group_size: int | None = None,
+    noise_std: float = 0.0,
+    seed: Tensor | None = None,
+    impl: str = "auto",
+) -> RouterOutput:
+    """Scores every token against every expert and selects K experts for each.
+
+    Args:
+        x: (T, D) tokens, any floating dtype; logits accumulate in float32 (float64 for float64).
+        weight: (E, D) router weight, no bias.
+        num_selected_experts: K, in 1..E.
+        group_size: S, tokens per group for the per-group sums; None is one group of all tokens.
+        noise_std: noise is N(0, (noise_std / E)^2) per logit; 0 is deterministic.
+        seed: 0-dim int64 Philox key on the device of `x`; needed with noise.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        RouterOutput.
+
+    Raises:
+        ValueError: if shapes, dtypes, devices or K disagree, or noise comes without a seed.
+    """
+    check_floating(x=x, weight=weight)
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x (T, D) and weight (E, D) must agree, got {tuple(x.shape)} and {tuple(weight.shape)}")
+    num_experts = weight.shape[0]
+    num_selected_experts = check_selected(num_selected_experts, num_experts)
+    group_size = max(x.shape[0], 1) if group_size is None else group_size
+    group_size = check_integer("group_size", group_size, 1, "at least 1 token")
+    noise_std = check_number("noise_std", noise_std, "at least 0", 0.0)
+    if noise_std > 0:
+        check_seed(seed, x.device, "noise_std > 0")
+        check_draws("tokens times experts", x.shape[0] * num_experts)
+    if use_reference(impl, x, weight):
+        return router_reference(
+            x,
+            weight,
+            num_selected_experts=num_selected_experts,
+            group_size=group_size,
+            noise_std=noise_std,
+            seed=seed,
+        )
+    return RouterOutput(*torch.ops.vmoe.router(x, weight, num_selected_experts, group_size, noise_std, seed))
+
+
+if HAS_TRITON:
+    from vmoe_kernels.routing.triton_router import router_triton
+    from vmoe_kernels.routing.triton_router_backward import router_backward_triton
+
+    register_triton(_router_op, router_triton)
+    register_triton(_router_backward_op, router_backward_triton)

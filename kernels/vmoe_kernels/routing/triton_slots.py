@@ -1,0 +1,253 @@
+"""The slots on a GPU: two exact designs behind one launcher, and the table that picks one by the group's size.
+
+Dims: T tokens in G groups of S (the last one may be smaller), K choices per token, E experts, C slots.
+"select" (design B, this file): a program owns one expert of one group, holds the group's priorities in registers and
+finds the threshold of those that fit. One launch, no scratch memory, no atomics. A program reads all choices of its
+group whichever their experts are, so a group whose tokens all want one expert takes as long as any other.
+"sort" (design A, triton_slots_sort.py) takes any S and is three to six launches. Both keep the same choices; the order
+inside an expert's part of the buffer differs and means nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
+from vmoe_kernels.routing.triton_slots_sort import priority_keys, sort_slots
+
+MAX_EXPERTS = 256
+MAX_SELECTED = 8
+# Above this, 16 keys a thread and what is made of them spill registers: 16 warps leave a thread 128.
+MAX_SELECT_GROUP = 4096
+_BOUNDS = (63, MAX_SELECT_GROUP)
+
+_SORT = Config({"DESIGN": "sort"}, num_warps=4)
+_SELECT = Config({"DESIGN": "select"}, num_warps=4)
+# Predicted, not measured (`PREDICTIONS`): one launch beats five to eight while a group fits in a program. Tiny groups
+# leave a program per expert and group too little to do. Deterministic mode takes the design that fits every size.
+register_table(
+    "slots",
+    {(ANY, ANY, ANY): _SORT, (ANY, ANY, f"le{_BOUNDS[0]}"): _SORT, (ANY, ANY, f"le{_BOUNDS[1]}"): _SELECT},
+    candidates=(_SORT, _SELECT),
+)
+
+# A priority no token has: every real one is greater.
+_LOWEST = tl.constexpr(-(2**31))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "group_size", "capacity", "last_capacity", "rows_per_expert"])
+def _select_kernel(
+    experts_ptr,  # (T, K) int32
+    gates_ptr,  # (T, K) floating
+    slots_ptr,  # (T, K) int32
+    num_tokens,
+    group_size,
+    capacity,
+    last_capacity,
+    rows_per_expert,
+    K: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # at least S: a program holds a group's keys in registers
+):
+    """BPR. A program owns one expert of one group, and writes the slots of the choices of that expert."""
+    group, expert = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    size = tl.minimum(num_tokens - group * group_size, group_size)
+    places = tl.where(size < group_size, last_capacity, capacity)
+    inside = tl.arange(0, BLOCK_S) < size
+    tokens = group * group_size + tl.arange(0, BLOCK_S)
+    keys = priority_keys(gates_ptr, tokens, inside, K, SUM)
+
+    # Ranks before the boundary are kept whole, those after it dropped; of the boundary's own, the first `wanted`.
+    boundary, wanted, taken = K, 0, 0
+    candidates = tl.full((BLOCK_S,), _LOWEST, tl.int32)
+    for k in tl.static_range(K):
+        match = tl.load(experts_ptr + tokens * K + k, mask=inside, other=-1) == expert
+        count = tl.sum(match.to(tl.int32), axis=0)
+        free = places - taken
+        crosses = (count > free) & (boundary == K)
+        candidates = tl.where(crosses, tl.where(match, keys, _LOWEST), candidates)
+        wanted = tl.where(crosses, free, wanted)
+        boundary = tl.where(crosses, k, boundary)
+        taken += tl.minimum(count, free)
+
+    # The greatest threshold that `wanted` candidates reach, found bit by bit from the top: a radix select whose
+    # digits are one bit, so that its histogram is one count.
+    threshold = tl.full((), _LOWEST, tl.int64)
+    step = tl.full((), 2**31, tl.int64)
+    for _ in range(32):
+        higher = threshold + step
+        reached = tl.sum((candidates >= higher.to(tl.int32)).to(tl.int32), axis=0) >= wanted
+        threshold = tl.where(reached, higher, threshold)
+        step = step >> 1
+    threshold = threshold.to(tl.int32)
+    above = candidates > threshold
+    tied = (candidates == threshold).to(tl.int32)
+    free_ties = wanted - tl.sum(above.to(tl.int32), axis=0)
+    wins = above.to(tl.int32) + tied * (tl.cumsum(tied, axis=0) <= free_ties).to(tl.int32)
+
+    first_row = (expert * rows_per_expert + group * capacity).to(tl.int32)
+    taken = 0
+    for k in tl.static_range(K):
+        match = (tl.load(experts_ptr + tokens * K + k, mask=inside, other=-1) == expert).to(tl.int32)
+        kept = match * tl.where(k < boundary, 1, tl.where(k == boundary, wins, 0))
+        row = first_row + taken + tl.cumsum(kept, axis=0) - 1
+        tl.store(slots_ptr + tokens * K + k, tl.where(kept > 0, row, -1), mask=match > 0)
+        taken += tl.sum(kept, axis=0)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "group_size", "capacity", "last_capacity", "rows_per_expert"])
+def _claim_kernel(
+    experts_ptr,  # (T, K) int32
+    slots_ptr,  # (T, K) int32
+    num_tokens,
+    group_size,
+    capacity,
+    last_capacity,
+    rows_per_expert,
+    K: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # at least S
+):
+    """Vanilla order. A program owns one expert of one group, and writes the slots of the choices of that expert."""
+    group, expert = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    size = tl.minimum(num_tokens - group * group_size, group_size)
+    places = tl.where(size < group_size, last_capacity, capacity)
+    inside = tl.arange(0, BLOCK_S) < size
+    tokens = group * group_size + tl.arange(0, BLOCK_S)
+    first_row = (expert * rows_per_expert + group * capacity).to(tl.int32)
+    taken = 0
+    for k in tl.static_range(K):
+        match = (tl.load(experts_ptr + tokens * K + k, mask=inside, other=-1) == expert).to(tl.int32)
+        place = taken + tl.cumsum(match, axis=0) - 1
+        row = tl.where(place < places, first_row + place, -1)
+        tl.store(slots_ptr + tokens * K + k, row, mask=match > 0)
+        taken += tl.sum(match, axis=0)
+
+
+def _select_warps(block: int, num_choices: int) -> int:
+    """Few warps, as every count crosses them; but no more keys a thread than registers hold beside K choices."""
+    return max(1, block // (256 if num_choices > 4 else 512))
+
+
+def _design(num_tokens: int, group_size: int, device: torch.device) -> str:
+    size = min(group_size, num_tokens)
+    design = look_up("slots", device, size_bucket(size, _BOUNDS)).constexprs["DESIGN"]
+    if design == "select" and size > MAX_SELECT_GROUP:
+        raise ValueError(f"design 'select' holds groups of at most {MAX_SELECT_GROUP} tokens, got {size}")
+    return design
+
+
+def assign_slots_triton(
+    experts: Tensor,
+    gates: Tensor,
+    num_experts: int,
+    group_size: int,
+    capacity: int,
+    last_capacity: int,
+    batch_priority: bool,
+    priority: str,
+) -> Tensor:
+    """The `vmoe::assign_slots` op: no host synchronisation, all groups in the same launches, two runs agree bitwise.
+
+    Args:
+        experts: (T, K) int32 expert of each choice, in 0..E-1, best first; K at most 8.
+        gates: (T, K) float16, bfloat16 or float32; only BPR reads them.
+        num_experts: E, at most 256.
+        group_size: S.
+        capacity: C of a whole group.
+        last_capacity: C of a smaller last group.
+        batch_priority: BPR instead of position order.
+        priority: "max" (the first gate) or "sum" (of the K gates).
+
+    Returns:
+        (T, K) int32 row of each choice, or -1 where it was dropped.
+
+    Raises:
+        ValueError: if E, K, the number of rows or the dtype of gates is beyond the kernels.
+    """
+    num_tokens, num_choices = experts.shape
+    if gates.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"Triton kernels take float16, bfloat16 and float32, got gates of {gates.dtype}")
+    for name, value, limit in (
+        ("num_experts", num_experts, MAX_EXPERTS),
+        ("the number of choices per token", num_choices, MAX_SELECTED),
+    ):
+        if value > limit:
+            raise ValueError(f"{name} must be at most {limit} for the Triton slots, got {value}")
+    groups = triton.cdiv(num_tokens, group_size)
+    rows_per_expert = num_tokens // group_size * capacity + (last_capacity if num_tokens % group_size else 0)
+    if num_experts * rows_per_expert >= 2**31:
+        raise ValueError(f"the buffer must have fewer than 2**31 rows, got {num_experts * rows_per_expert}")
+    if num_tokens == 0:
+        return experts.new_empty(experts.shape)
+    experts, gates = experts.contiguous(), gates.contiguous()
+    use_sum = priority == "sum"
+    if _design(num_tokens, group_size, experts.device) == "sort":
+        limits = (capacity, last_capacity, rows_per_expert)
+        return sort_slots(experts, gates, num_experts, group_size, *limits, batch_priority, use_sum)
+    slots = torch.empty_like(experts)
+    # A token at least for each lane of the one warp.
+    block = max(32, triton.next_power_of_2(min(group_size, num_tokens)))
+    shape = (num_tokens, group_size, capacity, last_capacity, rows_per_expert)
+    launch = {"K": num_choices, "BLOCK_S": block, "num_warps": _select_warps(block, num_choices)}
+    if batch_priority:
+        _select_kernel[(groups, num_experts)](experts, gates, slots, *shape, SUM=use_sum, **launch)
+    else:
+        _claim_kernel[(groups, num_experts)](experts, slots, *shape, **launch)
+    return slots
+
+
+_SCALARS = dict.fromkeys(("num_tokens", "group_size", "capacity", "last_capacity", "rows_per_expert"), "i32")
+
+
+def _case(block: int, selected: int, batch_priority: bool) -> CompileCase:
+    gates = {"gates_ptr": "*fp32"} if batch_priority else {}
+    return CompileCase(
+        name=f"slots_select/{'bpr' if batch_priority else 'vanilla'}/S{block}/K{selected}",
+        kernel=_select_kernel if batch_priority else _claim_kernel,
+        signature={"experts_ptr": "*i32", "slots_ptr": "*i32"} | gates | _SCALARS,
+        constexprs={"K": selected, "BLOCK_S": block} | ({"SUM": True} if batch_priority else {}),
+        num_warps=_select_warps(block, selected),
+    )
+
+
+COMPILE_CASES = [
+    _case(block, selected, batch_priority)
+    for block, selected in ((256, 2), (2048, 1), (2048, 2), (2048, 8), (4096, 2))
+    for batch_priority in (True, False)
+]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a launcher should take on an H200; predicted from counts, never measured."""
+
+    launches: int
+    megabytes: float  # read and written in device memory or L2
+    microseconds: float  # predicted
+
+
+# Predicted, not measured, at T=25,088, D=768, E=32, S=1,568 (groups of 8 images of 196 tokens), bfloat16 tokens and
+# float32 router weight. A launch takes 3 us (5 us each for the kernels of PyTorch's sort); memory moves 4.3 TB/s, L2
+# about 8 TB/s. Router forward: one read of x, 38.5 MB, beside 1.2 GFLOP in three TF32 products; backward: one read of
+# x, one write of d_x, and the (T, E) gradient twice. Slots by selection: 512 programs in one wave of 4 warps, each
+# with 3 dependent reads (2 us), 32 counts of about 150 cycles (3 us) and K + 1 scans (1 us); by sorting: keys, sort
+# (2 kernels), count, scan, place.
+PREDICTIONS = {
+    "router_forward/K1": Prediction(2, 42.0, 17.0),
+    "router_forward/K2": Prediction(2, 42.2, 17.0),
+    "router_forward/K2/noise": Prediction(2, 42.2, 24.0),
+    "router_backward/K1": Prediction(3, 105.0, 38.0),
+    "router_backward/K2": Prediction(3, 105.0, 38.0),
+    "slots/select/bpr/K1": Prediction(1, 9.7, 9.0),
+    "slots/select/bpr/K2": Prediction(1, 16.2, 11.0),
+    "slots/select/vanilla/K1": Prediction(1, 3.3, 5.0),
+    "slots/select/vanilla/K2": Prediction(1, 6.6, 6.0),
+    "slots/sort/bpr/K1": Prediction(6, 1.7, 28.0),
+    "slots/sort/bpr/K2": Prediction(6, 2.4, 30.0),
+    "slots/sort/vanilla/K1": Prediction(3, 0.5, 10.0),
+    "slots/sort/vanilla/K2": Prediction(3, 0.9, 11.0),
+}
+PREDICTED_MICROSECONDS = {name: each.microseconds for name, each in PREDICTIONS.items()}

@@ -1,0 +1,245 @@
+"""Triton kernels of design A of the slots: sort the priorities, then rank by counting.
+
+Dims: T tokens in G groups of S (the last one may be smaller), K choices per token, E experts, C slots.
+The queue of a group is rank-major: K runs of its S tokens in priority order, cut into blocks. Each block counts its
+choices per expert, the counts of a group are summed up to each block, and a choice's place is what came before its
+block plus what came before it in the block. PyTorch's stable sort orders the tokens; vanilla needs none.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmoe_kernels.common.launch import CompileCase
+
+_BLOCK_KEYS, _BLOCK_N, _BLOCK_ROWS, _BLOCK_E = 1024, 128, 64, 32
+
+
+@triton.jit
+def priority_keys(gates_ptr, tokens, mask, K: tl.constexpr, SUM: tl.constexpr):
+    """int32 keys in the order of the tokens' priorities; NaN is -Inf, and the two zeros tie. Masked tokens get 0."""
+    priority = tl.load(gates_ptr + tokens * K, mask=mask, other=0.0).to(tl.float32)
+    if SUM:
+        for k in tl.static_range(1, K):
+            priority += tl.load(gates_ptr + tokens * K + k, mask=mask, other=0.0).to(tl.float32)
+        # As PyTorch rounds a sum of narrower gates.
+        priority = priority.to(gates_ptr.dtype.element_ty).to(tl.float32)
+    priority = tl.where(priority != priority, float("-inf"), priority)
+    priority = tl.where(priority == 0.0, 0.0, priority)
+    bits = priority.to(tl.int32, bitcast=True)
+    # Negative floats order backwards as integers.
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _sort_keys_kernel(
+    gates_ptr,  # (T, K) floating
+    keys_ptr,  # (T,) int32, ascending as priorities descend
+    num_tokens,
+    K: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program owns a block of tokens."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = tokens < num_tokens
+    tl.store(keys_ptr + tokens, ~priority_keys(gates_ptr, tokens, mask, K, SUM), mask=mask)
+
+
+@triton.jit
+def _queued(order_ptr, group, group_size, size, places):
+    """The tokens that stand at places of a group's queue."""
+    tokens = group * group_size + places
+    if order_ptr is not None:
+        tokens = group * group_size + tl.load(order_ptr + tokens, mask=places < size, other=0)
+    return tokens
+
+
+@triton.jit(do_not_specialize=["num_tokens", "group_size", "blocks_per_group"])
+def _count_kernel(
+    experts_ptr,  # (T, K) int32
+    order_ptr,  # (T,) int64 place in the group of each token in priority order, or None
+    counts_ptr,  # (G, K, blocks_per_group, E) int32
+    num_tokens,
+    group_size,
+    blocks_per_group,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """A program owns one block of the queue of one choice rank of one group: how many want each expert."""
+    block, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    group = block // blocks_per_group
+    size = tl.minimum(num_tokens - group * group_size, group_size)
+    places = (block % blocks_per_group) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = _queued(order_ptr, group, group_size, size, places)
+    wanted = tl.load(experts_ptr + tokens * K + k, mask=places < size, other=0)
+    experts = tl.arange(0, BLOCK_E)
+    counts = tl.histogram(wanted, BLOCK_E, mask=places < size)
+    row = (group * K + k) * blocks_per_group + block % blocks_per_group
+    tl.store(counts_ptr + row * E + experts, counts, mask=experts < E)
+
+
+@triton.jit(do_not_specialize=["rows_per_group"])
+def _scan_kernel(
+    counts_ptr,  # (G, rows_per_group, E) int32: counts, then what came before
+    rows_per_group,
+    E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """A program owns BLOCK_E experts of one group: exclusive sums over its blocks in queue order, in place."""
+    group = tl.program_id(0).to(tl.int64)
+    experts = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    before = tl.zeros((BLOCK_E,), tl.int32)
+    for start in range(0, rows_per_group, BLOCK_ROWS):
+        rows = start + tl.arange(0, BLOCK_ROWS)
+        pointers = counts_ptr + (group * rows_per_group + rows)[:, None] * E + experts[None, :]
+        mask = (rows < rows_per_group)[:, None] & (experts < E)[None, :]
+        counts = tl.load(pointers, mask=mask, other=0)
+        tl.store(pointers, before[None, :] + tl.cumsum(counts, axis=0) - counts, mask=mask)
+        before += tl.sum(counts, axis=0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "group_size",
+        "blocks_per_group",
+        "capacity",
+        "last_capacity",
+        "rows_per_expert",
+    ]
+)
+def _place_kernel(
+    experts_ptr,  # (T, K) int32
+    order_ptr,  # (T,) int64 or None
+    counts_ptr,  # (G, K, blocks_per_group, E) int32: what came before each block
+    slots_ptr,  # (T, K) int32
+    num_tokens,
+    group_size,
+    blocks_per_group,
+    capacity,
+    last_capacity,
+    rows_per_expert,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program owns one block of the queue of one choice rank of one group, and writes its slots."""
+    block, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    group = block // blocks_per_group
+    size = tl.minimum(num_tokens - group * group_size, group_size)
+    first = (block % blocks_per_group) * BLOCK_N
+    places = first + tl.arange(0, BLOCK_N)
+    tokens = _queued(order_ptr, group, group_size, size, places)
+    experts = tl.load(experts_ptr + tokens * K + k, mask=places < size, other=-1)
+    # The experts again, along the other axis: each place against those before it.
+    others = first + tl.arange(0, BLOCK_N)
+    other_tokens = _queued(order_ptr, group, group_size, size, others)
+    other_experts = tl.load(experts_ptr + other_tokens * K + k, mask=others < size, other=-1)
+    earlier = (other_experts[None, :] == experts[:, None]) & (others[None, :] < places[:, None])
+    row = (group * K + k) * blocks_per_group + block % blocks_per_group
+    before = tl.load(counts_ptr + row * E + experts, mask=places < size, other=0)
+    place = before + tl.sum(earlier.to(tl.int32), axis=1)
+    limit = tl.where(size < group_size, last_capacity, capacity)
+    slot = experts.to(tl.int64) * rows_per_expert + group * capacity + place
+    tl.store(slots_ptr + tokens * K + k, tl.where(place < limit, slot, -1).to(tl.int32), mask=places < size)
+
+
+def _priority_order(gates: Tensor, group_size: int, use_sum: bool) -> Tensor:
+    """(T,) int64: the place in its group of the token of each rank by priority, ties by position."""
+    num_tokens, num_choices = gates.shape
+    keys = torch.empty(num_tokens, device=gates.device, dtype=torch.int32)
+    _sort_keys_kernel[(triton.cdiv(num_tokens, _BLOCK_KEYS),)](
+        gates, keys, num_tokens, K=num_choices, SUM=use_sum, BLOCK=_BLOCK_KEYS, num_warps=4
+    )
+    whole = num_tokens // group_size * group_size
+    order = torch.empty(num_tokens, device=gates.device, dtype=torch.int64)
+    for start, end, groups in ((0, whole, whole // group_size), (whole, num_tokens, 1)):
+        if start < end:
+            part = keys[start:end].view(groups, -1)
+            torch.sort(part, dim=1, stable=True, out=(torch.empty_like(part), order[start:end].view(groups, -1)))
+    return order
+
+
+def sort_slots(
+    experts: Tensor,
+    gates: Tensor,
+    num_experts: int,
+    group_size: int,
+    capacity: int,
+    last_capacity: int,
+    rows_per_expert: int,
+    batch_priority: bool,
+    use_sum: bool,
+) -> Tensor:
+    """Slots (T, K) by design A, for any S; arguments are contiguous and T is at least 1."""
+    num_tokens, num_choices = experts.shape
+    slots = torch.empty_like(experts)
+    order = _priority_order(gates, group_size, use_sum) if batch_priority else None
+    groups = triton.cdiv(num_tokens, group_size)
+    blocks = triton.cdiv(min(group_size, num_tokens), _BLOCK_N)
+    counts = experts.new_empty((groups, num_choices, blocks, num_experts))
+    grid = (groups * blocks, num_choices)
+    block_e = max(2, triton.next_power_of_2(num_experts))
+    shape = {"E": num_experts, "K": num_choices, "BLOCK_N": _BLOCK_N, "num_warps": 4}
+    _count_kernel[grid](experts, order, counts, num_tokens, group_size, blocks, BLOCK_E=block_e, **shape)
+    _scan_kernel[(groups, triton.cdiv(num_experts, _BLOCK_E))](
+        counts, num_choices * blocks, E=num_experts, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_E=_BLOCK_E, num_warps=4
+    )
+    _place_kernel[grid](
+        experts,
+        order,
+        counts,
+        slots,
+        num_tokens,
+        group_size,
+        blocks,
+        capacity,
+        last_capacity,
+        rows_per_expert,
+        **shape,
+    )
+    return slots
+
+
+def _case(kernel, name: str, signature: dict[str, str], **constexprs) -> CompileCase:
+    return CompileCase(name=f"slots_sort/{name}", kernel=kernel, signature=signature, constexprs=constexprs)
+
+
+def _queue_cases(order: str | None, num_experts: int, selected: int) -> list[CompileCase]:
+    name = f"{'bpr' if order else 'vanilla'}/E{num_experts}/K{selected}"
+    common = {"E": num_experts, "K": selected, "BLOCK_N": _BLOCK_N} | ({} if order else {"order_ptr": None})
+    pointers = {"experts_ptr": "*i32", "counts_ptr": "*i32"} | ({"order_ptr": order} if order else {})
+    pointers |= dict.fromkeys(("num_tokens", "group_size", "blocks_per_group"), "i32")
+    more = {"slots_ptr": "*i32"} | dict.fromkeys(("capacity", "last_capacity", "rows_per_expert"), "i32")
+    return [
+        _case(_count_kernel, f"count/{name}", pointers, BLOCK_E=num_experts, **common),
+        _case(_place_kernel, f"place/{name}", pointers | more, **common),
+    ]
+
+
+COMPILE_CASES = [
+    _case(
+        _sort_keys_kernel,
+        "keys/K2",
+        {"gates_ptr": "*fp32", "keys_ptr": "*i32", "num_tokens": "i32"},
+        K=2,
+        SUM=True,
+        BLOCK=_BLOCK_KEYS,
+    ),
+    _case(
+        _scan_kernel,
+        "scan/E32",
+        {"counts_ptr": "*i32", "rows_per_group": "i32"},
+        E=32,
+        BLOCK_ROWS=_BLOCK_ROWS,
+        BLOCK_E=_BLOCK_E,
+    ),
+    *_queue_cases(None, 32, 2),
+    *_queue_cases("*i64", 32, 2),
+    *_queue_cases("*i64", 256, 8),
+]

@@ -1,0 +1,1 @@
+"""Tokens to the experts' rows and back."""

@@ -1,0 +1,295 @@
+"""Triton kernels of dispatch and its backward, and the map from rows to choices that they and combine share.
+
+Dims: T tokens, K choices per token, N rows of the buffer, D width.
+An output row belongs to one program, which writes all of it: nothing is added atomically, empty rows are zeroed in the
+same pass, and no row is read that no choice holds.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
+
+BLOCK_CHOICES = 1024
+
+
+@triton.jit(do_not_specialize=["num_choices", "num_rows"])
+def _choice_of_row_kernel(
+    slots_ptr,  # (T * K,) int32
+    choices_ptr,  # (N,) int32, holds -1
+    dropped_ptr,  # (T * K,) floating, or None
+    num_choices,
+    num_rows,
+    BLOCK: tl.constexpr,
+):
+    """A program owns a block of choices: a kept one names itself in its row, a dropped one gets 0 in dropped_ptr."""
+    choices = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    slots = tl.load(slots_ptr + choices, mask=choices < num_choices, other=-1)
+    # A slot past the buffer breaks the contract; it counts as dropped and never reaches memory.
+    kept = (slots >= 0) & (slots < num_rows)
+    tl.store(choices_ptr + slots, choices.to(tl.int32), mask=kept)
+    if dropped_ptr is not None:
+        zeros = tl.zeros((BLOCK,), dropped_ptr.dtype.element_ty)
+        tl.store(dropped_ptr + choices, zeros, mask=(choices < num_choices) & ~kept)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _dispatch_kernel(
+    x_ptr,  # (T, D)
+    choices_ptr,  # (N,) int32
+    buffer_ptr,  # (N, D)
+    num_rows,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program owns a (BLOCK_ROWS, BLOCK_D) tile of the buffer: the token that holds each row, or 0."""
+    # The tiles of one row are neighbours in launch order, so a token's memory pages are read together.
+    tiles_per_row: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    tile = tl.program_id(0).to(tl.int64)
+    rows = tile // tiles_per_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = tile % tiles_per_row * BLOCK_D + tl.arange(0, BLOCK_D)
+    choices = tl.load(choices_ptr + rows, mask=rows < num_rows, other=-1)
+    tokens = (choices // K).to(tl.int64)
+    # A token that only one row can hold is read once: it should not push the buffer out of the L2 cache.
+    copies = tl.load(
+        x_ptr + tokens[:, None] * D + cols[None, :],
+        mask=(choices >= 0)[:, None] & (cols < D)[None, :],
+        other=0.0,
+        eviction_policy="evict_first" if K == 1 else "",
+    )
+    inside = (rows < num_rows)[:, None] & (cols < D)[None, :]
+    tl.store(buffer_ptr + rows[:, None] * D + cols[None, :], copies, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+def _sum_rows_kernel(
+    rows_ptr,  # (N, D)
+    slots_ptr,  # (T, K) int32
+    gates_ptr,  # (T, K) floating, or None for gates of 1
+    y_ptr,  # (T, D)
+    num_tokens,
+    num_rows,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program owns a (BLOCK_TOKENS, BLOCK_D) tile of y: the gated sum, in float32, of the rows of its K choices."""
+    tiles_per_row: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    tile = tl.program_id(0).to(tl.int64)
+    tokens = tile // tiles_per_row * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    cols = tile % tiles_per_row * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_TOKENS, BLOCK_D), tl.float32)
+    for k in tl.static_range(K):
+        choices = tokens * K + k
+        slots = tl.load(slots_ptr + choices, mask=tokens < num_tokens, other=-1)
+        kept = (slots >= 0) & (slots < num_rows)
+        # Slots are unique, so a row is read once.
+        row = tl.load(
+            rows_ptr + slots.to(tl.int64)[:, None] * D + cols[None, :],
+            mask=kept[:, None] & (cols < D)[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        ).to(tl.float32)
+        if gates_ptr is not None:
+            # Dropped choices too: 0 times a NaN gate must show.
+            row *= tl.load(gates_ptr + choices, mask=tokens < num_tokens, other=0.0).to(tl.float32)[:, None]
+        total += row
+    inside = (tokens < num_tokens)[:, None] & (cols < D)[None, :]
+    tl.store(y_ptr + tokens[:, None] * D + cols[None, :], total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+WIDTH_BOUNDS = (64,)
+
+
+def width_bucket(width: int) -> str:
+    """Names the bucket of D in the launch tables of dispatch and combine."""
+    return size_bucket(width, WIDTH_BOUNDS)
+
+
+# Predicted, nothing was measured yet: 256 columns are one 16-byte load per thread of a warp in 16-bit data and divide
+# 768, 1024 and 1280; 16 rows give each thread of 4 warps four such loads in flight, and with the occupancy that the
+# registers allow that is over the 25 KB per SM that latency times bandwidth asks of an H200.
+_TILES = ((16, 256), (8, 256), (32, 256), (4, 1024), (8, 512), (16, 128))
+
+
+def _configs(rows_name: str) -> list[Config]:
+    return [Config({rows_name: rows, "BLOCK_D": width}, num_warps=4) for rows, width in _TILES]
+
+
+def register_tile_table(op: str, rows_name: str) -> None:
+    """Gives a kernel with (rows, BLOCK_D) tiles its table: the wide tile, and a tall one where D is tiny."""
+    wide, *others = _configs(rows_name)
+    tall = Config({rows_name: 64, "BLOCK_D": 64}, num_warps=4)
+    register_table(op, {(ANY, ANY, ANY): wide, (ANY, ANY, "le64"): tall}, candidates=others)
+
+
+register_tile_table("dispatch", "BLOCK_ROWS")
+register_tile_table("dispatch_backward", "BLOCK_TOKENS")
+
+
+def choice_of_row_triton(slots: Tensor, num_rows: int, zero_dropped: Tensor | None = None) -> Tensor:
+    """Inverts the slots: which choice holds each row of the buffer.
+
+    Args:
+        slots: (T, K) int32 row of each choice, unique, or -1 where dropped.
+        num_rows: N, rows of the buffer.
+        zero_dropped: (T, K) contiguous; written in the same pass, to 0 where a choice was dropped.
+
+    Returns:
+        (N,) int32: the flat choice t * K + k, or -1 where the row is empty.
+
+    Raises:
+        ValueError: if T * K does not fit in int32.
+    """
+    num_choices = slots.numel()
+    if num_choices >= 2**31:
+        raise ValueError(f"slots must hold fewer than 2**31 choices, got {num_choices}")
+    choices = torch.full((num_rows,), -1, device=slots.device, dtype=torch.int32)
+    if num_choices > 0:
+        grid = (triton.cdiv(num_choices, BLOCK_CHOICES),)
+        _choice_of_row_kernel[grid](
+            slots.contiguous(), choices, zero_dropped, num_choices, num_rows, BLOCK=BLOCK_CHOICES, num_warps=4
+        )
+    return choices
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """The kernels accumulate in float32, so wider data would lose digits in silence."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"{name} must be float16, bfloat16 or float32 for Triton kernels, got {tensor.dtype}")
+
+
+def sum_rows(op: str, rows: Tensor, slots: Tensor, gates: Tensor | None) -> Tensor:
+    """Adds up the rows of each token's choices: dispatch's backward, and combine.
+
+    Args:
+        op: name of the launch table.
+        rows: (N, D) float16, bfloat16 or float32.
+        slots: (T, K) int32 row of each choice, or -1 where dropped.
+        gates: (T, K) weights, or None for 1.
+
+    Returns:
+        (T, D) in the dtype of `rows`, accumulated in float32 in the order of the choices.
+    """
+    num_tokens, num_choices = slots.shape
+    num_rows, width = rows.shape
+    y = rows.new_empty(num_tokens, width)
+    if y.numel() > 0:
+        config = look_up(op, rows.device, width_bucket(width))
+        tiles = triton.cdiv(num_tokens, config.constexprs["BLOCK_TOKENS"])
+        grid = (tiles * triton.cdiv(width, config.constexprs["BLOCK_D"]),)
+        gates = None if gates is None else gates.contiguous()
+        _sum_rows_kernel[grid](
+            rows.contiguous(),
+            slots.contiguous(),
+            gates,
+            y,
+            num_tokens,
+            num_rows,
+            K=num_choices,
+            D=width,
+            **config.kwargs(),
+        )
+    return y
+
+
+def dispatch_triton(x: Tensor, slots: Tensor, num_rows: int) -> Tensor:
+    """Launcher of `vmoe::dispatch`."""
+    check_dtype("x", x)
+    width = x.shape[1]
+    if slots.numel() == 0:
+        return x.new_zeros(num_rows, width)
+    buffer = x.new_empty(num_rows, width)
+    if buffer.numel() > 0:
+        config = look_up("dispatch", x.device, width_bucket(width))
+        tiles = triton.cdiv(num_rows, config.constexprs["BLOCK_ROWS"])
+        grid = (tiles * triton.cdiv(width, config.constexprs["BLOCK_D"]),)
+        choices = choice_of_row_triton(slots, num_rows)
+        _dispatch_kernel[grid](x.contiguous(), choices, buffer, num_rows, K=slots.shape[1], D=width, **config.kwargs())
+    return buffer
+
+
+def dispatch_backward_triton(d_buffer: Tensor, slots: Tensor) -> Tensor:
+    """Launcher of `vmoe::dispatch_backward`."""
+    check_dtype("d_buffer", d_buffer)
+    return sum_rows("dispatch_backward", d_buffer, slots, None)
+
+
+def dispatch_bytes(num_tokens: int, num_choices: int, num_rows: int, width: int, itemsize: int) -> int:
+    """Bytes that a dispatch without drops must move: x once, the buffer once, the slots, and the map there and back."""
+    return (num_tokens + num_rows) * width * itemsize + num_tokens * num_choices * 4 + 3 * num_rows * 4
+
+
+def dispatch_backward_bytes(num_tokens: int, num_choices: int, width: int, itemsize: int) -> int:
+    """Bytes that dispatch's backward without drops must move: the held rows once, d_x once, the slots."""
+    return num_tokens * ((num_choices + 1) * width * itemsize + num_choices * 4)
+
+
+POINTER_TYPES = ("bf16", "fp32")
+# (D, K) of V-MoE-B, whose layers select one or two experts, of V-MoE-H, and of a width that takes the tall tile.
+COMPILED_SHAPES = ((768, 1), (768, 2), (1280, 2), (48, 2))
+
+
+def _compile_cases() -> list[CompileCase]:
+    cases = [
+        CompileCase(
+            "choice_of_row",
+            _choice_of_row_kernel,
+            {"slots_ptr": "*i32", "choices_ptr": "*i32", "num_choices": "i32", "num_rows": "i32"},
+            {"dropped_ptr": None, "BLOCK": BLOCK_CHOICES},
+        ),
+        CompileCase(
+            "choice_of_row/zero_dropped",
+            _choice_of_row_kernel,
+            {
+                "slots_ptr": "*i32",
+                "choices_ptr": "*i32",
+                "dropped_ptr": "*fp32",
+                "num_choices": "i32",
+                "num_rows": "i32",
+            },
+            {"BLOCK": BLOCK_CHOICES},
+        ),
+    ]
+    for dtype in POINTER_TYPES:
+        pointer = f"*{dtype}"
+        for width, num_choices in COMPILED_SHAPES:
+            shape = {"K": num_choices, "D": width}
+            suffix = f"{dtype}/D{width}/K{num_choices}"
+            config = look_up("dispatch", torch.device("cpu"), width_bucket(width))
+            cases.append(
+                CompileCase(
+                    f"dispatch/{suffix}",
+                    _dispatch_kernel,
+                    {"x_ptr": pointer, "choices_ptr": "*i32", "buffer_ptr": pointer, "num_rows": "i32"},
+                    {**shape, **config.constexprs},
+                    config.num_warps,
+                    config.num_stages,
+                )
+            )
+            cases.append(sum_rows_case("dispatch_backward", suffix, pointer, None, shape))
+    return cases
+
+
+def sum_rows_case(op: str, suffix: str, rows: str, gates: str | None, shape: dict[str, int]) -> CompileCase:
+    """How `sum_rows` compiles for a launch table, pointer types and {"K", "D"}."""
+    config = look_up(op, torch.device("cpu"), width_bucket(shape["D"]))
+    signature = {"rows_ptr": rows, "slots_ptr": "*i32", "gates_ptr": gates, "y_ptr": rows}
+    absent = {name: None for name, kind in signature.items() if kind is None}
+    signature = {name: kind for name, kind in signature.items() if kind is not None}
+    return CompileCase(
+        f"{op}/{suffix}",
+        _sum_rows_kernel,
+        {**signature, "num_tokens": "i32", "num_rows": "i32"},
+        {**absent, **shape, **config.constexprs},
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+COMPILE_CASES = _compile_cases()

@@ -1,0 +1,201 @@
+"""The model that weights are of: said by them or by what stands beside them, or read off their shapes."""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from timm.models import is_model_in_modules
+from torch import Tensor, nn
+
+from vmoe_torch.layers.choice import metadata_of, restore_routing
+from vmoe_torch.models.description import description_of
+from vmoe_torch.models.vmoe import VMoE
+from vmoe_torch.weights.adapt import grid_of, load_adapted, square_grid
+from vmoe_torch.weights.conversion import Origin, read_converted, read_state, weights_of
+from vmoe_torch.weights.names import join_members
+from vmoe_torch.weights.original.wire import CheckpointError
+from vmoe_torch.weights.sources import Weights
+
+# Of our models, as timm lists them.
+MODULES = ("vmoe", "ensemble")
+
+
+def open_original(source: str | os.PathLike) -> nn.Module:
+    """The model of a checkpoint of the original, with its weights.
+
+    A checkpoint of the original says nothing of its routing: number of selected experts, capacity and order are the
+    defaults of `VMoE` (of `VMoEEnsemble` for an ensemble); `set_routing` changes them. Files that `export_original` and
+    `export_safetensors` wrote say what was chosen, and what the model was made with.
+
+    Args:
+        source: a .safetensors file of `convert`, or what the names of the original's files begin with.
+
+    Raises:
+        CheckpointError: if a file is damaged or missing, or is a .safetensors file of another program.
+        ValueError: if the weights are not those of a model of ours.
+    """
+    source = os.fspath(source)
+    state, origin = read_converted(source) if source.endswith(".safetensors") else read_state(source)
+    if origin is None and description_of(state) is None:
+        raise CheckpointError(f"{source} must be a file that vmoe convert wrote, got one without its metadata")
+    return open_weights(Weights(source, state, origin))[0]
+
+
+def open_weights(weights: Weights) -> tuple[nn.Module, str]:
+    """The model that weights are of, in eval mode or not as timm made it, with the routing that was chosen for them.
+
+    Args:
+        weights: of `read_weights`; not those of a run of `vmoe train`, whose configuration says more.
+
+    Returns:
+        The model, and in a few words what told it.
+
+    Raises:
+        ValueError: if it is not known what they are of, or they do not fit that.
+    """
+    state, source, described = weights_of(weights.state), weights.source, description_of(weights.state)
+    if weights.name is not None:
+        name, arguments, told = weights.name, shape_arguments(weights.name, state), f"{weights.name}, as named"
+    elif source.startswith("hf-hub:"):
+        name, arguments, told = source, {}, f"{source}, as config.json says"
+    elif weights.hub is not None:
+        name, arguments = f"local-dir:{weights.hub.folder}", {}
+        told = f"{weights.hub.config['architecture']}, as config.json says"
+    elif described is not None:
+        name, arguments = described["architecture"], described["model_args"]
+        told = f"{name}, as the file says"
+    elif weights.origin is not None:
+        name = "vmoe_s32" if weights.origin.ensemble_size == 1 else "eee_s32_last2_e8"
+        try:
+            arguments = model_arguments(join_members(state), weights.origin)
+        except KeyError as error:
+            raise ValueError(f"{source} must hold the weights of a V-MoE, missing {error}") from None
+        told = "a checkpoint of the original"
+    elif weights.timm is not None:
+        name = weights.timm.name
+        arguments = weights.timm.arguments() | shape_arguments(name, state)
+        told = f"{name}, as timm's train.py was told"
+    else:
+        name = identified(state, source)
+        arguments, told = shape_arguments(name, state), f"{name}, by the shapes of its weights"
+    model = created(name, arguments, source)
+    if isinstance(model, VMoE):
+        load_adapted(model, state, source, grid=weights.grid)
+    else:
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{source} must fit {name}: {' '.join(str(error).split())}") from None
+    restore_routing(model, metadata_of(weights.state), source)
+    return model, told
+
+
+def created(name: str, arguments: Mapping[str, Any], source: str, **more) -> nn.Module:
+    """`timm.create_model`, its errors named."""
+    try:
+        return timm.create_model(name, **arguments, **more)
+    # What timm and its models raise at a wrong argument is of many kinds.
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise ValueError(f"{source} must be of a model that can be made, got {name}: {error}") from error
+
+
+def shape_arguments(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of a timm model that the shapes of its weights tell: classes, channels, and of ours also experts,
+    which layers have them, and the size of the images."""
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    found = {}
+    for key, module, dim in (("num_classes", cfg and cfg.classifier, 0), ("in_chans", cfg and cfg.first_conv, 1)):
+        weight = state.get(f"{module}.weight") if isinstance(module, str) else None
+        if weight is not None and weight.dim() > 1:
+            found[key] = weight.shape[dim]
+    if not is_ours(name):
+        return found
+    joined = join_members(state)
+    routers = {int(key.split(".")[1]): value for key, value in joined.items() if key.endswith(".mlp.router.weight")}
+    if "head.weight" not in state:
+        found["num_classes"] = 0
+    if routers:
+        found |= {"moe_layers": tuple(sorted(routers)), "num_experts": len(next(iter(routers.values())))}
+    if "pre_logits.0.weight" in state:
+        found["representation_size"] = len(state["pre_logits.0.weight"])
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.dim() == 4:
+        grid = (cfg and grid_of(cfg.input_size[1:], state)) or square_grid(state)
+        if grid is not None:
+            found["img_size"] = (grid[0] * kernel.shape[2], grid[1] * kernel.shape[3])
+    return found
+
+
+def is_ours(name: str) -> bool:
+    """Whether a timm model's name is of this package."""
+    return any(is_model_in_modules(name.partition(".")[0], [module]) for module in MODULES)
+
+
+def identified(state: Mapping[str, Tensor], source: str) -> str:
+    """The one model of ours with weights of these shapes.
+
+    Raises:
+        ValueError: if there is none, or several.
+    """
+    shapes = {name: value.shape for name, value in state.items()}
+    fitting = []
+    for name in (name for module in MODULES for name in timm.list_models(module=module)):
+        try:
+            model = timm.create_model(name, device="meta", **shape_arguments(name, state))
+        # Shapes of something else make arguments that no model takes.
+        except (TypeError, ValueError, RuntimeError, AssertionError):
+            continue
+        if {key: value.shape for key, value in model.state_dict().items()} == shapes:
+            fitting.append(name)
+    if len(fitting) == 1:
+        return fitting[0]
+    got = f"shapes of {' or '.join(fitting)}" if fitting else "shapes of no model of this package"
+    raise ValueError(
+        f"{source} must say what model it is of, by args.yaml of timm's train.py or config.json of save_for_hf beside "
+        f"it, or be given as NAME={source} with the name of a timm model; got {got}"
+    )
+
+
+def model_arguments(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
+    """The arguments of a `VMoE` or `VMoEEnsemble` with these weights.
+
+    Args:
+        state: names as ours, an ensemble's routers joined.
+        origin: what the shapes do not say.
+
+    Raises:
+        KeyError: if a weight that every model has is missing.
+    """
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    routers = {int(name.split(".")[1]): value for name, value in state.items() if name.endswith(".mlp.router.weight")}
+    class_token = "cls_token" in state
+    arguments = {
+        "embed_dim": width,
+        "in_chans": channels,
+        "patch_size": patch,
+        "depth": 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1),
+        "num_heads": origin.num_heads,
+        # A hair more, as timm rounds down what may come out just below.
+        "mlp_ratio": math.nextafter(state["blocks.0.mlp.fc1.weight"].shape[-2] / width, math.inf),
+        "class_token": class_token,
+        "global_pool": "map" if "attn_pool.latent" in state else "token" if class_token else "avg",
+        "representation_size": len(state["pre_logits.0.weight"]) if "pre_logits.0.weight" in state else 0,
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "moe_layers": tuple(sorted(routers)),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+    }
+    if routers:
+        arguments["num_experts"] = len(next(iter(routers.values())))
+    if "pos_embed" in state:
+        grid = square_grid(state)
+        if grid is None:
+            raise ValueError(f"pos_embed must hold a square grid, got {state['pos_embed'].shape[1]} positions")
+        arguments["img_size"] = patch * grid[0]
+    else:
+        # The original stores no positions that it can compute.
+        arguments["pos_embed"] = "sincos2d"
+    if origin.ensemble_size > 1:
+        arguments["ensemble_size"] = origin.ensemble_size
+    return arguments

@@ -1,0 +1,48 @@
+"""A CSV file that grows row by row and survives stops: what a resumed run writes anew is dropped first."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vmoe_torch.train.record.disk import cannot_write
+
+
+class CsvTable:
+    """Appends rows, each on the disk's side before the next update begins.
+
+    Args:
+        path: of the file; its rows are kept where it is there already and has these columns.
+        columns: by name; one is "update".
+        first_update: the run goes on from here; rows beyond it are dropped.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], first_update: int):
+        self.path = path
+        self.columns = tuple(columns)
+        rows = [row for row in read_table(path) if int(row["update"]) <= first_update]
+        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        """One row or several.
+
+        Raises:
+            OSError: if the file cannot be written, naming it.
+        """
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
+                csv.DictWriter(file, self.columns).writerows(rows)
+        except OSError as error:
+            raise cannot_write("table", self.path, error) from error
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a file; none if there is no such file. A row that a full disk cut off is left out."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values() and row.get("update", "").isdigit()]

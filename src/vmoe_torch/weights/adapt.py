@@ -1,0 +1,165 @@
+"""What loading a state dict adapts: resolution, patches, channels, the head, the members of an ensemble."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from torch import Tensor, nn
+
+from vmoe_torch.models.description import description_of
+from vmoe_torch.models.position import zoom_position
+from vmoe_torch.weights.names import read_original_npz, split_members
+
+
+def checkpoint_filter_fn(
+    state_dict: dict[str, Tensor], model: nn.Module, source_grid: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """timm's ViT filter, but positions resize as in the original, and the pre-logits layer and ensembles are known.
+
+    The grid that positions are of is the one given, else that of the state dict's metadata, else of the arguments and
+    the image size that timm has for these weights where they fit; else `zoom_position` says what is taken.
+    """
+    if source_grid is None:
+        source_grid = _known_grid(state_dict, model)
+    source = state_dict.get("model", state_dict)
+    source = dict(source.get("state_dict", source))
+    position = source.pop("pos_embed", None)
+    own = model.state_dict()
+    filtered = vit_filter_fn(source, model)
+    if isinstance(model.pre_logits, nn.Sequential):
+        filtered.update({name: value for name, value in source.items() if name.startswith("pre_logits.")})
+    if position is not None and "pos_embed" in own:
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        if position.shape[-1] == own["pos_embed"].shape[-1]:
+            position = zoom_position(position, own["pos_embed"], model.patch_embed.grid_size, prefix, source_grid)
+        filtered["pos_embed"] = position
+    if model.ensemble_size > 1 and not any(".mlp.members." in name for name in filtered):
+        filtered = split_members(filtered, model.ensemble_size)
+    return filtered
+
+
+def _known_grid(state_dict: Mapping[str, Tensor], model: nn.Module) -> tuple[int, int] | None:
+    described = description_of(state_dict)
+    if described is not None:
+        return tuple(described["grid"])
+    kernel = state_dict.get("patch_embed.proj.weight")
+    size = getattr(model, "pretrained_model_args", {}).get("img_size")
+    if size is None:
+        size = getattr(model, "pretrained_cfg", {}).get("input_size", (0, 0, 0))[1:]
+    if not isinstance(kernel, Tensor) or kernel.dim() != 4:
+        return None
+    return grid_of(size, state_dict)
+
+
+def grid_of(size: int | tuple[int, int], state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Rows and columns of the patches of images of this size, if they are what a state dict has positions for."""
+    height, width = (size, size) if isinstance(size, int) else size
+    patch = state["patch_embed.proj.weight"].shape[2:]
+    grid = (int(height) // patch[0], int(width) // patch[1])
+    return grid if grid[0] * grid[1] in _patches(state) else None
+
+
+def square_grid(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """The square grid that a state dict has positions for, if it may have one; the original has no other."""
+    sides = [math.isqrt(count) for count in _patches(state) if math.isqrt(count) ** 2 == count > 0]
+    return (sides[0], sides[0]) if sides else None
+
+
+def _patches(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """How many patches there may be positions for: tokens before them have positions, too, or have none."""
+    position = state.get("pos_embed")
+    if position is None or position.dim() != 3:
+        return ()
+    before = ("cls_token" in state) + (state["reg_token"].shape[1] if "reg_token" in state else 0)
+    return tuple(dict.fromkeys((position.shape[1] - before, position.shape[1])))
+
+
+def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
+    """A patch embedding's kernel for other images, as timm adapts it from 3 channels (before 1.0.31 from 3 alone).
+
+    Args:
+        kernel: (D, channels, height, width).
+        in_chans: channels of the images to come.
+
+    Returns:
+        (D, in_chans, height, width): one channel is the sum of all, several repeat them and keep the sum's scale.
+    """
+    channels = kernel.shape[1]
+    if in_chans == channels:
+        return kernel
+    wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
+    if in_chans == 1:
+        return wide.sum(1, keepdim=True).to(kernel.dtype)
+    repeated = wide.repeat(1, -(-in_chans // channels), 1, 1)[:, :in_chans]
+    return (repeated * (channels / in_chans)).to(kernel.dtype)
+
+
+def load_adapted(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    *,
+    drop_head: bool = False,
+    grid: tuple[int, int] | None = None,
+) -> None:
+    """Loads a state dict, adapting resolution, patches, channels and head; all else must fit exactly.
+
+    Another number of classes keeps the model's own head, and leaves out a pre-logits layer that the model lacks, as the
+    original's fine-tuning does. Other channels are summed or repeated as in timm.
+
+    Args:
+        model: a VMoE; nothing in it changes on an error.
+        state: names as ours.
+        source: where the state comes from, for errors.
+        drop_head: whether to keep the model's own head even where the number of classes is the same.
+        grid: rows and columns of patches that the state has positions for; None if that is not known.
+
+    Raises:
+        ValueError: if a parameter is missing, unknown, or of another shape.
+    """
+    own = model.state_dict()
+    had_pre_logits = "pre_logits.0.weight" in state
+    head, kernel = state.get("head.weight"), state.get("patch_embed.proj.weight")
+    if kernel is not None and (kernel.dim() != 4 or kernel.numel() == 0):
+        raise ValueError(f"{source}: patch_embed.proj.weight must be (D, C, P, P), got {tuple(kernel.shape)}")
+    state = checkpoint_filter_fn(dict(state), model, grid or _known_grid(state, model))
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is not None:
+        state["patch_embed.proj.weight"] = adapt_channels(kernel, own["patch_embed.proj.weight"].shape[1])
+    if model.fixed_pos_embed:
+        state["pos_embed"] = own["pos_embed"]
+    same_head = not drop_head and head is not None and head.shape[0] == model.num_classes
+    wrong = []
+    if not same_head:
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+        state |= {name: value for name, value in own.items() if name.startswith("head.")}
+    elif had_pre_logits and "pre_logits.0.weight" not in own:
+        wrong.append(
+            "pre_logits.0.weight is not in the model, but its head is (create it with representation_size=True)"
+        )
+    wrong += [f"{name} is missing" for name in sorted(own.keys() - state.keys())]
+    wrong += [f"{name} is not in the model" for name in sorted(state.keys() - own.keys())]
+    wrong += [
+        f"{name} must be {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{source} must fit the model: " + "; ".join(wrong[:8]))
+    model.load_state_dict(state)
+
+
+def load_original_npz(model: nn.Module, path: str, prefix: str = "") -> None:
+    """Loads an .npz of the original's parameters, or of a plain ViT's, with what `load_adapted` adapts.
+
+    Args:
+        model: a VMoE; nothing in it changes on an error.
+        path: the .npz file.
+        prefix: what the names of the wanted arrays begin with, e.g. "params/".
+
+    Raises:
+        ValueError: if the file is damaged, no array has the prefix, a name is unknown, or a shape does not fit.
+    """
+    state, _ = read_original_npz(path, prefix)
+    load_adapted(model, state, path, grid=square_grid(state))

@@ -1,0 +1,1 @@
+"""The original's files: read and written."""

@@ -1,0 +1,300 @@
+"""What weights a name means: every file and folder that weights are kept in, read as one state dict.
+
+| name | weights | the model is told by |
+| --- | --- | --- |
+| folder or file of `vmoe train` | its best checkpoint, its moving average where it kept one | its configuration |
+| folder of timm's train.py, or a .pth.tar | model_best, else last, else the newest; its moving average | args.yaml |
+| folder or file of timm's `save_for_hf` | model.safetensors or pytorch_model.bin | config.json |
+| .pt, .pth, .bin or .ckpt with a state dict | it | what our models' state dicts say; files beside it; shapes |
+| .safetensors | it | its header; files beside it; shapes |
+| PREFIX of the original, or its URL; .npz | it | shapes |
+| NAME=FILE | any of these files | NAME, a timm model |
+
+Nothing that a file holds is run: `torch.load` reads with weights_only=True.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vmoe_torch.layers.choice import metadata_of, restore_routing, with_metadata
+from vmoe_torch.weights.adapt import grid_of, load_adapted
+from vmoe_torch.weights.beside import TIMM_FILES, HubFolder, TimmRun, hub_folder, timm_run
+from vmoe_torch.weights.conversion import Origin, read_converted, read_state, source_grid, weights_of
+from vmoe_torch.weights.download import is_remote
+from vmoe_torch.weights.names import read_original_npz
+from vmoe_torch.weights.original.wire import CheckpointError
+
+# What `vmoe train` writes.
+RUN_FORMAT = 1
+SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".ckpt", ".safetensors", ".npz")
+# Where training programs keep the weights, and their moving average, in a checkpoint.
+_WEIGHTS = ("state_dict", "model", "model_state_dict")
+_AVERAGES = ("state_dict_ema", "model_ema", "ema")
+# What wraps a model and shows in the names of its weights.
+_WRAPPERS = ("module", "_orig_mod", "model")
+# What orbax, with which the original's fine-tuning saves, leaves in a folder.
+_ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "_sharding", "commit_success.txt", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights, and what is known of the model that they are of.
+
+    Attributes:
+        source: the name that was read, for errors.
+        state: names as timm's models have; the metadata says what our models' state dicts say.
+        origin: of the original's weights.
+        name: of the timm model, where the user told it.
+        run: everything in a checkpoint of `vmoe train`.
+        timm: of a run of timm's train.py.
+        hub: of a folder of timm's `save_for_hf`.
+        average: whether the weights are a moving average.
+    """
+
+    source: str
+    state: Mapping[str, Tensor] = field(repr=False)
+    origin: Origin | None = None
+    name: str | None = None
+    run: dict[str, Any] | None = field(default=None, repr=False)
+    timm: TimmRun | None = None
+    hub: HubFolder | None = None
+    average: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the patches that there are positions for; None if that is not known."""
+        known = source_grid(self.state, self.origin)
+        if known is not None or "patch_embed.proj.weight" not in self.state:
+            return known
+        size = None
+        if self.run is not None:
+            config = self.run["config"].get("model", {})
+            size = config.get("kwargs", {}).get("img_size") or _default_size(config.get("name", ""))
+        elif self.timm is not None:
+            size = self.timm.image_size or _default_size(self.timm.name)
+        elif self.hub is not None:
+            size = self.hub.image_size
+        elif self.name is not None:
+            size = _default_size(self.name)
+        return None if size is None else grid_of(size, self.state)
+
+
+def read_weights(source: str | os.PathLike, *, average: bool = True, progress: bool = False) -> Weights:
+    """Reads the weights that a name means.
+
+    Args:
+        source: see the table above.
+        average: whether to take the moving average, where there is one.
+        progress: whether to show a bar, for a checkpoint of the original.
+
+    Raises:
+        ValueError: if there is none, or it cannot be read; CheckpointError is one.
+    """
+    text = os.fspath(source)
+    name, file = _named(text)
+    if name is not None:
+        return replace(read_weights(file, average=average), name=name)
+    text = text.removeprefix("local-dir:")
+    if text.startswith("hf-hub:"):
+        return Weights(text, _from_hub(text))
+    if is_remote(text) or Path(f"{text}.index").is_file():
+        state, origin = read_state(text, progress=progress)
+        return Weights(text, state, origin)
+    path = Path(text)
+    if path.is_dir():
+        return _read_folder(path, average)
+    if not path.is_file() and path.suffix != ".safetensors":
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    return _read_file(path, average)
+
+
+def load_original(prefix: str | os.PathLike, model: nn.Module, *, progress: bool = False) -> None:
+    """Loads a checkpoint of the original, or any other weights, into a model.
+
+    Resolution, patch size, channels and number of classes are adapted, as `models.adapt.load_adapted` says. The
+    routing that was chosen for the weights, where they say it, becomes the model's.
+
+    Args:
+        prefix: what the names of the original's files begin with (a local path or a URL), a .safetensors file, or what
+            else `read_weights` reads.
+        model: a VMoE or VMoEEnsemble; nothing in it changes on an error.
+        progress: whether to show a bar.
+
+    Raises:
+        CheckpointError: if a file of the original is damaged or missing.
+        ValueError: if it cannot be read, or a parameter does not fit the model.
+    """
+    weights = read_weights(prefix, progress=progress)
+    size = 1 if weights.origin is None else weights.origin.ensemble_size
+    # Files without the members' dim may be an ensemble's too, as those that fine-tuning begins from.
+    if size not in (1, model.ensemble_size):
+        raise ValueError(f"{prefix} must be loaded into an ensemble of {size} members, got {model.ensemble_size}")
+    routed_before = restore_routing(model, metadata_of(weights.state), os.fspath(prefix))
+    try:
+        load_adapted(model, weights_of(weights.state), os.fspath(prefix), grid=weights.grid)
+    except ValueError:
+        for layer, routing in routed_before:
+            layer.restore_routing(routing)
+        raise
+
+
+def is_weights(source: str | os.PathLike) -> bool:
+    """Whether `read_weights` would look into this: a file or folder that exists, or a name only a file has."""
+    text = os.fspath(source)
+    if _named(text)[0] is not None or text.startswith(("local-dir:", "hf-hub:")):
+        return True
+    there = Path(text).exists() or Path(f"{text}.index").is_file()
+    return there or is_remote(text) or text.endswith(SUFFIXES)
+
+
+def _named(text: str) -> tuple[str | None, str]:
+    """NAME and FILE of NAME=FILE; no name where it is a file as a whole."""
+    name, _, file = text.partition("=")
+    return (name, file) if file and not Path(text).exists() and timm.is_model(name) else (None, text)
+
+
+def _from_hub(name: str) -> Mapping[str, Tensor]:
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    # What downloads raise depends on the library that timm uses.
+    except Exception as error:
+        raise ValueError(f"weights of {name} cannot be had: {error}") from error
+
+
+def _read_folder(folder: Path, average: bool) -> Weights:
+    for found in (_run_checkpoint(folder), _timm_checkpoint(folder), _hub_weights(folder)):
+        if found is not None:
+            return _read_file(found, average)
+    _refuse_orbax(folder)
+    if any(other.is_dir() for place in (folder / "checkpoints", folder) for other in place.glob("update_*")):
+        raise ValueError(
+            f"run folder {folder} must hold checkpoints/best.pt, which a spread run writes at the end of an epoch, "
+            "got checkpoints of its processes only"
+        )
+    inside = sorted(path.name for path in folder.iterdir())
+    shown = ", ".join(inside[:6]) + (f" and {len(inside) - 6} more" if len(inside) > 6 else "")
+    raise ValueError(
+        f"run folder {folder} must hold a checkpoint, got none: neither checkpoints/ of vmoe train, nor "
+        f"{', '.join(TIMM_FILES)} of timm's train.py, nor config.json of timm's save_for_hf; "
+        f"it has {shown or 'nothing'}"
+    )
+
+
+def _run_checkpoint(folder: Path) -> Path | None:
+    """The best, else the last, checkpoint of `vmoe train`."""
+    inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    if (inside / "best.pt").is_file():
+        return inside / "best.pt"
+    return max(inside.glob("update_*.pt"), default=None)
+
+
+def _timm_checkpoint(folder: Path) -> Path | None:
+    for name in TIMM_FILES:
+        newest = max(folder.glob(name), key=lambda path: (path.stat().st_mtime, path.name), default=None)
+        if newest is not None:
+            return newest
+    return None
+
+
+def _hub_weights(folder: Path) -> Path | None:
+    if not (folder / "config.json").is_file():
+        return None
+    names = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _refuse_orbax(folder: Path) -> None:
+    """Raises a ValueError where the folder, or one inside it, is of orbax."""
+    for place in (folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/*"))):
+        if place.is_dir() and any((place / name).is_file() for name in _ORBAX):
+            raise ValueError(
+                f"{place} must not be a checkpoint of orbax, as the original's fine-tuning writes: it cannot be read "
+                "here. Save its parameters as PREFIX.index and PREFIX.data files with the original's vmoe.checkpoints, "
+                "or as an .npz with their names, and give that"
+            )
+
+
+def _read_file(path: Path, average: bool) -> Weights:
+    if path.exists() and path.stat().st_size == 0:
+        raise ValueError(f"checkpoint {path} is empty: its writer was stopped, or the disk was full")
+    beside = {"timm": timm_run(path), "hub": hub_folder(path)}
+    if path.suffix == ".safetensors":
+        state, origin = read_converted(path)
+        return Weights(str(path), cleaned(state), origin, **beside)
+    if path.suffix == ".npz":
+        state, heads = read_original_npz(str(path))
+        return Weights(str(path), state, None if heads is None else Origin(heads))
+    return _from_checkpoint(path, load_safely(path), average, beside)
+
+
+def load_safely(path: Path | str) -> Any:
+    """`torch.load` onto the CPU, without running anything that the file holds.
+
+    Raises:
+        ValueError: if the file cannot be read so.
+    """
+    try:
+        # timm's checkpoints hold the arguments of its script.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"checkpoint {path} cannot be read: {reason}") from error
+
+
+def _from_checkpoint(path: Path, found: Any, average: bool, beside: dict[str, Any]) -> Weights:
+    if not isinstance(found, Mapping):
+        raise ValueError(f"checkpoint {path} must hold a state dict, got {type(found).__name__}")
+    if {"format", "config", "class_names", "model"} <= found.keys():
+        if found["format"] != RUN_FORMAT:
+            raise ValueError(f"{path} must be of vmoe train's format {RUN_FORMAT}, got {found['format']!r}")
+        averaged = average and found["ema"] is not None
+        return Weights(str(path), found["ema" if averaged else "model"], run=dict(found), average=averaged)
+    own = timm_run(path, found)
+    if own is not None:
+        beside["timm"] = own
+    names = (*(_AVERAGES if average else ()), *_WEIGHTS)
+    name = next((name for name in names if _is_state(found.get(name))), None)
+    state = found if name is None else found[name]
+    if not _is_state(state):
+        keys = ", ".join(map(str, list(found)[:6]))
+        raise ValueError(
+            f"checkpoint {path} must hold a state dict, alone or as {', '.join(_WEIGHTS)}, got {keys or 0}"
+        )
+    return Weights(str(path), cleaned(state), average=name in _AVERAGES, **beside)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def cleaned(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A state dict without what wraps the model: DDP, torch.compile, a trainer."""
+    metadata = metadata_of(state)
+    # torch's own AveragedModel counts.
+    state = {name: value for name, value in state.items() if name != "n_averaged"}
+    while state:
+        wrapper = next(iter(state)).partition(".")[0]
+        if wrapper not in _WRAPPERS or not all(name.startswith(f"{wrapper}.") for name in state):
+            break
+        state = {name[len(wrapper) + 1 :]: value for name, value in state.items()}
+        metadata = {
+            module.removeprefix(wrapper).removeprefix("."): values
+            for module, values in metadata.items()
+            if module == wrapper or module.startswith(f"{wrapper}.")
+        }
+    return with_metadata(state, metadata)
+
+
+def _default_size(name: str) -> tuple[int, int] | None:
+    """Height and width of the images of a timm model that is given none."""
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return None if cfg is None else tuple(cfg.input_size[1:])
