@@ -13,7 +13,7 @@ import vmoe_torch
 from tests.weights.test_golden_checkpoints import FOLDER
 from vmoe_torch.checkpoints import CheckpointError, cached_checkpoint, export_original, read_original
 from vmoe_torch.models import vmoe
-from vmoe_torch.weights import download as fetch
+from vmoe_torch.weights import remote as fetch
 
 NAME = "vmoe_s32_last2_e8"
 SMALL = {"embed_dim": 32, "num_heads": 4, "depth": 4}

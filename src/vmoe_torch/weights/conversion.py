@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from vmoe_torch.layers.choice import FILE_KEY, MODEL_KEY, ROUTING_KEY, metadata_of, with_metadata
 from vmoe_torch.models.description import description_of
 from vmoe_torch.weights.adapt import square_grid
-from vmoe_torch.weights.download import is_remote
 from vmoe_torch.weights.names import from_original, split_members, to_original
 from vmoe_torch.weights.original.reader import read_index, read_original
 from vmoe_torch.weights.original.wire import CheckpointError
 from vmoe_torch.weights.original.writer import MAX_CHUNK_BYTES, replacing, write_original
+from vmoe_torch.weights.remote import is_remote
 
 _METADATA = "vmoe_torch"
 # What else a train state holds keeps its path, behind this.

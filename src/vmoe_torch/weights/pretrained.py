@@ -11,10 +11,10 @@ import torch
 from filelock import FileLock
 
 from vmoe_torch.weights.conversion import convert
-from vmoe_torch.weights.download import download, file_name
 from vmoe_torch.weights.original.reader import read_index, shard_name
 from vmoe_torch.weights.original.wire import CheckpointError
 from vmoe_torch.weights.original.writer import replacing
+from vmoe_torch.weights.remote import download, file_name
 
 
 def cached_checkpoint(url: str, cache_dir: str | os.PathLike | None = None, *, progress: bool = False) -> Path:

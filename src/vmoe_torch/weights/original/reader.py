@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmoe_torch.weights.download import is_remote, local_copy, progress_bar
 from vmoe_torch.weights.original.index import (
     CHUNKS_KEY,
     DTYPES,
@@ -33,6 +32,7 @@ from vmoe_torch.weights.original.index import (
     read_box,
 )
 from vmoe_torch.weights.original.wire import CheckpointError, Cursor, Window
+from vmoe_torch.weights.remote import is_remote, local_copy, progress_bar
 
 # Bytes that a thread reads before it takes the next task.
 _TASK_BYTES = 32 << 20

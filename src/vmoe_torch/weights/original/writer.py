@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vmoe_torch.weights.download import is_remote
 from vmoe_torch.weights.original.index import (
     CHUNKS_KEY,
     DTYPE_NAMES,
@@ -27,6 +26,7 @@ from vmoe_torch.weights.original.index import (
 )
 from vmoe_torch.weights.original.reader import shard_name
 from vmoe_torch.weights.original.wire import CheckpointError, array_header, extension_header, map_header, pack
+from vmoe_torch.weights.remote import is_remote
 
 # What the original cuts chunks, and their flat pieces, down to.
 MAX_CHUNK_BYTES = 256 << 20
