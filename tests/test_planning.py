@@ -162,16 +162,16 @@ def test_plan_names_changes_that_fit(large):
 
 
 def test_plan_command_prints_the_table(capsys):
-    assert main(["plan", "--model", "vmoe_15b", "--gpus", "64", "--ep", "32", "--gpu", "h200", "--batch", "1024"]) == 0
+    assert main(["plan", "vmoe_15b", "--gpus", "64", "--ep", "32", "--gpu", "h200", "--batch-size", "1024"]) == 0
     out = capsys.readouterr().out
     assert "64 x h200, dp=2, ep=32" in out
     assert "all-to-all per layer" in out
-    assert main(["plan", "--model", "vmoe_15b", "--gpus", "64", "--ep", "48", "--batch", "1024"]) == 2
+    assert main(["plan", "vmoe_15b", "--gpus", "64", "--ep", "48", "--batch-size", "1024"]) == 2
     assert "ep must divide" in capsys.readouterr().err
     for other in ("resnet18", "vit_base_patch16_224", "beit_base_patch16_224"):
-        assert main(["plan", "--model", other, "--gpus", "8", "--ep", "8", "--batch", "1024"]) == 2
+        assert main(["plan", other, "--gpus", "8", "--ep", "8", "--batch-size", "1024"]) == 2
         assert "the model must be a VMoE, got" in capsys.readouterr().err
-    assert main(["plan", "--model", "vmoe_99b", "--gpus", "8", "--ep", "8", "--batch", "1024"]) == 2
+    assert main(["plan", "vmoe_99b", "--gpus", "8", "--ep", "8", "--batch-size", "1024"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,21 @@
 
 import argparse
 
-from vmoe_torch.commands.images import add_max_broken, batches, tell
+from vmoe_torch.commands.images import batches, tell
 from vmoe_torch.commands.options import (
     ORDERS,
-    add_weights,
-    integers,
-    keep,
-    numbers,
+    add_data,
+    add_device,
+    add_model,
+    add_out,
+    add_routing,
+    check_sparse,
     progress,
     wants_average,
-    words,
     writable,
 )
-from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model
-from vmoe_torch.control import moe_layers
+from vmoe_torch.commands.sources import open_images, open_model
 from vmoe_torch.evaluate import RoutingSetting, evaluate, format_table, setting_grid, write_csv, write_json
-from vmoe_torch.train.rules import DEVICE, count
 
 
 def add(commands) -> None:
@@ -28,21 +27,11 @@ def add(commands) -> None:
         description="Evaluates a model on labelled images, at every combination of the routing settings given.",
         epilog="example: vmoe eval runs/mine --data IMAGES --capacity 1.05,0.5,0.25 --k 2,1 --order vanilla,bpr",
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
-    parser.add_argument("--split", metavar="NAME", help="part of the data (default: val, valid, validation or test)")
-    parser.add_argument("--capacity", type=numbers, metavar="C,C", help="slots per expert, times the balanced load")
-    parser.add_argument("--k", type=integers, metavar="K,K", help="experts per token")
-    parser.add_argument("--order", type=words(*ORDERS), metavar="ORDER,ORDER", help="who drops last: vanilla, bpr")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per forward (default: 128)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
-    add_max_broken(parser)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--out", metavar="FILE", help="write every number as CSV, or JSON if it ends in .json")
-    keep(parser, count(1), "--batch-size")
-    keep(parser, count(0), "--workers")
-    keep(parser, DEVICE, "--device")
-    add_weights(parser)
+    add_model(parser)
+    add_data(parser)
+    add_routing(parser, several=True)
+    add_device(parser)
+    add_out(parser)
     parser.set_defaults(run=run)
 
 
@@ -50,11 +39,9 @@ def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     writable(options.out)
     source = open_model(options.model, options.device, average=wants_average(options))
-    asked = options.capacity or options.k or options.order
-    if asked and not moe_layers(source.model):
-        raise ValueError(f"--capacity, --k and --order need a model with MoE layers, got {options.model}")
     settings = [RoutingSetting()]
-    if asked:
+    if options.capacity or options.k or options.order:
+        check_sparse(source.model, options)
         settings = setting_grid(
             options.capacity or [None], options.k or [None], [ORDERS[word] for word in options.order or ()] or [None]
         )

@@ -5,26 +5,12 @@ import sys
 
 from torch.utils.data import DataLoader, Dataset
 
-from vmoe_torch.commands.options import keep
 from vmoe_torch.commands.sources import Images, Source
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.data.loader import Batches
-from vmoe_torch.train.rules import count
 
 # What errors call it, those of the library, too.
 MAX_BROKEN = "max_broken"
-
-
-def add_max_broken(parser: argparse.ArgumentParser) -> None:
-    """Adds the option to a parser."""
-    parser.add_argument(
-        "--max-broken",
-        type=int,
-        default=0,
-        metavar="N",
-        help="images that cannot be read and are left out; more are an error that names them (default: 0)",
-    )
-    keep(parser, count(0), "--max-broken")
 
 
 def batches(source: Source, images: Dataset, options: argparse.Namespace) -> DataLoader | Batches:

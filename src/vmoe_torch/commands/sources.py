@@ -28,17 +28,6 @@ from vmoe_torch.train.build import image_mode
 from vmoe_torch.train.checkpoint import FORMAT, model_of, write_atomically
 from vmoe_torch.weights.sources import Weights, is_weights, read_weights
 
-MODEL_HELP = (
-    "run folder or checkpoint file of vmoe train or of timm's train.py, folder of timm's save_for_hf, file with a "
-    "state dict (NAME=FILE where nothing else tells the timm model), PREFIX of a checkpoint of the original, or name "
-    "of a timm model with pretrained weights"
-)
-DATA_HELP = (
-    "folder of class folders (or of splits train, val, valid, validation, test of such), folder of Fashion-MNIST's IDX "
-    "files, fashion_mnist for the images that come along, a data set of timm's as torch/cifar10=FOLDER, or "
-    "typefaces=FOLDER for the characters in a folder of fonts"
-)
-
 
 @dataclass(frozen=True)
 class Source:
