@@ -9,7 +9,8 @@ from PIL import Image
 from tests.commands.conftest import small_run
 from tests.test_cli import fails
 from vmoe_torch.cli import main
-from vmoe_torch.commands.sources import open_images, open_model
+from vmoe_torch.commands.images import open_images
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.train import train
 
 

@@ -11,7 +11,8 @@ from fontTools.ttLib import TTFont
 from tests.commands.conftest import small_run
 from tests.test_cli import fails
 from vmoe_torch.cli import main
-from vmoe_torch.commands.sources import open_images, open_model
+from vmoe_torch.commands.images import open_images
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.train import train
 
 SHIPPED = Path(matplotlib.get_data_path()) / "fonts" / "ttf"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
-from vmoe_torch.commands.images import batches, tell, warn
+from vmoe_torch.commands.images import batches, open_images, tell, warn
 from vmoe_torch.commands.options import (
     add_data,
     add_device,
@@ -16,7 +16,7 @@ from vmoe_torch.commands.options import (
     progress,
     wants_average,
 )
-from vmoe_torch.commands.sources import open_images, open_model
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.data.names import shown
 from vmoe_torch.evaluate import evaluate
 
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     facts = {
         "Model": f"{options.model}: {describe_model(source.model)}",
         "Routing": analysis.routing,
-        "Data": f"{images.place}: {analysis.own.images:,} of {len(images):,} images, drawn with seed {options.seed}",
+        "Data": f"{images.title}: {analysis.own.images:,} of {len(images):,} images, drawn with seed {options.seed}",
         "Images": images.described(),
     }
     if options.dense is not None:

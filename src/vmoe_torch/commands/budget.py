@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Subset
 
 from vmoe_torch.budget import set_budget
-from vmoe_torch.commands.images import batches, tell
+from vmoe_torch.commands.images import batches, open_images, tell
 from vmoe_torch.commands.options import (
     add_data,
     add_device,
@@ -22,7 +22,7 @@ from vmoe_torch.commands.options import (
     wants_average,
     writable,
 )
-from vmoe_torch.commands.sources import open_images, open_model, save_source
+from vmoe_torch.commands.sources import open_model, save_source
 from vmoe_torch.train.rules import Number
 
 # Of what the model costs as it is set.

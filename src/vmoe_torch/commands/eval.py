@@ -2,7 +2,7 @@
 
 import argparse
 
-from vmoe_torch.commands.images import batches, tell
+from vmoe_torch.commands.images import batches, open_images, tell
 from vmoe_torch.commands.options import (
     ORDERS,
     add_data,
@@ -15,7 +15,7 @@ from vmoe_torch.commands.options import (
     wants_average,
     writable,
 )
-from vmoe_torch.commands.sources import open_images, open_model
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.evaluate import RoutingSetting, evaluate, format_table, setting_grid, write_csv, write_json
 
 

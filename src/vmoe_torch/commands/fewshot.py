@@ -2,7 +2,7 @@
 
 import argparse
 
-from vmoe_torch.commands.images import tell, warn
+from vmoe_torch.commands.images import open_images, tell, warn
 from vmoe_torch.commands.options import (
     add_data,
     add_device,
@@ -16,7 +16,7 @@ from vmoe_torch.commands.options import (
     wants_average,
     writable,
 )
-from vmoe_torch.commands.sources import Source, open_images, open_model
+from vmoe_torch.commands.sources import Source, open_model
 from vmoe_torch.evaluate.transfer import SHOTS, Task, fewshot, format_fewshot, write_fewshot
 
 
