@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from vmoe_torch.commands.options import add_number, add_routing, route
-from vmoe_torch.parallel import GPUS, Settings, changes_that_fit, describe, plan
+from vmoe_torch.parallel import GPUS, PlannedRun, changes_that_fit, describe, plan
 from vmoe_torch.train.build import build_model
 from vmoe_torch.train.config import ModelConfig
 
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     with torch.device("meta"):
         model = build_model(ModelConfig(options.model), num_classes=1000)
     route(model, options)
-    settings = Settings(options.gpus, options.ep, options.batch_size, options.gpu, options.recompute, autocast=True)
+    settings = PlannedRun(options.gpus, options.ep, options.batch_size, options.gpu, options.recompute, autocast=True)
     result = plan(model, settings)
     print(describe(result, [] if result.fits else changes_that_fit(model, settings)))
     return 0

@@ -27,7 +27,7 @@ from vmoe_torch.train.rules import OneOf, check
 
 
 @dataclass
-class Data:
+class Splits:
     """Training and validation images, and the names of their classes."""
 
     train: Dataset
@@ -54,7 +54,7 @@ class Data:
         return [f"{split}: {notice}" for split, data in splits for notice in getattr(data, "notices", ())]
 
 
-def build_data(config: DataConfig, mode: str = "RGB") -> Data:
+def build_data(config: DataConfig, mode: str = "RGB") -> Splits:
     """Both splits.
 
     Args:
@@ -79,7 +79,7 @@ def build_data(config: DataConfig, mode: str = "RGB") -> Data:
     if train.class_names is None or train.class_names != val.class_names:
         counts = ["none" if data.class_names is None else str(len(data.class_names)) for data in (train, val)]
         raise ValueError(f"both splits of {config.name} must name the same classes, got {' and '.join(counts)}")
-    return Data(train, val, train.class_names)
+    return Splits(train, val, train.class_names)
 
 
 def check_alike(facts: list[dict[str, dict[str, Any]]]) -> None:
