@@ -1,4 +1,4 @@
-"""Writes the table of docs/choosing.md; every number in it is computed from the code, without weights and a GPU.
+"""Writes the tables of docs/choosing.md; every number in it is computed from the code, without weights and a GPU.
 
 python docs/make_tables.py
 """
@@ -30,20 +30,14 @@ MODELS = (
 # Columns of GFLOPs: K and C.
 SETTINGS = ((2, 1.05), (1, 1.05), (1, 0.5))
 GPUS, IMAGES = 8, 32
-HEAD = (
-    "model",
-    "sparse blocks x experts",
-    "parameters, millions: all",
-    "used by a token",
-    *(f"GFLOPs: K={k}, C={c}" for k, c in SETTINGS),
-    "dense",
-    "GB per GPU",
-    "recomputed",
+HEADS = (
+    ("model", "sparse blocks x experts", "parameters", "used by a token", "GB per GPU", "recomputed"),
+    ("model", *(f"K={k}, C={c}" for k, c in SETTINGS), "dense ViT"),
 )
 
 
-def row(name: str) -> list[str]:
-    """The cells of a model."""
+def row(name: str) -> tuple[list[str], list[str]]:
+    """The cells of a model in both tables."""
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=1000)
         images = torch.empty(8, 3, *model.patch_embed.img_size)
@@ -60,27 +54,23 @@ def row(name: str) -> list[str]:
             counted = count_flops(model, images)
         flops.append(counted.total)
     plans = [plan(model, PlannedRun(GPUS, GPUS, GPUS * IMAGES, recompute=again, autocast=True)) for again in (0, 1)]
-    return [
-        f"`{name}`",
-        f"{len(layers)} of {len(model.blocks)} x {first.num_experts}",
-        f"{total / 1e6:,.0f}",
-        f"{(total - resting) / 1e6:,.0f}",
-        *(f"{each / 1e9:,.1f}" for each in (*flops, counted.dense)),
-        *(f"{each.held / 1e9:.1f}{'' if each.fits else ' (!)'}" for each in plans),
-    ]
+    held = [f"{each.held / 1e9:.1f}{'' if each.fits else ' (!)'}" for each in plans]
+    sizes = [f"{len(layers)} of {len(model.blocks)} x {first.num_experts}", f"{total / 1e6:,.0f} M"]
+    return (
+        [f"`{name}`", *sizes, f"{(total - resting) / 1e6:,.0f} M", *held],
+        [f"`{name}`", *(f"{each / 1e9:,.1f}" for each in (*flops, counted.dense))],
+    )
 
 
-def table() -> str:
-    """All rows, as Markdown."""
-    rows = [HEAD, ["---", "---", *["---:"] * (len(HEAD) - 2)], *map(row, MODELS)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
-
-
-def with_table(text: str) -> str:
-    """A page with the table as it is now in place of the one that begins as ours does."""
-    begin = text.index(f"| {HEAD[0]} | {HEAD[1]} |")
-    return text[:begin] + table() + text[text.index("\n\n", begin) + 1 :]
+def with_tables(text: str) -> str:
+    """A page with the tables as they are now in place of those that begin as ours do."""
+    for head, rows in zip(HEADS, zip(*map(row, MODELS))):
+        table = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+        begin = text.index(f"| {' | '.join(head[:2])} |")
+        made = "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+        text = text[:begin] + made + text[text.index("\n\n", begin) + 1 :]
+    return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

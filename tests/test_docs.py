@@ -155,13 +155,13 @@ def test_code_fits_the_page(page):
 
 
 @pytest.mark.slow
-def test_table_of_models_is_what_the_code_says():
+def test_tables_of_models_are_what_the_code_says():
     path = ROOT / "docs" / "make_tables.py"
     spec = importlib.util.spec_from_file_location("make_tables", path)
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
-    assert tables.with_table(text) == text, f"python {path.relative_to(ROOT)} writes it anew"
+    assert tables.with_tables(text) == text, f"python {path.relative_to(ROOT)} writes them anew"
 
 
 def test_pages_open_with_what_an_expert_is():
