@@ -6,16 +6,8 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
+from vmoe_torch.commands import options as opt
 from vmoe_torch.commands.images import batches, open_images, tell, warn
-from vmoe_torch.commands.options import (
-    add_data,
-    add_device,
-    add_model,
-    add_routing,
-    add_sample,
-    progress,
-    wants_average,
-)
 from vmoe_torch.commands.sources import open_model
 from vmoe_torch.data.names import shown
 from vmoe_torch.evaluate import evaluate
@@ -31,11 +23,11 @@ def add(commands) -> None:
         "against compute, and what random routers and other numbers of experts cost. report.json holds the numbers.",
         epilog="example: vmoe analyze runs/mine --data IMAGES --dense runs/dense --out report",
     )
-    add_model(parser)
-    add_data(parser)
-    add_sample(parser, 2000)
-    add_routing(parser, several=True, order=False, capacity="1,0.5,0.25,0.1", k="as MODEL is set, and 1")
-    add_device(parser)
+    opt.add_model(parser)
+    opt.add_data(parser)
+    opt.add_sample(parser, 2000)
+    opt.add_routing(parser, several=True, order=False, capacity="1,0.5,0.25,0.1", k="as MODEL is set, and 1")
+    opt.add_device(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="write the report to this folder, new or not")
     parser.add_argument("--dense", metavar="MODEL", help="another model to compare with, on the same images")
     parser.set_defaults(run=run)
@@ -48,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
     out = Path(options.out)
     _check_folder(out)
-    source = open_model(options.model, options.device, average=wants_average(options))
+    source = open_model(options.model, options.device, average=opt.wants_average(options))
     images = open_images(source, options.data, options.split)
     names = images.class_names
     dense = None
@@ -67,13 +59,13 @@ def run(options: argparse.Namespace) -> int:
         workers=options.workers,
         max_broken=options.max_broken,
         warn=warn,
-        progress=progress,
+        progress=opt.progress,
     )
     if dense is not None:
         other, other_images = dense
         chosen = sample(other_images, options.images, options.seed)
         loader = batches(other, chosen, options)
-        (reached,) = evaluate(other.model, loader, progress=progress("the model to compare with"))
+        (reached,) = evaluate(other.model, loader, progress=opt.progress("the model to compare with"))
         analysis = analysis.with_dense(reached, _short(options.dense))
     facts = {
         "Model": f"{options.model}: {describe_model(source.model)}",

@@ -8,20 +8,8 @@ import torch
 from torch.utils.data import Subset
 
 from vmoe_torch.budget import set_budget
+from vmoe_torch.commands import options as opt
 from vmoe_torch.commands.images import batches, open_images, tell
-from vmoe_torch.commands.options import (
-    add_data,
-    add_device,
-    add_model,
-    add_option,
-    add_out,
-    add_routing,
-    add_sample,
-    progress,
-    route,
-    wants_average,
-    writable,
-)
 from vmoe_torch.commands.sources import open_model, save_source
 from vmoe_torch.train.rules import Number
 
@@ -37,29 +25,29 @@ def add(commands) -> None:
         description="Chooses K and capacity of each MoE layer for a budget, on images that the model may have seen.",
         epilog="example: vmoe budget runs/mine --data IMAGES --flops 0.8 --out budget.json --save cheap.pt",
     )
-    add_model(parser)
-    add_data(parser, split="train")
-    add_sample(parser, 1000)
+    opt.add_model(parser)
+    opt.add_data(parser, split="train")
+    opt.add_sample(parser, 1000)
     text = "of the FLOPs as the model is set, e.g. 0.8"
-    add_option(parser, "--flops", SHARE, type=float, metavar="SHARE", help=text)
+    opt.add_option(parser, "--flops", SHARE, type=float, metavar="SHARE", help=text)
     text = "of the time of a batch on this device, instead"
-    add_option(parser, "--latency", SHARE, type=float, metavar="SHARE", help=text)
+    opt.add_option(parser, "--latency", SHARE, type=float, metavar="SHARE", help=text)
     parser.add_argument("--no-labels", action="store_true", help="keep close to the model as it is, labels unseen")
-    add_routing(parser)
-    add_device(parser)
-    add_out(parser, "what was chosen and tried as JSON")
+    opt.add_routing(parser)
+    opt.add_device(parser)
+    opt.add_out(parser, "what was chosen and tried as JSON")
     parser.add_argument("--save", metavar="FILE.pt", help="write the model, set so, as a MODEL of every command")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    writable(options.out)
-    writable(options.save, "--save")
+    opt.writable(options.out)
+    opt.writable(options.save, "--save")
     if options.save is not None and not options.save.endswith(".pt"):
         raise ValueError(f"--save must end in .pt, got {options.save}")
-    source = open_model(options.model, options.device, average=wants_average(options))
-    route(source.model, options)
+    source = open_model(options.model, options.device, average=opt.wants_average(options))
+    opt.route(source.model, options)
     images = open_images(source, options.data, options.split, own_labels=options.no_labels)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))
     taken = Subset(images, order[: options.images].tolist())
@@ -70,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         flops=options.flops,
         latency=options.latency,
         data=data,
-        progress=progress("layers"),
+        progress=opt.progress("layers"),
     )
     tell("data", images)
     print(budget)

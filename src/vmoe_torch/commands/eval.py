@@ -2,19 +2,8 @@
 
 import argparse
 
+from vmoe_torch.commands import options as opt
 from vmoe_torch.commands.images import batches, open_images, tell
-from vmoe_torch.commands.options import (
-    ORDERS,
-    add_data,
-    add_device,
-    add_model,
-    add_out,
-    add_routing,
-    check_sparse,
-    progress,
-    wants_average,
-    writable,
-)
 from vmoe_torch.commands.sources import open_model
 from vmoe_torch.evaluate import RoutingSetting, evaluate, format_table, setting_grid, write_csv, write_json
 
@@ -27,26 +16,28 @@ def add(commands) -> None:
         description="Evaluates a model on labelled images, at every combination of the routing settings given.",
         epilog="example: vmoe eval runs/mine --data IMAGES --capacity 1.05,0.5,0.25 --k 2,1 --order vanilla,bpr",
     )
-    add_model(parser)
-    add_data(parser)
-    add_routing(parser, several=True)
-    add_device(parser)
-    add_out(parser)
+    opt.add_model(parser)
+    opt.add_data(parser)
+    opt.add_routing(parser, several=True)
+    opt.add_device(parser)
+    opt.add_out(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    writable(options.out)
-    source = open_model(options.model, options.device, average=wants_average(options))
+    opt.writable(options.out)
+    source = open_model(options.model, options.device, average=opt.wants_average(options))
     settings = [RoutingSetting()]
     if options.capacity or options.k or options.order:
-        check_sparse(source.model, options)
+        opt.check_sparse(source.model, options)
         settings = setting_grid(
-            options.capacity or [None], options.k or [None], [ORDERS[word] for word in options.order or ()] or [None]
+            options.capacity or [None],
+            options.k or [None],
+            [opt.ORDERS[word] for word in options.order or ()] or [None],
         )
     images = open_images(source, options.data, options.split)
-    wrap = progress(f"{len(settings)} settings on {images.described()}")
+    wrap = opt.progress(f"{len(settings)} settings on {images.described()}")
     results = evaluate(source.model, batches(source, images, options), settings, progress=wrap)
     tell("data", images)
     print(format_table(results))

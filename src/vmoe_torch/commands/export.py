@@ -10,7 +10,7 @@ from PIL import Image
 
 from vmoe_torch.budget import LayerSetting
 from vmoe_torch.budget.settings import assign
-from vmoe_torch.commands.options import add_model, add_routing, check_sparse, count_or, route, wants_average, writable
+from vmoe_torch.commands import options as opt
 from vmoe_torch.commands.sources import open_model
 from vmoe_torch.export import check_compiled, check_file, export_program, files_of, save_onnx, save_pt2
 
@@ -25,18 +25,18 @@ def add(commands) -> None:
         description="Writes a model as a file of standard operators, runs the file and compares its logits.",
         epilog="example: vmoe export runs/mine mine.onnx --batch-size dynamic --group-size image --capacity 0.5",
     )
-    add_model(parser)
+    opt.add_model(parser)
     parser.add_argument("out", metavar="OUT", help="file to write: .onnx, or .pt2 for torch.export.load")
     parser.add_argument(
         "--batch-size",
-        type=count_or("dynamic"),
+        type=opt.count_or("dynamic"),
         default=1,
         metavar="N",
         help='images per forward, or "dynamic" (default: 1)',
     )
-    add_routing(parser)
+    opt.add_routing(parser)
     text = "images routed together, image or batch (default: as MODEL is set)"
-    parser.add_argument("--group-size", type=count_or("image", "batch"), metavar="N", help=text)
+    parser.add_argument("--group-size", type=opt.count_or("image", "batch"), metavar="N", help=text)
     parser.add_argument("--budget", metavar="FILE", help="take what vmoe budget chose and wrote there")
     parser.add_argument("--compile", action="store_true", help="also check torch.compile(model, fullgraph=True)")
     parser.set_defaults(run=run)
@@ -47,16 +47,16 @@ def run(options: argparse.Namespace) -> int:
     suffix = Path(options.out).suffix
     if suffix not in SAVE:
         raise ValueError(f"OUT must end in {' or '.join(SAVE)}, got {options.out}")
-    writable(options.out, "OUT")
-    source = open_model(options.model, average=wants_average(options))
+    opt.writable(options.out, "OUT")
+    source = open_model(options.model, average=opt.wants_average(options))
     model = source.model
     fixed = [name for name in ("capacity", "k", "order") if getattr(options, name) is not None]
     if options.budget is not None and fixed:
         raise ValueError(f"--budget sets capacity, K and order of each layer, got --{' --'.join(fixed)} as well")
     if options.budget is not None:
-        check_sparse(model, options)
+        opt.check_sparse(model, options)
         assign(model, _chosen(options.budget))
-    route(model, options, group_size=options.group_size)
+    opt.route(model, options, group_size=options.group_size)
     dynamic = options.batch_size == "dynamic"
     shape = (2 if dynamic else options.batch_size, *source.transform(Image.new(source.mode, (64, 64))).shape)
     program = export_program(model, torch.zeros(shape), dynamic_batch=dynamic)

@@ -2,20 +2,8 @@
 
 import argparse
 
+from vmoe_torch.commands import options as opt
 from vmoe_torch.commands.images import open_images, tell, warn
-from vmoe_torch.commands.options import (
-    add_data,
-    add_device,
-    add_model,
-    add_number,
-    add_out,
-    add_routing,
-    integers,
-    progress,
-    route,
-    wants_average,
-    writable,
-)
 from vmoe_torch.commands.sources import Source, open_model
 from vmoe_torch.evaluate.transfer import SHOTS, Task, fewshot, format_fewshot, write_fewshot
 
@@ -29,22 +17,22 @@ def add(commands) -> None:
         "ridge regression, one strength per number of shots, the best one over all data sets.",
         epilog="example: vmoe fewshot runs/mine --data pets --data birds --shots 1,5,10 --seeds 3 --out fewshot.csv",
     )
-    add_model(parser)
-    add_data(parser, several=True)
+    opt.add_model(parser)
+    opt.add_data(parser, several=True)
     parser.add_argument("--train-split", default="train", metavar="NAME", help="shots come from it (default: train)")
-    parser.add_argument("--shots", type=integers, default=SHOTS, metavar="N,N", help="images per class (1,5,10,25)")
-    add_number(parser, "--seeds", 1, 1, "choices of images to try")
-    add_routing(parser)
-    add_device(parser)
-    add_out(parser)
+    parser.add_argument("--shots", type=opt.integers, default=SHOTS, metavar="N,N", help="images per class (1,5,10,25)")
+    opt.add_number(parser, "--seeds", 1, 1, "choices of images to try")
+    opt.add_routing(parser)
+    opt.add_device(parser)
+    opt.add_out(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    writable(options.out)
-    source = open_model(options.model, options.device, average=wants_average(options))
-    route(source.model, options)
+    opt.writable(options.out)
+    source = open_model(options.model, options.device, average=opt.wants_average(options))
+    opt.route(source.model, options)
     tasks = [_task(source, data, options.train_split, options.split) for data in options.data]
     results = fewshot(
         source.model,
@@ -56,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         workers=options.workers,
         max_broken=options.max_broken,
         warn=warn,
-        progress=progress("features"),
+        progress=opt.progress("features"),
     )
     for task in tasks:
         tell("shots from", task.train)

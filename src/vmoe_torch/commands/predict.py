@@ -5,7 +5,7 @@ import argparse
 import torch
 from PIL import Image
 
-from vmoe_torch.commands.options import add_device, add_model, add_number, add_routing, route, wants_average
+from vmoe_torch.commands import options as opt
 from vmoe_torch.commands.sources import open_model
 from vmoe_torch.control import moe_layers
 from vmoe_torch.data import BrokenImageError, read_image
@@ -20,21 +20,21 @@ def add(commands) -> None:
         description="Classifies images with a trained model, each on its own.",
         epilog="example: vmoe predict runs/mine photo.jpg --capacity 0.5",
     )
-    add_model(parser)
+    opt.add_model(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    add_number(parser, "--topk", 1, 5, "classes to show per image")
-    add_routing(parser)
-    add_device(parser)
+    opt.add_number(parser, "--topk", 1, 5, "classes to show per image")
+    opt.add_routing(parser)
+    opt.add_device(parser)
     parser.set_defaults(run=run)
 
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    source = open_model(options.model, options.device, average=wants_average(options))
+    source = open_model(options.model, options.device, average=opt.wants_average(options))
     model = source.model
     # An image's result does not depend on the images named beside it.
-    route(model, options, group_size="image" if moe_layers(model) else None)
+    opt.route(model, options, group_size="image" if moe_layers(model) else None)
     class_names = source.class_names or tuple(map(str, range(model.num_classes)))
     images = [source.transform(image) for image in _read(options.images, source.mode)]
     count = min(options.topk, len(class_names))
