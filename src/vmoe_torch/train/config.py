@@ -17,7 +17,7 @@ from vmoe_torch.data.shards import WDS
 from vmoe_torch.data.typefaces import TYPEFACES
 from vmoe_torch.train.arguments import suggestions
 from vmoe_torch.train.idle_keys import check_idle, idle, reset
-from vmoe_torch.train.overrides import Text, changed
+from vmoe_torch.train.overrides import Text, changed, read_object
 from vmoe_torch.train.rules import (
     DEVICE,
     SOMETHING,
@@ -317,13 +317,7 @@ class Config:
         Raises:
             ValueError: as from_dict, and if the file cannot be read.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"config file {path} cannot be read: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"config file {path} must hold a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(read_object(path))
 
     def to_json(self) -> str:
         """As `from_file` reads it."""
@@ -400,12 +394,3 @@ class Config:
             )
         if self.optim.ema_decay is not None:
             raise ValueError(f"optim.ema_decay must be null with parallel.ep or fsdp, got {self.optim.ema_decay}")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; JSON itself would take the last of two values."""
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"every key must be there once, got {', '.join(twice)} twice")
-    return dict(pairs)
