@@ -225,8 +225,11 @@ class Prediction:
     """What a launcher should take on an H200; predicted from counts, never measured."""
 
     launches: int
-    megabytes: float  # read and written in device memory or L2
-    microseconds: float  # predicted
+    """Number of kernel launches."""
+    megabytes: float
+    """Read and written in device memory or L2."""
+    microseconds: float
+    """Predicted duration."""
 
 
 # Predicted, not measured, at T=25,088, D=768, E=32, S=1,568 (groups of 8 images of 196 tokens), bfloat16 tokens and
