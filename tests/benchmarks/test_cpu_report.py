@@ -82,7 +82,7 @@ def test_even_loads_fill_every_slot():
     """Only so is E varied at equal rows."""
     sweep = next(each for each in bench_scaling.sweeps(SMALL) if each.even)
     for experts, case in sweep.cases.items():
-        layer, x = bench_scaling._layer(case, session(), even=True)
+        layer, x = bench_scaling.layer_of(case, session(), even=True)
         with torch.no_grad():
             layer(x)
         assert (layer.record.slots >= 0).all()
