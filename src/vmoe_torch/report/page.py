@@ -106,7 +106,7 @@ class Report:
     title: str
     """Title of the page."""
     summary: Sequence[str]
-    """Paragraphs, or points, at the top."""
+    """Paragraphs at the top."""
     sections: Sequence[Section]
     """Parts of the page, in order."""
 

@@ -114,7 +114,7 @@ class DataConfig:
     mixup: Annotated[float, NOT_NEGATIVE] = 0.0
     """Concentration of the distribution that images are mixed by; 0 mixes none."""
     cutmix: Annotated[float, NOT_NEGATIVE] = 0.0
-    """The same for pasting a part of one image into another; beside mixup, every batch takes one of the two."""
+    """The same for pasting a part of one image into another; beside mixup, one of the two is drawn."""
     mixup_mode: Annotated[str, OneOf(("batch", "pair", "elem", "dirichlet"))] = "batch"
     """timm's "batch", "pair" or "elem", or "dirichlet", the original's (without cutmix)."""
 

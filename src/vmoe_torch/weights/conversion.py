@@ -37,7 +37,7 @@ class Origin:
     ensemble_size: int = 1
     """M, where routers are (D, M, E / M); 1 elsewhere."""
     root: str = ""
-    """As "params/" in a train state, "" where the parameters stand alone."""
+    """What the parameters' paths begin with: "params/" in a train state, "" where they stand alone."""
     empty: dict[str, dict | None] = field(default_factory=dict)
     """Nodes of the tree without arrays."""
 
