@@ -56,7 +56,7 @@ def test_no_model_is_timed_that_is_wrong(monkeypatch):
 
     monkeypatch.setattr(bench_model, "make_models", wrong)
     measured = session()
-    measured.run_all((("bench_model", 1.0),))
+    measured.run_all((("models.speed", 1.0),))
     assert measured.rows == []
     assert "ours: out must be within" in measured.notes[0]
 
