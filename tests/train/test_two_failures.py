@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tests.parallel.processes import run
 from vmoe_torch.train import train
 from vmoe_torch.train.checkpoint import CheckpointFolder
-from vmoe_torch.train.loop import Run
+from vmoe_torch.train.loop import _Run
 from vmoe_torch.train.record.disk import cannot_write
 from vmoe_torch.train.step import Update
 
@@ -43,7 +43,7 @@ def _nan_in_one_expert(config):
 
 
 def _images_of_one_process(config):
-    original = Run._updates
+    original = _Run._updates
 
     def updates(self, *args):
         for number, batches in enumerate(original(self, *args), start=self.state.update):
@@ -52,7 +52,7 @@ def _images_of_one_process(config):
             yield batches
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_updates", updates)
+        patch.setattr(_Run, "_updates", updates)
         _fails(config, FloatingPointError, "got NaN or Inf in update 2: its images are not finite")
 
 

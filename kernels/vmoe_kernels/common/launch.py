@@ -44,26 +44,16 @@ class CompileCase:
     Pointers are taken to be 16-byte aligned, as PyTorch allocates them.
     """
 
-    name: str
-    """Unique, as "dispatch_forward/bf16/D768"."""
-    kernel: Any
-    """The `@triton.jit` function."""
-    signature: Mapping[str, str]
-    """Run-time argument to its type: "*bf16", "i32", "tensordesc<bf16[1,128,64]>"."""
-    constexprs: Mapping[str, Any]
-    """Every constexpr argument, and None for absent optional pointers."""
+    name: str  # unique, e.g. "dispatch_forward/bf16/D768"
+    kernel: Any  # the `@triton.jit` function
+    signature: Mapping[str, str]  # run-time argument to its type: "*bf16", "i32", "tensordesc<bf16[1,128,64]>"
+    constexprs: Mapping[str, Any]  # every constexpr argument, and None for absent optional pointers
     num_warps: int = 4
-    """As in Config."""
     num_stages: int = 1
-    """As in Config."""
-    has_dot: bool = False
-    """Whether the kernel multiplies matrices, so that it must use tensor cores."""
-    divisible: Sequence[str] = field(default=())
-    """Integer arguments that are multiples of 16 at these constants."""
-    capabilities: Sequence[int] = field(default=(80, 90, 100))
-    """Chips that this config ships for."""
-    max_registers: int | None = None
-    """As in Config."""
+    has_dot: bool = False  # the kernel multiplies matrices, so it must use tensor cores
+    divisible: Sequence[str] = field(default=())  # integer arguments that are multiples of 16 at these constants
+    capabilities: Sequence[int] = field(default=(80, 90, 100))  # chips that this config ships for
+    max_registers: int | None = None  # as in Config
 
 
 _TABLES: dict[str, dict[Key, Config]] = {}

@@ -131,7 +131,7 @@ def _select_warps(block: int, num_choices: int) -> int:
     return max(1, block // (256 if num_choices > 4 else 512))
 
 
-def choose_design(num_tokens: int, group_size: int, device: torch.device) -> str:
+def _design(num_tokens: int, group_size: int, device: torch.device) -> str:
     size = min(group_size, num_tokens)
     design = look_up("slots", device, size_bucket(size, _BOUNDS)).constexprs["DESIGN"]
     if design == "select" and size > MAX_SELECT_GROUP:
@@ -184,7 +184,7 @@ def assign_slots_triton(
         return experts.new_empty(experts.shape)
     experts, gates = experts.contiguous(), gates.contiguous()
     use_sum = priority == "sum"
-    if choose_design(num_tokens, group_size, experts.device) == "sort":
+    if _design(num_tokens, group_size, experts.device) == "sort":
         limits = (capacity, last_capacity, rows_per_expert)
         return sort_slots(experts, gates, num_experts, group_size, *limits, batch_priority, use_sum)
     slots = torch.empty_like(experts)
@@ -225,11 +225,8 @@ class Prediction:
     """What a launcher should take on an H200; predicted from counts, never measured."""
 
     launches: int
-    """Number of kernel launches."""
-    megabytes: float
-    """Read and written in device memory or L2."""
-    microseconds: float
-    """Predicted duration."""
+    megabytes: float  # read and written in device memory or L2
+    microseconds: float  # predicted
 
 
 # Predicted, not measured, at T=25,088, D=768, E=32, S=1,568 (groups of 8 images of 196 tokens), bfloat16 tokens and

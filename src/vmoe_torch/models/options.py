@@ -6,7 +6,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import nn
 
-from vmoe_torch.layers.options import ExpertOptions
+from vmoe_torch.layers.options import MoeOptions
 
 Layer = str | Callable[..., nn.Module] | type[nn.Module]
 MoeLayers = str | int | tuple[int, ...] | list[int]
@@ -85,17 +85,13 @@ class VisionTransformerOptions(TypedDict, total=False):
     """dtype of the parameters."""
 
 
-class VMoEOptions(ExpertOptions, VisionTransformerOptions, total=False):
+class VMoEOptions(MoeOptions, VisionTransformerOptions, total=False):
     """What `VMoE` takes beside `depth` and `moe_layers`."""
 
-    num_experts: int
-    """E, at least 1."""
     representation_size: int | bool | None
     """Width of a tanh layer before the head; None or 0 for none, True for the model's width."""
     head_bias_init: float
     """What the head's bias begins with; for the sigmoid loss, -log(num_classes)."""
-    renormalize_gates: bool
-    """Whether the K gates of a token are scaled to sum to 1."""
     act_layer: Layer
     """Activation of the MLPs and experts."""
     fc_norm: bool | None
