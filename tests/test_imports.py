@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "layers": {"vmoe_kernels"},
     "models": {"vmoe_kernels", "layers", "weights"},
     "data": set(),
-    "weights": {"layers", "models"},
+    "weights": {"layers"},
     "parallel": {"vmoe_kernels", "layers", "planning"},
     "planning": {"vmoe_kernels", "layers"},
     "evaluate": {"layers", "models", "control", "data"},

@@ -21,8 +21,8 @@ from vmoe_torch.data.named import NUMBERED, STREAMS, class_names_of
 from vmoe_torch.data.names import shown, some
 from vmoe_torch.data.shards import WDS
 from vmoe_torch.data.typefaces import TYPEFACES, are_characters
+from vmoe_torch.layers.choice import description_of
 from vmoe_torch.models.architecture import open_weights
-from vmoe_torch.models.description import description_of
 from vmoe_torch.train import Config, build_transforms
 from vmoe_torch.train.build import image_mode
 from vmoe_torch.train.checkpoint import FORMAT, model_of, write_atomically

@@ -9,11 +9,11 @@ import timm
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
-from vmoe_torch.layers.choice import metadata_of, restore_routing
-from vmoe_torch.models.description import description_of
+from vmoe_torch.layers.choice import description_of, metadata_of, restore_routing
 from vmoe_torch.models.vmoe import VMoE
-from vmoe_torch.weights.adapt import grid_of, load_adapted, square_grid
+from vmoe_torch.weights.adapt import load_adapted
 from vmoe_torch.weights.conversion import Origin, read_converted, read_state, weights_of
+from vmoe_torch.weights.grid import grid_of, square_grid
 from vmoe_torch.weights.names import join_members
 from vmoe_torch.weights.original.wire import CheckpointError
 from vmoe_torch.weights.sources import Weights

@@ -12,9 +12,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from vmoe_torch.layers.choice import FILE_KEY, MODEL_KEY, ROUTING_KEY, metadata_of, with_metadata
-from vmoe_torch.models.description import description_of
-from vmoe_torch.weights.adapt import square_grid
+from vmoe_torch.layers.choice import FILE_KEY, MODEL_KEY, ROUTING_KEY, description_of, metadata_of, with_metadata
+from vmoe_torch.weights.grid import square_grid
 from vmoe_torch.weights.names import from_original, split_members, to_original
 from vmoe_torch.weights.original.reader import read_index, read_original
 from vmoe_torch.weights.original.wire import CheckpointError
