@@ -12,7 +12,7 @@ import vmoe_torch
 from tests.conftest import golden_arrays, golden_cases, manifest, relative_error
 from vmoe_torch.models.architecture import open_original
 from vmoe_torch.models.position import sincos2d
-from vmoe_torch.weights.conversion import export_original
+from vmoe_torch.weights.exporting import export_original
 from vmoe_torch.weights.grid import zoom_position
 from vmoe_torch.weights.names import from_original, to_original
 

@@ -8,7 +8,8 @@ from vmoe_torch.commands.options import add_weights, keep, wants_average, writab
 from vmoe_torch.commands.sources import open_model
 from vmoe_torch.parallel import export_safetensors
 from vmoe_torch.train.rules import count
-from vmoe_torch.weights.conversion import convert, export_original
+from vmoe_torch.weights.conversion import convert
+from vmoe_torch.weights.exporting import export_original
 
 
 def add(commands) -> None:
