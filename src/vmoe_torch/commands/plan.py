@@ -5,10 +5,12 @@ import argparse
 import torch
 
 from vmoe_torch.commands.options import keep
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.parallel import GPUS, Settings, changes_that_fit, describe, plan
 from vmoe_torch.train.build import build_model
 from vmoe_torch.train.config import ModelConfig
 from vmoe_torch.train.rules import count
+from vmoe_torch.weights.sources import is_weights
 
 
 def add(commands) -> None:
@@ -20,7 +22,7 @@ def add(commands) -> None:
         "of a step, and what to change if it does not fit. No GPU and no weights are needed.",
         epilog="example: vmoe plan --model vmoe_15b --gpus 64 --ep 32 --gpu h200 --batch 1024",
     )
-    parser.add_argument("--model", required=True, metavar="NAME", help="a model of ours, as vmoe_15b")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="name of a model of ours, or its weights")
     parser.add_argument("--gpus", required=True, type=int, metavar="N", help="number of GPUs")
     parser.add_argument("--ep", required=True, type=int, metavar="N", help="GPUs that share one set of experts")
     parser.add_argument("--gpu", default="h200", choices=tuple(GPUS), help="kind of GPU (default: h200)")
@@ -34,8 +36,11 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    with torch.device("meta"):
-        model = build_model(ModelConfig(options.model), num_classes=1000)
+    if is_weights(options.model):
+        model = open_model(options.model).model
+    else:
+        with torch.device("meta"):
+            model = build_model(ModelConfig(options.model), num_classes=1000)
     settings = Settings(options.gpus, options.ep, options.batch, options.gpu, options.recompute, autocast=True)
     result = plan(model, settings)
     print(describe(result, [] if result.fits else changes_that_fit(model, settings)))
