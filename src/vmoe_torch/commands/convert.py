@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
+
+import timm
 
 from vmoe_torch.commands.options import add_weights, keep, wants_average, writable
 from vmoe_torch.commands.sources import open_model
@@ -10,6 +11,8 @@ from vmoe_torch.parallel import export_safetensors
 from vmoe_torch.train.rules import count
 from vmoe_torch.weights.conversion import convert
 from vmoe_torch.weights.exporting import export_original
+from vmoe_torch.weights.remote import suffix_of
+from vmoe_torch.weights.sources import is_prefix, is_weights
 
 
 def add(commands) -> None:
@@ -18,11 +21,11 @@ def add(commands) -> None:
         "convert",
         help="convert checkpoints of the original JAX V-MoE, and back",
         description="Converts PREFIX.index and PREFIX.data-nnnnn-of-NNNNN to one .safetensors file, or such one back. "
-        "One of SOURCE and TARGET ends in .safetensors, the other one is a PREFIX; a SOURCE may be a URL. A run, or "
-        "another MODEL of the other commands that is a file or folder, becomes either. Its routing travels.",
+        "Every other MODEL of the other commands, as a run or an .npz, becomes either. A SOURCE may be a URL. The "
+        "routing that was chosen travels.",
         epilog="example: vmoe convert gs://vmoe_checkpoints/vmoe_s32_last2_ilsvrc2012_randaug_light1 s32.safetensors",
     )
-    parser.add_argument("source", metavar="SOURCE", help="PREFIX, FILE.safetensors, run folder or checkpoint to read")
+    parser.add_argument("source", metavar="SOURCE", help="PREFIX, FILE.safetensors or other MODEL to read")
     parser.add_argument("target", metavar="TARGET", help="FILE.safetensors or PREFIX to write")
     parser.add_argument("--train-state", action="store_true", help="keep optimizer, step and random keys too")
     parser.add_argument("--num-heads", type=int, metavar="N", help="attention heads, for a file that does not say it")
@@ -35,23 +38,24 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    ends = [name.endswith(".safetensors") for name in (options.source, options.target)]
-    whole = Path(options.source).exists() and not ends[0]
-    if not whole and sum(ends) != 1:
+    from_file, to_file = (suffix_of(name) == ".safetensors" for name in (options.source, options.target))
+    from_prefix = is_prefix(options.source)
+    known = is_weights(options.source) or timm.is_model(options.source)
+    if to_file if from_file else not to_file and (from_prefix or not known):
         raise ValueError(f"one of the two names must end in .safetensors, got {options.source} and {options.target}")
-    if whole:
-        if options.train_state:
+    if not from_file and not from_prefix:
+        if options.train_state and known:
             raise ValueError(f"--train-state must go with a PREFIX, got {options.source}")
         writable(options.target, "TARGET")
         model = open_model(options.source, average=wants_average(options)).model
-        if ends[1]:
+        if to_file:
             export_safetensors(model, options.target)
         else:
             export_original(model, options.target, num_heads=options.num_heads, num_shards=options.shards)
         return 0
     if options.weights is not None:
         raise ValueError(f"--weights must go with a run or another file with both, got {options.source}")
-    if ends[1]:
+    if to_file:
         convert(options.source, options.target, train_state=options.train_state, progress=sys.stderr.isatty())
     else:
         export_original(options.source, options.target, num_heads=options.num_heads, num_shards=options.shards)

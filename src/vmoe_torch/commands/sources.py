@@ -26,12 +26,12 @@ from vmoe_torch.models.architecture import open_weights
 from vmoe_torch.train import Config, build_transforms
 from vmoe_torch.train.build import image_mode
 from vmoe_torch.train.checkpoint import FORMAT, model_of, write_atomically
-from vmoe_torch.weights.sources import Weights, is_weights, read_weights
+from vmoe_torch.weights.sources import is_weights, pretrained_model, read_weights
 
 MODEL_HELP = (
     "run folder or checkpoint file of vmoe train or of timm's train.py, folder of timm's save_for_hf, file with a "
-    "state dict (NAME=FILE where nothing else tells the timm model), PREFIX of a checkpoint of the original, or name "
-    "of a timm model with pretrained weights"
+    "state dict (NAME=FILE where nothing else tells the timm model), .npz or PREFIX of a checkpoint of the original, "
+    "URL of such a file or PREFIX, or name of a timm model with pretrained weights"
 )
 DATA_HELP = (
     "folder of class folders (or of splits train, val, valid, validation, test of such), folder of Fashion-MNIST's IDX "
@@ -65,9 +65,8 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
     """Opens a trained model, with the routing that was chosen for it where its file says it.
 
     Args:
-        name: what `vmoe_torch.checkpoints.read_weights` reads, as a run folder (its best checkpoint) or checkpoint file
-            of `vmoe train` or of timm's train.py, or the prefix of a checkpoint of the original, which has the routing
-            that `VMoE` has by default; or a timm model's name, with or without tag, that has pretrained weights.
+        name: what `vmoe_torch.checkpoints.read_weights` reads; a checkpoint of the original has the routing that `VMoE`
+            has by default.
         device: where to put the model.
         average: whether to take the moving average of the weights; None takes it where there is one.
 
@@ -81,7 +80,7 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
     config = class_names = None
     data, about, averaged = {}, text, False
     if is_weights(text) or not timm.is_model(text):
-        weights = _read(text, average is not False)
+        weights = read_weights(text, average=average is not False, progress=sys.stderr.isatty())
         if weights.run is not None:
             model, config, class_names = model_of(weights.run, average is not False)
             told = "vmoe train's configuration"
@@ -92,7 +91,7 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
         averaged = weights.average
         about = f"{weights.source}: {told}{', moving average of the weights' if weights.average else ''}"
     else:
-        model = _pretrained(text)
+        model = pretrained_model(text)
         subset = infer_imagenet_subset(model)
         if subset is not None:
             info = ImageNetInfo(subset)
@@ -149,23 +148,6 @@ def described_routing(model: nn.Module) -> str:
         for name, values in chosen.items()
         if values
     )
-
-
-def _read(name: str, average: bool) -> Weights:
-    if not is_weights(name):
-        raise ValueError(f"model must be a run folder, a checkpoint file or a timm model's name, got {name!r}")
-    return read_weights(name, average=average)
-
-
-def _pretrained(name: str) -> nn.Module:
-    """A timm model with its pretrained weights."""
-    if not timm.is_model_pretrained(name):
-        raise ValueError(f"model must have pretrained weights to be used by its name, got {name!r}")
-    try:
-        return timm.create_model(name, pretrained=True)
-    # What downloads raise depends on the library that timm uses.
-    except Exception as error:
-        raise ValueError(f"weights of {name} cannot be had: {error}") from error
 
 
 class Images(Dataset):

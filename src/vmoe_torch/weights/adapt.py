@@ -6,8 +6,8 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
-from vmoe_torch.weights.grid import known_grid, square_grid, zoom_position
-from vmoe_torch.weights.names import read_original_npz, split_members
+from vmoe_torch.weights.grid import known_grid, zoom_position
+from vmoe_torch.weights.names import split_members
 
 
 def checkpoint_filter_fn(
@@ -110,18 +110,3 @@ def load_adapted(
     if wrong:
         raise ValueError(f"{source} must fit the model: " + "; ".join(wrong[:8]))
     model.load_state_dict(state)
-
-
-def load_original_npz(model: nn.Module, path: str, prefix: str = "") -> None:
-    """Loads an .npz of the original's parameters, or of a plain ViT's, with what `load_adapted` adapts.
-
-    Args:
-        model: a VMoE; nothing in it changes on an error.
-        path: the .npz file.
-        prefix: what the names of the wanted arrays begin with, e.g. "params/".
-
-    Raises:
-        ValueError: if the file is damaged, no array has the prefix, a name is unknown, or a shape does not fit.
-    """
-    state, _ = read_original_npz(path, prefix)
-    load_adapted(model, state, path, grid=square_grid(state))

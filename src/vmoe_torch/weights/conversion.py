@@ -1,18 +1,20 @@
-"""The original's checkpoints into our models and safetensors, and back; `models.weights` has the table of names."""
+"""The original's checkpoints, and the safetensors files they become, as state dicts of ours by the table in `names`."""
 
 import json
 import os
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from vmoe_torch.layers.choice import FILE_KEY, description_of, metadata_of, with_metadata
-from vmoe_torch.weights.grid import square_grid
+from vmoe_torch.layers.choice import FILE_KEY, metadata_of, with_metadata
 from vmoe_torch.weights.names import from_original, split_members
 from vmoe_torch.weights.original.reader import read_index, read_original
 from vmoe_torch.weights.original.wire import CheckpointError
@@ -24,6 +26,8 @@ _METADATA = "vmoe_torch"
 REST = "original/"
 # Beside the original's files: what they have no place for, as `layers.choice.metadata_of` gives it.
 BESIDE = ".vmoe_torch.json"
+# What numpy raises of a damaged archive, beside the usual; a file that is none it takes for an array, without names.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, AttributeError, MemoryError)
 
 
 @dataclass
@@ -48,14 +52,6 @@ def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not name.startswith(REST)}
 
 
-def source_grid(state: Mapping[str, Tensor], origin: Origin | None) -> tuple[int, int] | None:
-    """Rows and columns of the patches that a state dict has positions for, where they are known."""
-    described = description_of(state)
-    if described is not None:
-        return tuple(described["grid"])
-    return None if origin is None else square_grid(state)
-
-
 def read_state(prefix: str, *, train_state: bool = False, progress: bool = False) -> tuple[dict[str, Tensor], Origin]:
     """Reads a checkpoint of the original as a state dict of ours.
 
@@ -71,28 +67,63 @@ def read_state(prefix: str, *, train_state: bool = False, progress: bool = False
         CheckpointError: if a file is damaged or missing, or a parameter is not one of the original's.
     """
     index = read_index(prefix)
-    root = "params/" if any(leaf.path.startswith("params/") for leaf in index.leaves) else ""
+    root = _root(leaf.path for leaf in index.leaves)
     arrays = read_original(prefix, keep=None if train_state else lambda path: path.startswith(root), progress=progress)
-    params = {path.removeprefix(root): arrays.pop(path) for path in list(arrays) if path.startswith(root)}
-    heads = {
-        a.shape[1] for path, a in params.items() if path.endswith(("SelfAttention/query/kernel",)) and a.dim() == 3
-    }
-    if len(heads) != 1:
-        raise CheckpointError(f"{prefix}: attention must have one number of heads in every block, got {sorted(heads)}")
-    members = {a.shape[1] for path, a in params.items() if path.endswith("Router/dense/kernel") and a.dim() == 3}
-    if len(members) > 1:
-        raise CheckpointError(f"{prefix}: routers must have one number of members, got {sorted(members)}")
-    origin = Origin(heads.pop(), members.pop() if members else 1)
+    state, origin = _converted(arrays, root, prefix)
     if train_state:
         origin.root, origin.empty = root, index.empty
-    try:
-        state = from_original(params)
-        if origin.ensemble_size > 1:
-            state = split_members(state, origin.ensemble_size)
-    except ValueError as error:
-        raise CheckpointError(f"{prefix}: {error}") from None
     state |= {REST + path: value for path, value in arrays.items()}
     return with_metadata(state, _read_beside(prefix)), origin
+
+
+def read_npz(path: str | os.PathLike, prefix: str = "") -> tuple[dict[str, Tensor], Origin]:
+    """Reads an .npz with the original's names, or a plain ViT's.
+
+    Args:
+        path: of the file.
+        prefix: what the names of the wanted arrays begin with; those of a train state are found without.
+
+    Returns:
+        The state dict, and what is needed for the way back.
+
+    Raises:
+        CheckpointError: if the file is damaged, no array has the prefix, or a name is not one of the original's.
+    """
+    try:
+        # Opened here, as numpy leaves a damaged archive open.
+        with open(path, "rb") as raw, np.load(raw) as file:
+            root = prefix or _root(file.files)
+            arrays = {name: file[name] for name in file.files if name.startswith(root)}
+    except (*_DAMAGED, OSError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} must be a readable .npz file, got: {error}") from None
+    if not arrays:
+        raise CheckpointError(f"{path} must hold arrays named {prefix}..., found none")
+    return _converted(arrays, root, path)
+
+
+def _root(paths: Iterable[str]) -> str:
+    return "params/" if any(path.startswith("params/") for path in paths) else ""
+
+
+def _converted(
+    arrays: dict[str, Tensor | np.ndarray], root: str, source: str | os.PathLike
+) -> tuple[dict[str, Tensor], Origin]:
+    """The parameters, taken out of the arrays, as a state dict; and what it has not."""
+    params = {path.removeprefix(root): arrays.pop(path) for path in list(arrays) if path.startswith(root)}
+    split = {path: array.shape[1] for path, array in params.items() if path.endswith("/kernel") and array.ndim == 3}
+    heads = {size for path, size in split.items() if "encoderblock_" in path and path.endswith("/query/kernel")}
+    members = {size for path, size in split.items() if path.endswith("Router/dense/kernel")} or {1}
+    for who, what, numbers in (("attention", "heads", heads), ("routers", "members", members)):
+        if len(numbers) != 1:
+            raise CheckpointError(
+                f"{source}: {who} must have one number of {what} in every block, got {sorted(numbers)}"
+            )
+    origin = Origin(heads.pop(), members.pop())
+    try:
+        state = from_original(params)
+        return (split_members(state, origin.ensemble_size) if origin.ensemble_size > 1 else state), origin
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _read_beside(prefix: str) -> dict[str, dict[str, Any]]:

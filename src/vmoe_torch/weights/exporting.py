@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from vmoe_torch.layers.choice import MODEL_KEY, ROUTING_KEY, metadata_of
-from vmoe_torch.weights.conversion import BESIDE, REST, Origin, read_converted
+from vmoe_torch.weights.conversion import BESIDE, REST, Origin
 from vmoe_torch.weights.names import to_original
 from vmoe_torch.weights.original.writer import MAX_CHUNK_BYTES, replacing, write_original
+from vmoe_torch.weights.sources import read_weights
 
 
 def export_original(
@@ -29,7 +30,7 @@ def export_original(
     PREFIX.vmoe_torch.json beside, which our readers of the format look at.
 
     Args:
-        source: a model, a state dict, or a .safetensors file.
+        source: a model, a state dict, or what `read_weights` reads.
         prefix: local path that the files' names begin with.
         num_heads: attention heads; needed for a state dict, and for a file that `convert` has not written.
         num_shards: number of data files.
@@ -51,8 +52,8 @@ def export_original(
     elif isinstance(source, Mapping):
         state, metadata = dict(source), metadata_of(source)
     else:
-        state, origin = read_converted(source)
-        metadata = metadata_of(state)
+        weights = read_weights(source)
+        state, origin, metadata = dict(weights.state), weights.origin, metadata_of(weights.state)
     described = metadata.get("", {}).get(MODEL_KEY, {})
     if origin is None and "num_heads" in described:
         origin = Origin(described["num_heads"])
