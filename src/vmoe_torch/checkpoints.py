@@ -1,7 +1,8 @@
 """The original's checkpoints: read, written, converted; and dense models turned sparse."""
 
 from vmoe_torch.models.upcycling import upcycle, upcycle_optimizer
-from vmoe_torch.weights.conversion import convert, export_original
+from vmoe_torch.weights.conversion import convert
+from vmoe_torch.weights.exporting import export_original
 from vmoe_torch.weights.original.reader import read_index, read_original
 from vmoe_torch.weights.original.wire import CheckpointError
 from vmoe_torch.weights.original.writer import write_original

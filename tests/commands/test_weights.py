@@ -15,11 +15,11 @@ from vmoe_torch.checkpoints import export_original, load_original, read_weights
 from vmoe_torch.cli import main
 from vmoe_torch.commands.sources import open_model
 from vmoe_torch.evaluate import count_flops
-from vmoe_torch.models.position import zoom_position
 from vmoe_torch.parallel import export_safetensors
 from vmoe_torch.train.build import build_model
 from vmoe_torch.train.config import ModelConfig
 from vmoe_torch.train.start import load_start
+from vmoe_torch.weights.grid import zoom_position
 
 ARGS = {
     "model": "test_vmoe",

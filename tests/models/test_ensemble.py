@@ -6,9 +6,16 @@ import safetensors.torch
 import torch
 
 import vmoe_torch
-from vmoe_torch.checkpoints import convert, export_original, load_original, read_original, write_original
+from vmoe_torch.checkpoints import (
+    convert,
+    export_original,
+    load_original,
+    read_original,
+    read_weights,
+    write_original,
+)
 from vmoe_torch.models import VMoE, VMoEEnsemble
-from vmoe_torch.models.architecture import open_original
+from vmoe_torch.models.architecture import open_weights
 from vmoe_torch.models.ensemble import EnsembleMoeMlp, average_members
 
 TINY = {
@@ -155,7 +162,7 @@ def test_converted_ensembles_have_the_names_of_the_model(tmp_path):
     export_original(model, tmp_path / "x")
     convert(tmp_path / "x", tmp_path / "x.safetensors")
     assert safetensors.torch.load_file(tmp_path / "x.safetensors").keys() == model.state_dict().keys()
-    opened = open_original(tmp_path / "x.safetensors")
+    opened = open_weights(read_weights(tmp_path / "x.safetensors"))[0]
     assert all(torch.equal(value, opened.state_dict()[name]) for name, value in model.state_dict().items())
     # Heads that are given where the file says them cost nothing.
     export_original(tmp_path / "x.safetensors", tmp_path / "y", num_heads=2)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 import vmoe_torch
 from tests.conftest import golden_arrays, golden_cases, manifest, relative_error
-from vmoe_torch.models.architecture import open_original
-from vmoe_torch.models.position import sincos2d, zoom_position
-from vmoe_torch.weights.conversion import export_original
+from vmoe_torch.models.architecture import open_weights
+from vmoe_torch.models.position import sincos2d
+from vmoe_torch.weights.exporting import export_original
+from vmoe_torch.weights.grid import zoom_position
 from vmoe_torch.weights.names import from_original, to_original
+from vmoe_torch.weights.sources import read_weights
 
 HEADS, DEPTH, WIDTH = 2, 2, 16
 
@@ -68,7 +70,7 @@ def test_normed_queries_and_keys_are_read_run_and_written_back():
 def test_a_checkpoint_with_normed_queries_and_keys_travels(tmp_path):
     model = _model().float()
     export_original(model, tmp_path / "original")
-    again = open_original(tmp_path / "original").eval()
+    again = open_weights(read_weights(tmp_path / "original"))[0].eval()
     assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
     x = torch.randn(2, 3, 32, 32)
     with vmoe_torch.routing(again, capacity_factor=8.0), vmoe_torch.routing(model, capacity_factor=8.0):

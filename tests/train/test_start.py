@@ -8,11 +8,11 @@ import torch
 
 from tests.weights.test_golden_checkpoints import FOLDER
 from vmoe_torch.checkpoints import convert, read_original
-from vmoe_torch.models.position import zoom_position
 from vmoe_torch.train import build_model, load_model, train
 from vmoe_torch.train.config import ModelConfig
 from vmoe_torch.train.determinism import seed_everything
 from vmoe_torch.train.start import build_starting_model
+from vmoe_torch.weights.grid import zoom_position
 
 # What the golden checkpoints are of, at another resolution.
 RELEASED = {

@@ -19,9 +19,9 @@ from vmoe_torch.checkpoints import (
     write_original,
 )
 from vmoe_torch.models.architecture import model_arguments
-from vmoe_torch.models.position import zoom_position
 from vmoe_torch.weights.adapt import adapt_channels
 from vmoe_torch.weights.conversion import Origin, read_converted
+from vmoe_torch.weights.grid import zoom_position
 from vmoe_torch.weights.names import from_original, to_original
 
 PARAMS = [name for name in VARIANTS if name.startswith(("params", "unknown"))]

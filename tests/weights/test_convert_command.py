@@ -23,7 +23,7 @@ def test_convert_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == "vmoe convert: one of the two names must end in .safetensors, got a and b\n"
     assert main(["convert", str(tmp_path / "none"), str(tmp_path / "x.safetensors")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"vmoe convert: {tmp_path}/none.index must be a readable file, got ")
+    assert error.startswith(f"vmoe convert: checkpoint {tmp_path}/none does not exist; weights must be a run folder, ")
     assert error.count("\n") == 1
     prefix, file = str(FOLDER / "params_1shard" / "ckpt"), str(tmp_path / "x.safetensors")
     assert main(["convert", prefix, file]) == 0

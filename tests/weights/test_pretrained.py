@@ -5,13 +5,14 @@ import http.server
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 import vmoe_torch
 from tests.weights.test_golden_checkpoints import FOLDER
-from vmoe_torch.checkpoints import CheckpointError, cached_checkpoint, export_original, read_original
+from vmoe_torch.checkpoints import CheckpointError, cached_checkpoint, convert, export_original, read_original
 from vmoe_torch.models import vmoe
 from vmoe_torch.weights import remote as fetch
 
@@ -25,7 +26,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.requests.append((self.path, self.headers.get("Range")))
-        path = server.folder / self.path.rpartition("/")[2]
+        path = server.folder / self.path.partition("?")[0].rpartition("/")[2]
         if not path.exists():
             return self.send_error(404)
         data = path.read_bytes()
@@ -210,6 +211,25 @@ def test_later_change_is_refused(server, source, tmp_path):
     export_original(source, server.folder / "small", num_shards=2)
     with pytest.raises(CheckpointError, match="must have the sha256 recorded when it was first seen"):
         _create(server, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_url_of_a_file_is_cached_and_checked(server, source, tmp_path, suffix):
+    if suffix == ".npz":
+        arrays = read_original(str(server.folder / "small"))
+        np.savez(server.folder / "small.npz", **{path: array.numpy() for path, array in arrays.items()})
+    else:
+        convert(server.folder / "small", server.folder / "small.safetensors")
+    url = f"{server.url}{suffix}?download=true"
+    server.cut = 1
+    for _ in range(2):
+        assert _same(_create(server, tmp_path, pretrained_cfg_overlay={"url": url}), source)
+    # Broken off once, then resumed; never asked for again.
+    assert len(server.requests) == 2
+    (path,) = (tmp_path / "cache").glob(f"*{suffix}")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="must have the sha256 recorded when it was first seen"):
+        _create(server, tmp_path, pretrained_cfg_overlay={"url": url})
 
 
 def test_remote_prefix_is_read_directly(server, source):

@@ -13,8 +13,8 @@ from vmoe_torch.train.rules import DEVICE, Rule, count
 
 MODEL_HELP = (
     "run folder or checkpoint file of vmoe train or of timm's train.py, folder of timm's save_for_hf, file with a "
-    "state dict (NAME=FILE where nothing else tells the timm model), PREFIX of a checkpoint of the original, or name "
-    "of a timm model with pretrained weights"
+    "state dict (NAME=FILE where nothing else tells the timm model), .npz or PREFIX of a checkpoint of the original, "
+    "URL of such a file or PREFIX, or name of a timm model with pretrained weights"
 )
 DATA_HELP = (
     "folder of class folders (or of splits train, val, valid, validation, test of such), folder of Fashion-MNIST's IDX "

@@ -5,9 +5,11 @@ import argparse
 import torch
 
 from vmoe_torch.commands.options import add_number, add_routing, route
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.parallel import GPUS, PlannedRun, changes_that_fit, describe, plan
 from vmoe_torch.train.build import build_model
 from vmoe_torch.train.config import ModelConfig
+from vmoe_torch.weights.sources import is_weights
 
 
 def add(commands) -> None:
@@ -19,7 +21,7 @@ def add(commands) -> None:
         "of a step, and what to change if it does not fit. No GPU and no weights are needed.",
         epilog="example: vmoe plan vmoe_15b --gpus 64 --ep 32 --gpu h200 --batch-size 1024",
     )
-    parser.add_argument("model", metavar="MODEL", help="name of a model of ours, as vmoe_15b")
+    parser.add_argument("model", metavar="MODEL", help="name of a model of ours, as vmoe_15b, or its weights")
     add_number(parser, "--gpus", 1, None, "number of GPUs")
     add_number(parser, "--ep", 1, None, "GPUs that share one set of experts")
     parser.add_argument("--gpu", default="h200", choices=tuple(GPUS), help="kind of GPU (default: h200)")
@@ -31,8 +33,11 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    with torch.device("meta"):
-        model = build_model(ModelConfig(options.model), num_classes=1000)
+    if is_weights(options.model):
+        model = open_model(options.model).model
+    else:
+        with torch.device("meta"):
+            model = build_model(ModelConfig(options.model), num_classes=1000)
     route(model, options)
     settings = PlannedRun(options.gpus, options.ep, options.batch_size, options.gpu, options.recompute, autocast=True)
     result = plan(model, settings)

@@ -12,12 +12,12 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 
 from vmoe_torch.control import moe_layers
+from vmoe_torch.layers.choice import description_of
 from vmoe_torch.models.architecture import open_weights
-from vmoe_torch.models.description import description_of
 from vmoe_torch.train import Config, build_transforms
 from vmoe_torch.train.build import image_mode
 from vmoe_torch.train.checkpoint import FORMAT, model_of, write_atomically
-from vmoe_torch.weights.sources import Weights, is_weights, read_weights
+from vmoe_torch.weights.sources import is_weights, pretrained_model, read_weights
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,8 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
     """Opens a trained model, with the routing that was chosen for it where its file says it.
 
     Args:
-        name: what `vmoe_torch.checkpoints.read_weights` reads, as a run folder (its best checkpoint) or checkpoint file
-            of `vmoe train` or of timm's train.py, or the prefix of a checkpoint of the original, which has the routing
-            that `VMoE` has by default; or a timm model's name, with or without tag, that has pretrained weights.
+        name: what `vmoe_torch.checkpoints.read_weights` reads; a checkpoint of the original has the routing that `VMoE`
+            has by default.
         device: where to put the model.
         average: whether to take the moving average of the weights; None takes it where there is one.
 
@@ -58,7 +57,7 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
     config = class_names = None
     data, about, averaged = {}, text, False
     if is_weights(text) or not timm.is_model(text):
-        weights = _read(text, average is not False)
+        weights = read_weights(text, average=average is not False, progress=sys.stderr.isatty())
         if weights.run is not None:
             model, config, class_names = model_of(weights.run, average is not False)
             told = "vmoe train's configuration"
@@ -69,7 +68,7 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
         averaged = weights.average
         about = f"{weights.source}: {told}{', moving average of the weights' if weights.average else ''}"
     else:
-        model = _pretrained(text)
+        model = pretrained_model(text)
         subset = infer_imagenet_subset(model)
         if subset is not None:
             info = ImageNetInfo(subset)
@@ -126,20 +125,3 @@ def described_routing(model: nn.Module) -> str:
         for name, values in chosen.items()
         if values
     )
-
-
-def _read(name: str, average: bool) -> Weights:
-    if not is_weights(name):
-        raise ValueError(f"model must be a run folder, a checkpoint file or a timm model's name, got {name!r}")
-    return read_weights(name, average=average)
-
-
-def _pretrained(name: str) -> nn.Module:
-    """A timm model with its pretrained weights."""
-    if not timm.is_model_pretrained(name):
-        raise ValueError(f"model must have pretrained weights to be used by its name, got {name!r}")
-    try:
-        return timm.create_model(name, pretrained=True)
-    # What downloads raise depends on the library that timm uses.
-    except Exception as error:
-        raise ValueError(f"weights of {name} cannot be had: {error}") from error

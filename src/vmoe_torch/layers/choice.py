@@ -122,6 +122,11 @@ def metadata_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     return kept
 
 
+def description_of(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """What `models.description.describe` found when this state dict was made, if it says it."""
+    return metadata_of(state).get("", {}).get(MODEL_KEY)
+
+
 def with_metadata(state: Mapping[str, Tensor], metadata: Mapping[str, dict[str, Any]]) -> "OrderedDict[str, Tensor]":
     """A copy of a state dict that says this of the model."""
     copy = OrderedDict(state)

@@ -1,7 +1,6 @@
 """The model that weights are of: said by them or by what stands beside them, or read off their shapes."""
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,45 +8,23 @@ import timm
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
-from vmoe_torch.layers.choice import metadata_of, restore_routing
-from vmoe_torch.models.description import description_of
+from vmoe_torch.layers.choice import description_of, metadata_of, restore_routing
 from vmoe_torch.models.vmoe import VMoE
-from vmoe_torch.weights.adapt import grid_of, load_adapted, square_grid
-from vmoe_torch.weights.conversion import Origin, read_converted, read_state, weights_of
+from vmoe_torch.weights.adapt import load_adapted
+from vmoe_torch.weights.conversion import Origin, weights_of
+from vmoe_torch.weights.grid import grid_of, square_grid
 from vmoe_torch.weights.names import join_members
-from vmoe_torch.weights.original.wire import CheckpointError
 from vmoe_torch.weights.sources import Weights
 
 # Of our models, as timm lists them.
 MODULES = ("vmoe", "ensemble")
 
 
-def open_original(source: str | os.PathLike) -> nn.Module:
-    """The model of a checkpoint of the original, with its weights.
-
-    A checkpoint of the original says nothing of its routing: number of selected experts, capacity and order are the
-    defaults of `VMoE` (of `VMoEEnsemble` for an ensemble); `set_routing` changes them. Files that `export_original` and
-    `export_safetensors` wrote say what was chosen, and what the model was made with.
-
-    Args:
-        source: a .safetensors file of `convert`, or what the names of the original's files begin with.
-
-    Raises:
-        CheckpointError: if a file is damaged or missing, or is a .safetensors file of another program.
-        ValueError: if the weights are not those of a model of ours.
-    """
-    source = os.fspath(source)
-    state, origin = read_converted(source) if source.endswith(".safetensors") else read_state(source)
-    if origin is None and description_of(state) is None:
-        raise CheckpointError(f"{source} must be a file that vmoe convert wrote, got one without its metadata")
-    return open_weights(Weights(source, state, origin))[0]
-
-
 def open_weights(weights: Weights) -> tuple[nn.Module, str]:
     """The model that weights are of, in eval mode or not as timm made it, with the routing that was chosen for them.
 
     Args:
-        weights: of `read_weights`; not those of a run of `vmoe train`, whose configuration says more.
+        weights: of `read_weights`.
 
     Returns:
         The model, and in a few words what told it.
@@ -66,6 +43,10 @@ def open_weights(weights: Weights) -> tuple[nn.Module, str]:
     elif described is not None:
         name, arguments = described["architecture"], described["model_args"]
         told = f"{name}, as the file says"
+    elif weights.run is not None:
+        config = weights.run["config"]["model"]
+        name, arguments = config["name"], config["kwargs"] | {"num_classes": len(weights.run["class_names"])}
+        told = "vmoe train's configuration"
     elif weights.origin is not None:
         name = "vmoe_s32" if weights.origin.ensemble_size == 1 else "eee_s32_last2_e8"
         try:

@@ -8,10 +8,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from vmoe_torch.layers import MoeMlp
-from vmoe_torch.layers.choice import MODEL_KEY, ROUTING, metadata_of
+from vmoe_torch.layers.choice import ROUTING
 
 # Of timm's factories, not of the model.
 _FACTORY = ("device", "dtype", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir")
@@ -79,8 +79,3 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
         return json.loads(json.dumps(found))
     except (TypeError, ValueError):
         return None
-
-
-def description_of(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """What `describe` found when this state dict was made, if it says it."""
-    return metadata_of(state).get("", {}).get(MODEL_KEY)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from functools import partial
 from typing import Any, Unpack
 
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 
 from vmoe_torch.layers import ExpertLinear, MoeMlp
 from vmoe_torch.layers.options import ExpertOptions
+from vmoe_torch.models.architecture import open_weights
 from vmoe_torch.models.options import MoeLayers
 from vmoe_torch.models.vmoe import parse_moe_layers
+from vmoe_torch.weights.sources import is_weights, read_weights
 
 
 def upcycle(
-    model: str | nn.Module,
+    model: str | os.PathLike | nn.Module,
     moe_layers: MoeLayers = "every2",
     num_experts: int = 8,
     *,
@@ -34,8 +37,8 @@ def upcycle(
     compute the same, whatever the routers say.
 
     Args:
-        model: a timm model's name, or a model: a VisionTransformer or another one with `blocks` whose `mlp` is timm's
-            Mlp. It is copied, not changed.
+        model: a model: a VisionTransformer or another one with `blocks` whose `mlp` is timm's Mlp, which is copied, not
+            changed; a timm model's name; or the weights of one, as `vmoe_torch.checkpoints.read_weights` reads them.
         moe_layers: "everyN", "lastN" or block numbers, as in `VMoE`.
         num_experts: E.
         expert_noise: standard deviation of Gaussian noise on every expert's weights, as a multiple of the standard
@@ -54,10 +57,13 @@ def upcycle(
     """
     if not 0 <= expert_noise < math.inf:
         raise ValueError(f"expert_noise must be finite and at least 0, got {expert_noise}")
-    if isinstance(model, str):
+    if isinstance(model, str) and (model.startswith("hf-hub:") or (timm.is_model(model) and not is_weights(model))):
         model = timm.create_model(model, pretrained=pretrained, **(model_args or {}))
     elif pretrained or model_args:
-        raise ValueError(f"pretrained and model_args must go with a model's name, got a {type(model).__name__}")
+        got = f"a {type(model).__name__}" if isinstance(model, nn.Module) else model
+        raise ValueError(f"pretrained and model_args must go with a model's name, got {got}")
+    elif not isinstance(model, nn.Module):
+        model, _ = open_weights(read_weights(model))
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         raise ValueError(f"model must have blocks with an mlp each, as a VisionTransformer, got {type(model).__name__}")

@@ -30,7 +30,7 @@ from vmoe_torch.layers.choice import MODEL_KEY, ROUTING
 from vmoe_torch.models import description
 from vmoe_torch.models.options import Layer, MoeLayers, PositionEmbedding, VisionTransformerOptions, WeightInit
 from vmoe_torch.models.position import TEMPERATURE, sincos2d
-from vmoe_torch.weights.adapt import checkpoint_filter_fn, load_original_npz
+from vmoe_torch.weights.adapt import checkpoint_filter_fn
 
 __all__ = ["MoeBlock", "VMoE", "parse_moe_layers"]
 
@@ -300,21 +300,16 @@ class VMoE(vit.VisionTransformer):
         The routing that was chosen for the weights comes with them, where the file says it.
 
         Args:
-            checkpoint_path: an .npz with the original's names, what the names of a checkpoint's PREFIX.index and data
-                files begin with (it may be a URL), a .safetensors file, or any other file or run folder that
-                `vmoe_torch.checkpoints.read_weights` reads.
+            checkpoint_path: what `vmoe_torch.checkpoints.read_weights` reads.
             prefix: what the names of the wanted arrays in an .npz begin with.
 
         Raises:
             ValueError: if the file is damaged or does not fit the model.
         """
-        if str(checkpoint_path).endswith(".npz"):
-            load_original_npz(self, checkpoint_path, prefix)
-        else:
-            # The only way up: what reads files is not loaded with the models.
-            from vmoe_torch.weights.sources import load_original
+        # What reads files is loaded when there is one to read.
+        from vmoe_torch.weights.sources import load_original
 
-            load_original(checkpoint_path, self)
+        load_original(checkpoint_path, self, array_prefix=prefix)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head on top of the pre-logits layer, where there is one; initialised as the first one was."""
@@ -459,17 +454,17 @@ _TINY = {"patch_size": 16, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2.0, "n
 
 
 def create_vmoe(variant: str, pretrained: bool = False, model_cls: type[VMoE] = VMoE, **kwargs: Any) -> VMoE:
-    """timm's way to a model; weights at the URL of an original checkpoint are fetched and converted first."""
+    """timm's way to a model; weights of a file or URL are those that `VMoE.load_pretrained` finds there."""
     out_indices = kwargs.pop("out_indices", 3)
     if pretrained:
         overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-        # timm would take the URL for that of a single file.
-        if cfg.custom_load and cfg.url and not (cfg.file or cfg.state_dict or cfg.url.endswith(".npz")):
+        # A folder of the Hub is timm's own matter.
+        if not (cfg.state_dict or cfg.source) and (cfg.file or (cfg.url and not cfg.hf_hub_id)):
             from vmoe_torch.weights.pretrained import cached_checkpoint
 
-            overlay |= {"file": str(cached_checkpoint(cfg.url, kwargs.get("cache_dir"))), "custom_load": True}
-            kwargs["pretrained_cfg_overlay"] = overlay
+            file = cfg.file or str(cached_checkpoint(cfg.url, kwargs.get("cache_dir")))
+            kwargs["pretrained_cfg_overlay"] = overlay | {"file": file, "custom_load": True}
     model = build_model_with_cfg(
         model_cls,
         variant,

@@ -1,6 +1,7 @@
 """Weights that a run begins with, adapted to its model as fine-tuning wants it."""
 
-import timm
+import sys
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -13,8 +14,7 @@ from vmoe_torch.train.checkpoint import load_weights
 from vmoe_torch.train.config import ModelConfig
 from vmoe_torch.weights.adapt import load_adapted
 from vmoe_torch.weights.conversion import weights_of
-from vmoe_torch.weights.pretrained import cached_checkpoint
-from vmoe_torch.weights.sources import Weights, read_weights
+from vmoe_torch.weights.sources import read_weights
 
 
 def build_starting_model(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -38,16 +38,13 @@ def load_start(model: nn.Module, source: str, drop_head: bool = False) -> None:
 
     Args:
         model: that of the run; nothing in it changes on an error.
-        source: what `checkpoints.sources.read_weights` reads: a run folder (its best checkpoint, its moving average
-            where there is one) or checkpoint file, of ours or of timm's train.py, any file with a state dict, what the
-            names of the original's files begin with; or a released model with its tag, as
-            "vmoe_s32_last2_e8.randaug_light1_in1k". Routing is that of the run's configuration.
+        source: what `read_weights` reads. Routing is that of the run's configuration.
         drop_head: whether to keep the model's own head in any case.
 
     Raises:
         ValueError: if there are no such weights, or all but the head and the resolution is not the model's.
     """
-    weights = _read(source)
+    weights = read_weights(source, progress=sys.stderr.isatty())
     state = weights_of(weights.state)
     if isinstance(model, VMoE):
         load_adapted(model, state, source, drop_head=drop_head, grid=weights.grid)
@@ -61,13 +58,6 @@ def load_start(model: nn.Module, source: str, drop_head: bool = False) -> None:
         if drop_head or any(key in state and state[key].shape != value.shape for key, value in head.items()):
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")} | head
     load_weights(model, state)
-
-
-def _read(source: str) -> Weights:
-    released = timm.get_pretrained_cfg(source) if timm.is_model(source) else None
-    if released is not None and released.custom_load:
-        source = str(cached_checkpoint(released.url, progress=True))
-    return read_weights(source)
 
 
 def _on_the_models_grid(

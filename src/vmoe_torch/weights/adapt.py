@@ -1,15 +1,13 @@
 """What loading a state dict adapts: resolution, patches, channels, the head, the members of an ensemble."""
 
-import math
 from collections.abc import Mapping
 
 import torch
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
-from vmoe_torch.models.description import description_of
-from vmoe_torch.models.position import zoom_position
-from vmoe_torch.weights.names import read_original_npz, split_members
+from vmoe_torch.weights.grid import known_grid, zoom_position
+from vmoe_torch.weights.names import split_members
 
 
 def checkpoint_filter_fn(
@@ -21,7 +19,7 @@ def checkpoint_filter_fn(
     the image size that timm has for these weights where they fit; else `zoom_position` says what is taken.
     """
     if source_grid is None:
-        source_grid = _known_grid(state_dict, model)
+        source_grid = known_grid(state_dict, model)
     source = state_dict.get("model", state_dict)
     source = dict(source.get("state_dict", source))
     position = source.pop("pos_embed", None)
@@ -37,42 +35,6 @@ def checkpoint_filter_fn(
     if model.ensemble_size > 1 and not any(".mlp.members." in name for name in filtered):
         filtered = split_members(filtered, model.ensemble_size)
     return filtered
-
-
-def _known_grid(state_dict: Mapping[str, Tensor], model: nn.Module) -> tuple[int, int] | None:
-    described = description_of(state_dict)
-    if described is not None:
-        return tuple(described["grid"])
-    kernel = state_dict.get("patch_embed.proj.weight")
-    size = getattr(model, "pretrained_model_args", {}).get("img_size")
-    if size is None:
-        size = getattr(model, "pretrained_cfg", {}).get("input_size", (0, 0, 0))[1:]
-    if not isinstance(kernel, Tensor) or kernel.dim() != 4:
-        return None
-    return grid_of(size, state_dict)
-
-
-def grid_of(size: int | tuple[int, int], state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """Rows and columns of the patches of images of this size, if they are what a state dict has positions for."""
-    height, width = (size, size) if isinstance(size, int) else size
-    patch = state["patch_embed.proj.weight"].shape[2:]
-    grid = (int(height) // patch[0], int(width) // patch[1])
-    return grid if grid[0] * grid[1] in _patches(state) else None
-
-
-def square_grid(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """The square grid that a state dict has positions for, if it may have one; the original has no other."""
-    sides = [math.isqrt(count) for count in _patches(state) if math.isqrt(count) ** 2 == count > 0]
-    return (sides[0], sides[0]) if sides else None
-
-
-def _patches(state: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """How many patches there may be positions for: tokens before them have positions, too, or have none."""
-    position = state.get("pos_embed")
-    if position is None or position.dim() != 3:
-        return ()
-    before = ("cls_token" in state) + (state["reg_token"].shape[1] if "reg_token" in state else 0)
-    return tuple(dict.fromkeys((position.shape[1] - before, position.shape[1])))
 
 
 def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
@@ -123,7 +85,7 @@ def load_adapted(
     head, kernel = state.get("head.weight"), state.get("patch_embed.proj.weight")
     if kernel is not None and (kernel.dim() != 4 or kernel.numel() == 0):
         raise ValueError(f"{source}: patch_embed.proj.weight must be (D, C, P, P), got {tuple(kernel.shape)}")
-    state = checkpoint_filter_fn(dict(state), model, grid or _known_grid(state, model))
+    state = checkpoint_filter_fn(dict(state), model, grid or known_grid(state, model))
     kernel = state.get("patch_embed.proj.weight")
     if kernel is not None:
         state["patch_embed.proj.weight"] = adapt_channels(kernel, own["patch_embed.proj.weight"].shape[1])
@@ -148,18 +110,3 @@ def load_adapted(
     if wrong:
         raise ValueError(f"{source} must fit the model: " + "; ".join(wrong[:8]))
     model.load_state_dict(state)
-
-
-def load_original_npz(model: nn.Module, path: str, prefix: str = "") -> None:
-    """Loads an .npz of the original's parameters, or of a plain ViT's, with what `load_adapted` adapts.
-
-    Args:
-        model: a VMoE; nothing in it changes on an error.
-        path: the .npz file.
-        prefix: what the names of the wanted arrays begin with, e.g. "params/".
-
-    Raises:
-        ValueError: if the file is damaged, no array has the prefix, a name is unknown, or a shape does not fit.
-    """
-    state, _ = read_original_npz(path, prefix)
-    load_adapted(model, state, path, grid=square_grid(state))

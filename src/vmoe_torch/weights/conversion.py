@@ -1,31 +1,33 @@
-"""The original's checkpoints into our models and safetensors, and back; `models.weights` has the table of names."""
+"""The original's checkpoints, and the safetensors files they become, as state dicts of ours by the table in `names`."""
 
 import json
 import os
-import re
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vmoe_torch.layers.choice import FILE_KEY, MODEL_KEY, ROUTING_KEY, metadata_of, with_metadata
-from vmoe_torch.models.description import description_of
-from vmoe_torch.weights.adapt import square_grid
-from vmoe_torch.weights.names import from_original, split_members, to_original
+from vmoe_torch.layers.choice import FILE_KEY, metadata_of, with_metadata
+from vmoe_torch.weights.names import from_original, split_members
 from vmoe_torch.weights.original.reader import read_index, read_original
 from vmoe_torch.weights.original.wire import CheckpointError
-from vmoe_torch.weights.original.writer import MAX_CHUNK_BYTES, replacing, write_original
+from vmoe_torch.weights.original.writer import replacing
 from vmoe_torch.weights.remote import is_remote
 
 _METADATA = "vmoe_torch"
 # What else a train state holds keeps its path, behind this.
-_REST = "original/"
+REST = "original/"
 # Beside the original's files: what they have no place for, as `layers.choice.metadata_of` gives it.
-_BESIDE = ".vmoe_torch.json"
+BESIDE = ".vmoe_torch.json"
+# What numpy raises of a damaged archive, beside the usual; a file that is none it takes for an array, without names.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, AttributeError, MemoryError)
 
 
 @dataclass
@@ -44,15 +46,7 @@ class Origin:
 
 def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters, without what else a train state holds."""
-    return {name: value for name, value in state.items() if not name.startswith(_REST)}
-
-
-def source_grid(state: Mapping[str, Tensor], origin: Origin | None) -> tuple[int, int] | None:
-    """Rows and columns of the patches that a state dict has positions for, where they are known."""
-    described = description_of(state)
-    if described is not None:
-        return tuple(described["grid"])
-    return None if origin is None else square_grid(state)
+    return {name: value for name, value in state.items() if not name.startswith(REST)}
 
 
 def read_state(prefix: str, *, train_state: bool = False, progress: bool = False) -> tuple[dict[str, Tensor], Origin]:
@@ -70,49 +64,73 @@ def read_state(prefix: str, *, train_state: bool = False, progress: bool = False
         CheckpointError: if a file is damaged or missing, or a parameter is not one of the original's.
     """
     index = read_index(prefix)
-    root = "params/" if any(leaf.path.startswith("params/") for leaf in index.leaves) else ""
+    root = _root(leaf.path for leaf in index.leaves)
     arrays = read_original(prefix, keep=None if train_state else lambda path: path.startswith(root), progress=progress)
-    params = {path.removeprefix(root): arrays.pop(path) for path in list(arrays) if path.startswith(root)}
-    heads = {
-        a.shape[1] for path, a in params.items() if path.endswith(("SelfAttention/query/kernel",)) and a.dim() == 3
-    }
-    if len(heads) != 1:
-        raise CheckpointError(f"{prefix}: attention must have one number of heads in every block, got {sorted(heads)}")
-    members = {a.shape[1] for path, a in params.items() if path.endswith("Router/dense/kernel") and a.dim() == 3}
-    if len(members) > 1:
-        raise CheckpointError(f"{prefix}: routers must have one number of members, got {sorted(members)}")
-    origin = Origin(heads.pop(), members.pop() if members else 1)
+    state, origin = _converted(arrays, root, prefix)
     if train_state:
         origin.root, origin.empty = root, index.empty
-    try:
-        state = from_original(params)
-        if origin.ensemble_size > 1:
-            state = split_members(state, origin.ensemble_size)
-    except ValueError as error:
-        raise CheckpointError(f"{prefix}: {error}") from None
-    state |= {_REST + path: value for path, value in arrays.items()}
+    state |= {REST + path: value for path, value in arrays.items()}
     return with_metadata(state, _read_beside(prefix)), origin
 
 
+def read_npz(path: str | os.PathLike, prefix: str = "") -> tuple[dict[str, Tensor], Origin]:
+    """Reads an .npz with the original's names, or a plain ViT's.
+
+    Args:
+        path: of the file.
+        prefix: what the names of the wanted arrays begin with; those of a train state are found without.
+
+    Returns:
+        The state dict, and what is needed for the way back.
+
+    Raises:
+        CheckpointError: if the file is damaged, no array has the prefix, or a name is not one of the original's.
+    """
+    try:
+        # Opened here, as numpy leaves a damaged archive open.
+        with open(path, "rb") as raw, np.load(raw) as file:
+            root = prefix or _root(file.files)
+            arrays = {name: file[name] for name in file.files if name.startswith(root)}
+    except (*_DAMAGED, OSError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} must be a readable .npz file, got: {error}") from None
+    if not arrays:
+        raise CheckpointError(f"{path} must hold arrays named {prefix}..., found none")
+    return _converted(arrays, root, path)
+
+
+def _root(paths: Iterable[str]) -> str:
+    return "params/" if any(path.startswith("params/") for path in paths) else ""
+
+
+def _converted(
+    arrays: dict[str, Tensor | np.ndarray], root: str, source: str | os.PathLike
+) -> tuple[dict[str, Tensor], Origin]:
+    """The parameters, taken out of the arrays, as a state dict; and what it has not."""
+    params = {path.removeprefix(root): arrays.pop(path) for path in list(arrays) if path.startswith(root)}
+    split = {path: array.shape[1] for path, array in params.items() if path.endswith("/kernel") and array.ndim == 3}
+    heads = {size for path, size in split.items() if "encoderblock_" in path and path.endswith("/query/kernel")}
+    members = {size for path, size in split.items() if path.endswith("Router/dense/kernel")} or {1}
+    for who, what, numbers in (("attention", "heads", heads), ("routers", "members", members)):
+        if len(numbers) != 1:
+            raise CheckpointError(
+                f"{source}: {who} must have one number of {what} in every block, got {sorted(numbers)}"
+            )
+    origin = Origin(heads.pop(), members.pop())
+    try:
+        state = from_original(params)
+        return (split_members(state, origin.ensemble_size) if origin.ensemble_size > 1 else state), origin
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+
+
 def _read_beside(prefix: str) -> dict[str, dict[str, Any]]:
-    path = Path(f"{prefix}{_BESIDE}")
+    path = Path(f"{prefix}{BESIDE}")
     if is_remote(prefix) or not path.exists():
         return {}
     try:
         return _said(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} must be as export_original wrote it, got: {error}") from None
-
-
-def _write_beside(prefix: str, metadata: Mapping[str, dict[str, Any]]) -> None:
-    """Writes what would be lost, and nothing where the original's files say all."""
-    path = Path(f"{prefix}{_BESIDE}")
-    grid = metadata.get("", {}).get(MODEL_KEY, {}).get("grid", (1, 1))
-    if grid[0] == grid[1] and not any(values.get(ROUTING_KEY) for values in metadata.values()):
-        path.unlink(missing_ok=True)
-        return
-    with replacing(str(path)) as part:
-        Path(part).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _said(text: str) -> dict[str, dict[str, Any]]:
@@ -178,60 +196,3 @@ def read_converted(path: str | os.PathLike) -> tuple[dict[str, Tensor], Origin |
         return with_metadata(state, _said(header.get(FILE_KEY, "{}"))), origin
     except (OSError, safetensors.SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} must be a readable safetensors file, got: {error}") from None
-
-
-def export_original(
-    source: nn.Module | Mapping[str, Tensor] | str | os.PathLike,
-    prefix: str | os.PathLike,
-    *,
-    num_heads: int | None = None,
-    num_shards: int = 1,
-    max_chunk_bytes: int | None = MAX_CHUNK_BYTES,
-) -> None:
-    """Writes weights in the original's format.
-
-    It has no place for a routing that was chosen, nor for a grid of patches that is not square: these go into a file
-    PREFIX.vmoe_torch.json beside, which our readers of the format look at.
-
-    Args:
-        source: a model, a state dict, or a .safetensors file.
-        prefix: local path that the files' names begin with.
-        num_heads: attention heads; needed for a state dict, and for a file that `convert` has not written.
-        num_shards: number of data files.
-        max_chunk_bytes: arrays above this are cut.
-
-    Raises:
-        CheckpointError: if the file is damaged.
-        ValueError: if the number of heads is not known, does not divide the width or is not that of the model or file,
-            or the original has no such parameter.
-    """
-    origin = None
-    if isinstance(source, nn.Module):
-        state = source.state_dict()
-        metadata = metadata_of(state)
-        # Fixed positions are computed, in the original too.
-        if getattr(source, "fixed_pos_embed", False):
-            del state["pos_embed"]
-        origin = Origin(source.blocks[0].attn.num_heads, getattr(source, "ensemble_size", 1))
-    elif isinstance(source, Mapping):
-        state, metadata = dict(source), metadata_of(source)
-    else:
-        state, origin = read_converted(source)
-        metadata = metadata_of(state)
-    described = metadata.get("", {}).get(MODEL_KEY, {})
-    if origin is None and "num_heads" in described:
-        origin = Origin(described["num_heads"])
-        # Fixed positions are computed, in the original too.
-        if described["model_args"].get("pos_embed") == "sincos2d":
-            state.pop("pos_embed", None)
-    if origin is None and num_heads is None:
-        raise ValueError("num_heads must be given for weights that do not say it, got None")
-    origin = origin or Origin(num_heads)
-    if num_heads not in (None, origin.num_heads):
-        raise ValueError(f"num_heads must be {origin.num_heads} or not given for these weights, got {num_heads}")
-    members = {int(name[1]) for key in state if (name := re.match(r"blocks\.\d+\.mlp\.members\.(\d+)\.", key))}
-    size = max(origin.ensemble_size, len(members))
-    rest = {name.removeprefix(_REST): state.pop(name) for name in list(state) if name.startswith(_REST)}
-    arrays = {origin.root + path: value for path, value in to_original(state, origin.num_heads, size).items()}
-    write_original(prefix, arrays | rest, num_shards=num_shards, max_chunk_bytes=max_chunk_bytes, empty=origin.empty)
-    _write_beside(os.fspath(prefix), metadata)

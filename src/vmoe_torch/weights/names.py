@@ -23,8 +23,6 @@ MultiHeadDotProductAttention_n) are read as well.
 """
 
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -72,8 +70,6 @@ _PARTS = {path: (name, order) for name, paths in _JOINED.items() for order, path
 # Norms of queries and keys have no bias in the original; timm's have one, which stays 0.
 _SCALES = ("query_ln", "key_ln")
 _NORMS = ("LayerNorm_0", "LayerNorm_1", "LayerNorm", "encoder_norm", *_SCALES)
-# What numpy raises of a damaged archive, beside the usual; a file that is none it takes for an array, without names.
-_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, AttributeError, MemoryError)
 _NUMBER = re.compile(r"(?<=encoderblock_)\d+(?=/)|(?<=^blocks\.)\d+(?=\.)")
 # The plain ViT's names, whose numbers depend on the version that wrote them.
 _PLAIN = (
@@ -276,31 +272,3 @@ def join_members(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             members.setdefault(found[1] + found[3], {})[int(found[2])] = value
     return result | {name: torch.cat([parts[m] for m in sorted(parts)]) for name, parts in members.items()}
-
-
-def read_original_npz(path: str, prefix: str = "") -> tuple[dict[str, Tensor], int | None]:
-    """Reads an .npz of the original's parameters, or of a plain ViT's.
-
-    Args:
-        path: the .npz file.
-        prefix: what the names of the wanted arrays begin with, e.g. "params/".
-
-    Returns:
-        The state dict, and the number of attention heads where the arrays tell it.
-
-    Raises:
-        ValueError: if the file is damaged, no array has the prefix, or a name is unknown.
-    """
-    try:
-        # Opened here, as numpy leaves a damaged archive open.
-        with open(path, "rb") as raw, np.load(raw) as file:
-            arrays = {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
-    except (*_DAMAGED, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} must be a readable .npz file, got: {error}") from None
-    if not arrays:
-        raise ValueError(f"{path} must hold arrays named {prefix}..., found none")
-    heads = {array.shape[1] for name, array in arrays.items() if name.endswith("/query/kernel") and array.ndim == 3}
-    try:
-        return from_original(arrays), heads.pop() if len(heads) == 1 else None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None

@@ -1,4 +1,4 @@
-"""Released checkpoints in the cache: fetched once, converted once, and refused if they ever change."""
+"""Weights of a URL in the cache: fetched once, converted once, and refused if they ever change."""
 
 import hashlib
 import os
@@ -14,31 +14,32 @@ from vmoe_torch.weights.conversion import convert
 from vmoe_torch.weights.original.reader import read_index, shard_name
 from vmoe_torch.weights.original.wire import CheckpointError
 from vmoe_torch.weights.original.writer import replacing
-from vmoe_torch.weights.remote import download, file_name
+from vmoe_torch.weights.remote import download, file_name, suffix_of
 
 
 def cached_checkpoint(url: str, cache_dir: str | os.PathLike | None = None, *, progress: bool = False) -> Path:
-    """The converted file of a checkpoint of the original; downloads and converts it when it is not in the cache.
+    """The cached file of remote weights; when there is none yet, downloads it, and converts what is of the original.
 
     Beside the file lies its sha256 as first seen. It is checked at every call, also after the file had to be fetched
     anew. Processes of one machine wait for the one that fetches.
 
     Args:
-        url: what the URLs of the checkpoint's files begin with.
+        url: of a file of weights, or what the URLs of the original's files begin with.
         cache_dir: of the file; None is torch.hub's, as for timm's own weights.
         progress: whether to show bars.
 
     Returns:
-        Path of the .safetensors file.
+        Path of the file, a .safetensors file where it is converted.
 
     Raises:
         CheckpointError: if it is neither cached nor to be had, is damaged, or is not what was first seen.
     """
     folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
-    # Prefixes of one name in two places are two checkpoints.
-    stem = f"{file_name(url)}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
-    path = folder / f"{stem}.safetensors"
+    suffix = suffix_of(url)
+    # One name in two places is that of two checkpoints.
+    stem = f"{file_name(url).removesuffix(suffix)}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+    path = folder / f"{stem}{suffix or '.safetensors'}"
     with FileLock(f"{path}.lock"):
         if not path.exists():
             if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
@@ -46,7 +47,10 @@ def cached_checkpoint(url: str, cache_dir: str | os.PathLike | None = None, *, p
                     f"{url} must be in the cache when HF_HUB_OFFLINE is set, got no {path}; fetch it once online, or "
                     f"load files on disk with pretrained_cfg_overlay=dict(file=PREFIX, custom_load=True)"
                 )
-            _fetch(url, folder / f"{stem}.download", path, progress)
+            if suffix:
+                download(url, path, progress=progress)
+            else:
+                _fetch(url, folder / f"{stem}.download", path, progress)
         _check(path)
     return path
 

@@ -21,6 +21,8 @@ import fsspec
 
 from vmoe_torch.weights.original.wire import CheckpointError
 
+# Ends of the names of files with weights; other names are those of folders, or a PREFIX of the original's files.
+SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".ckpt", ".safetensors", ".npz")
 _BLOCK = 1 << 20
 _TIMEOUT_S = 60
 _TRIES = 4
@@ -33,7 +35,15 @@ def is_remote(path: str) -> bool:
 
 def file_name(url: str) -> str:
     """The last part of a URL as the name of a file, which an escaped slash in it does not lead elsewhere."""
-    return urllib.parse.unquote(url.rstrip("/").rpartition("/")[2]).replace("/", "_").replace("\\", "_")
+    # What is asked of a server, and what a part of an archive is in, say nothing of the file.
+    path = re.split(r"[?#]" if url.startswith(("http://", "https://")) else "::", url, maxsplit=1)[0]
+    return urllib.parse.unquote(path.rstrip("/").rpartition("/")[2]).replace("/", "_").replace("\\", "_")
+
+
+def suffix_of(name: str) -> str:
+    """That of `SUFFIXES` which a path or URL ends with, or ""."""
+    name = file_name(name) if is_remote(name) else name
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What weights a name means: every file and folder that weights are kept in, read as one state dict.
+"""What weights a name means: every file, folder and URL that weights are kept in, read as one state dict.
 
 | name | weights | the model is told by |
 | --- | --- | --- |
@@ -7,8 +7,10 @@
 | folder or file of timm's `save_for_hf` | model.safetensors or pytorch_model.bin | config.json |
 | .pt, .pth, .bin or .ckpt with a state dict | it | what our models' state dicts say; files beside it; shapes |
 | .safetensors | it | its header; files beside it; shapes |
-| PREFIX of the original, or its URL; .npz | it | shapes |
-| NAME=FILE | any of these files | NAME, a timm model |
+| PREFIX of the original; .npz | it | shapes |
+| URL of any of these files, or of a PREFIX | it | as above, without what stands beside |
+| NAME=FILE | any of these | NAME, a timm model |
+| hf-hub:NAME; a timm model's name | the pretrained ones | the name |
 
 Nothing that a file holds is run: `torch.load` reads with weights_only=True.
 """
@@ -24,17 +26,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vmoe_torch.layers.choice import metadata_of, restore_routing, with_metadata
-from vmoe_torch.weights.adapt import grid_of, load_adapted
+from vmoe_torch.layers.choice import description_of, metadata_of, restore_routing, with_metadata
+from vmoe_torch.weights.adapt import load_adapted
 from vmoe_torch.weights.beside import TIMM_FILES, HubFolder, TimmRun, hub_folder, timm_run
-from vmoe_torch.weights.conversion import Origin, read_converted, read_state, source_grid, weights_of
-from vmoe_torch.weights.names import read_original_npz
+from vmoe_torch.weights.conversion import Origin, read_converted, read_npz, read_state, weights_of
+from vmoe_torch.weights.grid import grid_of, square_grid
 from vmoe_torch.weights.original.wire import CheckpointError
-from vmoe_torch.weights.remote import is_remote
+from vmoe_torch.weights.pretrained import cached_checkpoint
+from vmoe_torch.weights.remote import is_remote, local_copy, suffix_of
 
 # What `vmoe train` writes.
 RUN_FORMAT = 1
-SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".ckpt", ".safetensors", ".npz")
 # Where training programs keep the weights, and their moving average, in a checkpoint.
 _WEIGHTS = ("state_dict", "model", "model_state_dict")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")
@@ -68,9 +70,13 @@ class Weights:
     @property
     def grid(self) -> tuple[int, int] | None:
         """Rows and columns of the patches that there are positions for; None if that is not known."""
-        known = source_grid(self.state, self.origin)
-        if known is not None or "patch_embed.proj.weight" not in self.state:
-            return known
+        described = description_of(self.state)
+        if described is not None:
+            return tuple(described["grid"])
+        if self.origin is not None:
+            return square_grid(self.state)
+        if "patch_embed.proj.weight" not in self.state:
+            return None
         size = None
         if self.run is not None:
             config = self.run["config"].get("model", {})
@@ -84,13 +90,16 @@ class Weights:
         return None if size is None else grid_of(size, self.state)
 
 
-def read_weights(source: str | os.PathLike, *, average: bool = True, progress: bool = False) -> Weights:
+def read_weights(
+    source: str | os.PathLike, *, average: bool = True, array_prefix: str = "", progress: bool = False
+) -> Weights:
     """Reads the weights that a name means.
 
     Args:
         source: see the table above.
         average: whether to take the moving average, where there is one.
-        progress: whether to show a bar, for a checkpoint of the original.
+        array_prefix: what the names of the wanted arrays in an .npz begin with.
+        progress: whether to show a bar, for a download and a checkpoint of the original.
 
     Raises:
         ValueError: if there is none, or it cannot be read; CheckpointError is one.
@@ -98,38 +107,50 @@ def read_weights(source: str | os.PathLike, *, average: bool = True, progress: b
     text = os.fspath(source)
     name, file = _named(text)
     if name is not None:
-        return replace(read_weights(file, average=average), name=name)
+        return replace(read_weights(file, average=average, array_prefix=array_prefix, progress=progress), name=name)
     text = text.removeprefix("local-dir:")
-    if text.startswith("hf-hub:"):
-        return Weights(text, _from_hub(text))
-    if is_remote(text) or Path(f"{text}.index").is_file():
+    if is_prefix(text):
         state, origin = read_state(text, progress=progress)
         return Weights(text, state, origin)
+    if is_remote(text):
+        with local_copy(text, progress) as copy:
+            try:
+                return replace(_read_file(Path(copy), average, array_prefix), source=text)
+            except ValueError as error:
+                raise type(error)(str(error).replace(copy, text)) from None
     path = Path(text)
     if path.is_dir():
         return _read_folder(path, average)
-    if not path.is_file() and path.suffix != ".safetensors":
-        raise CheckpointError(f"checkpoint {path} does not exist")
-    return _read_file(path, average)
+    # Their own readers say that there is none.
+    if path.is_file() or path.suffix in (".safetensors", ".npz"):
+        return _read_file(path, average, array_prefix)
+    if text.startswith("hf-hub:") or timm.is_model(text):
+        return _read_pretrained(text, progress)
+    raise CheckpointError(
+        f"checkpoint {text} does not exist; weights must be a run folder, a checkpoint file, a PREFIX of the original, "
+        f"the URL of a file or PREFIX, or a timm model's name, got {text!r}"
+    )
 
 
-def load_original(prefix: str | os.PathLike, model: nn.Module, *, progress: bool = False) -> None:
+def load_original(
+    prefix: str | os.PathLike, model: nn.Module, *, array_prefix: str = "", progress: bool = False
+) -> None:
     """Loads a checkpoint of the original, or any other weights, into a model.
 
-    Resolution, patch size, channels and number of classes are adapted, as `models.adapt.load_adapted` says. The
+    Resolution, patch size, channels and number of classes are adapted, as `weights.adapt.load_adapted` says. The
     routing that was chosen for the weights, where they say it, becomes the model's.
 
     Args:
-        prefix: what the names of the original's files begin with (a local path or a URL), a .safetensors file, or what
-            else `read_weights` reads.
+        prefix: of the original's files, or what else `read_weights` reads.
         model: a VMoE or VMoEEnsemble; nothing in it changes on an error.
+        array_prefix: what the names of the wanted arrays in an .npz begin with.
         progress: whether to show a bar.
 
     Raises:
         CheckpointError: if a file of the original is damaged or missing.
         ValueError: if it cannot be read, or a parameter does not fit the model.
     """
-    weights = read_weights(prefix, progress=progress)
+    weights = read_weights(prefix, array_prefix=array_prefix, progress=progress)
     size = 1 if weights.origin is None else weights.origin.ensemble_size
     # Files without the members' dim may be an ensemble's too, as those that fine-tuning begins from.
     if size not in (1, model.ensemble_size):
@@ -148,8 +169,12 @@ def is_weights(source: str | os.PathLike) -> bool:
     text = os.fspath(source)
     if _named(text)[0] is not None or text.startswith(("local-dir:", "hf-hub:")):
         return True
-    there = Path(text).exists() or Path(f"{text}.index").is_file()
-    return there or is_remote(text) or text.endswith(SUFFIXES)
+    return is_prefix(text) or bool(suffix_of(text)) or Path(text).exists()
+
+
+def is_prefix(text: str) -> bool:
+    """Whether a path or URL is what the names of the original's files begin with."""
+    return not suffix_of(text) if is_remote(text) else Path(f"{text}.index").is_file()
 
 
 def _named(text: str) -> tuple[str | None, str]:
@@ -158,12 +183,30 @@ def _named(text: str) -> tuple[str | None, str]:
     return (name, file) if file and not Path(text).exists() and timm.is_model(name) else (None, text)
 
 
-def _from_hub(name: str) -> Mapping[str, Tensor]:
+def pretrained_model(name: str) -> nn.Module:
+    """A timm model with its pretrained weights.
+
+    Args:
+        name: of timm, or hf-hub:NAME.
+
+    Raises:
+        ValueError: if it has none, or they cannot be had.
+    """
+    if not name.startswith("hf-hub:") and not timm.is_model_pretrained(name):
+        raise ValueError(f"model must have pretrained weights to be used by its name, got {name!r}")
     try:
-        return timm.create_model(name, pretrained=True).state_dict()
+        return timm.create_model(name, pretrained=True)
     # What downloads raise depends on the library that timm uses.
     except Exception as error:
         raise ValueError(f"weights of {name} cannot be had: {error}") from error
+
+
+def _read_pretrained(name: str, progress: bool) -> Weights:
+    released = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if released is not None and released.custom_load and released.url:
+        state, origin = read_converted(cached_checkpoint(released.url, progress=progress))
+        return Weights(name, state, origin, name)
+    return Weights(name, pretrained_model(name).state_dict(), name=None if released is None else name)
 
 
 def _read_folder(folder: Path, average: bool) -> Weights:
@@ -219,16 +262,15 @@ def _refuse_orbax(folder: Path) -> None:
             )
 
 
-def _read_file(path: Path, average: bool) -> Weights:
+def _read_file(path: Path, average: bool, array_prefix: str = "") -> Weights:
+    if path.suffix == ".npz":
+        return Weights(str(path), *read_npz(path, array_prefix))
     if path.exists() and path.stat().st_size == 0:
         raise ValueError(f"checkpoint {path} is empty: its writer was stopped, or the disk was full")
     beside = {"timm": timm_run(path), "hub": hub_folder(path)}
     if path.suffix == ".safetensors":
         state, origin = read_converted(path)
         return Weights(str(path), cleaned(state), origin, **beside)
-    if path.suffix == ".npz":
-        state, heads = read_original_npz(str(path))
-        return Weights(str(path), state, None if heads is None else Origin(heads))
     return _from_checkpoint(path, load_safely(path), average, beside)
 
 
