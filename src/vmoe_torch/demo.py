@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import Subset
+from tqdm import tqdm
 
 from vmoe_torch import cores
 from vmoe_torch.analyze import Section, analyze, describe_model
-from vmoe_torch.commands.options import progress
 from vmoe_torch.data import open_data
 from vmoe_torch.evaluate import format_table
 from vmoe_torch.recipes import load_recipe
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> Path:
         capacity_factors=CAPACITY_FACTORS,
         num_selected_experts=NUM_SELECTED_EXPERTS,
         batch_size=BATCH_IMAGES,
-        progress=progress,
+        progress=_progress,
     )
     about = _training_section(config, model, analysis.routing, result.updates, seconds, len(dataset))
     files = {"train/: configuration, log, TensorBoard events and checkpoints of the training": "train/"}
@@ -98,6 +98,10 @@ def _train(config: Config, clock: Path):
         seconds = before + time.monotonic() - start
         clock.write_text(f"{seconds:.1f}\n")
     return result, seconds
+
+
+def _progress(text: str):
+    return lambda batches: tqdm(batches, desc=text, disable=not sys.stderr.isatty())
 
 
 def _training_section(
