@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from vmoe_torch.parallel import ShardedCheckpoints
 from vmoe_torch.train import load_model, load_weights, read_checkpoint, train
-from vmoe_torch.train.checkpoint import CheckpointFolder, random_states, set_random_states, write_atomically
+from vmoe_torch.train.checkpoint import random_states, set_random_states, write_atomically, write_best
 
 
 def test_load_weights_names_the_keys_and_changes_nothing():
@@ -87,41 +88,51 @@ def test_write_atomically_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
+def save(checkpoints, update):
+    """A checkpoint of a model of one layer."""
+    model = nn.Linear(100, 10)
+    checkpoints.save(update, model, torch.optim.SGD(model.parameters()), {"update": update})
+
+
 def test_checkpoint_folder_keeps_the_last(tmp_path):
-    folder = CheckpointFolder(tmp_path / "new", keep=2)
-    assert folder.last() is None
+    folder = ShardedCheckpoints(tmp_path / "new", keep=2)
+    assert folder.usable() == []
     for update in (9, 10, 100):
-        folder.save({"update": update}, best=update == 10)
-    assert sorted(p.name for p in folder.folder.iterdir()) == ["best.pt", "update_00000010.pt", "update_00000100.pt"]
-    assert folder.last().name == "update_00000100.pt"
+        if update == 10:
+            write_best(folder.folder / "best.safetensors", {"weight": torch.ones(1)}, {})
+        save(folder, update)
+    names = ["best.safetensors", "update_00000010", "update_00000100"]
+    assert sorted(p.name for p in folder.folder.iterdir()) == names
+    assert folder.usable(1)[0].name == "update_00000100"
 
 
 def test_damaged_checkpoints_are_skipped_and_push_no_later_one_out(tmp_path):
-    folder = CheckpointFolder(tmp_path, keep=1)
-    kept = CheckpointFolder(tmp_path, keep=3)
+    folder = ShardedCheckpoints(tmp_path, keep=1)
+    kept = ShardedCheckpoints(tmp_path, keep=3)
     for update in (1, 10, 20):
-        kept.save({"update": update, "weight": torch.ones(1000)})
-    content = bytearray((tmp_path / "update_00000010.pt").read_bytes())
+        save(kept, update)
+    file = "__0_0.distcp"
+    content = bytearray((tmp_path / "update_00000010" / file).read_bytes())
     content[len(content) // 2] ^= 1
-    (tmp_path / "update_00000010.pt").write_bytes(content)
-    (tmp_path / "update_00000020.pt").write_bytes(content[:100])
+    (tmp_path / "update_00000010" / file).write_bytes(content)
+    (tmp_path / "update_00000020" / file).write_bytes(content[:100])
     with pytest.warns(UserWarning, match="is damaged, skipped") as caught:
-        assert folder.usable().name == "update_00000001.pt"
-    assert [f"update_000000{number}.pt" in str(w.message) for number, w in zip((20, 10), caught)] == [True, True]
-    folder.save({"update": 2})
-    assert [path.name for path in tmp_path.iterdir()] == ["update_00000002.pt"]
-    kept.save({"update": 30})
-    folder.save({"update": 3})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["update_00000003.pt", "update_00000030.pt"]
+        assert folder.usable(1)[0].name == "update_00000001"
+    assert [f"update_000000{number}" in str(w.message) for number, w in zip((20, 10), caught)] == [True, True]
+    save(folder, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["update_00000002"]
+    save(kept, 30)
+    save(folder, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update_00000003", "update_00000030"]
 
 
 def test_run_resumes_from_the_checkpoint_before_a_damaged_one(tiny, tmp_path):
     config = tiny.override("schedule.epochs=1", "run.checkpoint_every=2")
     whole = train(config.override(f"run.output={tmp_path}/whole"))
     train(config.override("run.max_updates=4"))
-    newest = tmp_path / "run" / "checkpoints" / "update_00000004.pt"
+    newest = tmp_path / "run" / "checkpoints" / "update_00000004" / "__0_0.distcp"
     newest.write_bytes(newest.read_bytes()[:-1000])
-    with pytest.warns(UserWarning, match=r"update_00000004\.pt is damaged, skipped"):
+    with pytest.warns(UserWarning, match=r"update_00000004 is damaged, skipped"):
         again = train(config, resume=True)
     for name, tensor in again.model.state_dict().items():
         assert torch.equal(tensor, whole.model.state_dict()[name]), name
@@ -130,14 +141,14 @@ def test_run_resumes_from_the_checkpoint_before_a_damaged_one(tiny, tmp_path):
 def test_kill_between_a_checkpoint_and_the_best_one_loses_none(tiny, monkeypatch):
     """The numbered one says which accuracy is the best, so the best one is there before it."""
 
-    def die(path, state):
-        write_atomically(path, state)
+    def die(*arguments):
+        write_best(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vmoe_torch.train.checkpoint.write_atomically", die)
+    monkeypatch.setattr("vmoe_torch.train.state.write_best", die)
     with pytest.raises(KeyboardInterrupt):
         train(tiny.override("schedule.epochs=1"))
-    assert [path.name for path in (Path(tiny.run.output) / "checkpoints").iterdir()] == ["best.pt"]
+    assert [path.name for path in (Path(tiny.run.output) / "checkpoints").iterdir()] == ["best.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -155,9 +166,9 @@ def test_read_checkpoint_names_what_it_cannot_read(tmp_path, name, content, mess
         read_checkpoint(tmp_path / name)
 
 
-def test_read_checkpoint_of_a_spread_run_needs_the_best(tmp_path):
+def test_read_checkpoint_of_a_damaged_folder_says_so(tmp_path):
     (tmp_path / "checkpoints" / "update_00000002").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"must hold checkpoints/best\.pt, which a spread run writes at the end of an"):
+    with pytest.raises(ValueError, match=r"update_00000002 is damaged: complete\.json cannot be read"):
         read_checkpoint(tmp_path)
 
 

@@ -83,7 +83,7 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
     if is_weights(text) or not timm.is_model(text):
         weights = _read(text, average is not False)
         if weights.run is not None:
-            model, config, class_names = model_of(weights.run, average is not False)
+            model, config, class_names = model_of(weights.run, weights.state)
             told = "vmoe train's configuration"
         else:
             model, told = open_weights(weights)

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 from torch import Tensor, nn
 
 from vmoe_torch.layers.choice import FILE_KEY, MODEL_KEY, ROUTING_KEY, metadata_of, with_metadata
 from vmoe_torch.models.description import description_of
 from vmoe_torch.weights.adapt import square_grid
+from vmoe_torch.weights.files import replacing, write_safetensors
 from vmoe_torch.weights.names import from_original, split_members, to_original
 from vmoe_torch.weights.original.reader import read_index, read_original
 from vmoe_torch.weights.original.wire import CheckpointError
-from vmoe_torch.weights.original.writer import MAX_CHUNK_BYTES, replacing, write_original
+from vmoe_torch.weights.original.writer import MAX_CHUNK_BYTES, write_original
 from vmoe_torch.weights.remote import is_remote
 
 _METADATA = "vmoe_torch"
@@ -148,21 +148,11 @@ def convert(
         raise ValueError(f"the file to write must be a local one, got {out}")
     state, origin = read_state(os.fspath(prefix), train_state=train_state, progress=progress)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(os.fspath(out)) as part:
-        Path(part).touch()
-        mode = os.stat(part).st_mode
+    try:
         # One key, as the order of several is not fixed.
-        metadata = {_METADATA: json.dumps(asdict(origin), sort_keys=True)}
-        if said := metadata_of(state):
-            metadata[FILE_KEY] = json.dumps(said, sort_keys=True)
-        try:
-            safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, part, metadata)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{out} could not be written: {error}") from None
-        except KeyError as error:
-            raise ValueError(f"{prefix}: dtypes must be those of safetensors, got {error}") from None
-        # Safetensors' own is for its owner alone.
-        os.chmod(part, mode)
+        write_safetensors(out, state, {_METADATA: json.dumps(asdict(origin), sort_keys=True)})
+    except KeyError as error:
+        raise ValueError(f"{prefix}: dtypes must be those of safetensors, got {error}") from None
 
 
 def read_converted(path: str | os.PathLike) -> tuple[dict[str, Tensor], Origin | None]:
@@ -180,6 +170,19 @@ def read_converted(path: str | os.PathLike) -> tuple[dict[str, Tensor], Origin |
         origin = Origin(**json.loads(header[_METADATA])) if _METADATA in header else None
         return with_metadata(state, _said(header.get(FILE_KEY, "{}"))), origin
     except (OSError, safetensors.SafetensorError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} must be a readable safetensors file, got: {error}") from None
+
+
+def read_header(path: str | os.PathLike, key: str) -> Any:
+    """What the header of a safetensors file says as JSON; None if it does not.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get(key, "null"))
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} must be a readable safetensors file, got: {error}") from None
 
 
