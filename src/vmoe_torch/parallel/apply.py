@@ -121,6 +121,8 @@ def _take_from_first(tensors: Iterable[Tensor], device_type: str) -> None:
         tensor.detach().copy_(sent)
 
 
+# In a graph it would be a view again; FSDP's hooks, beside which it stands, are in none either.
+@torch.compiler.disable
 def _without_base(_layer: MoeMlp, _inputs: tuple, output: Tensor) -> Tensor:
     """The same memory, but no view, which FSDP warns of: blocks add it to the residual out of place."""
     return torch.ops.aten._unsafe_view(output, output.shape)

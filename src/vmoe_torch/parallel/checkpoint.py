@@ -305,7 +305,8 @@ def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, 
                 continue
             options[name] = shared
             for key, value in state["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
+                # DCP takes as long for a count of steps as for a matrix.
+                if isinstance(value, DTensor) or (isinstance(value, Tensor) and value.dim() > 0):
                     tensors[f"{OPTIMIZER}{name}:{key}"] = value
                 else:
                     others.setdefault(name, {})[key] = value
