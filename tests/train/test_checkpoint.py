@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, and refused before they change anything."""
 
+import os
 import random
 from pathlib import Path
 
@@ -124,6 +125,26 @@ def test_damaged_checkpoints_are_skipped_and_push_no_later_one_out(tmp_path):
     save(kept, 30)
     save(folder, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["update_00000003", "update_00000030"]
+
+
+def test_kill_between_two_checkpoints_of_one_update_loses_none(tmp_path, monkeypatch):
+    """Where an epoch's end is saved again after its validation, and that is all that is kept."""
+    folder = ShardedCheckpoints(tmp_path, keep=1)
+    save(folder, 5)
+    rename = os.rename
+
+    def die(source, target):
+        if Path(target).name == "update_00000005":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", die)
+        with pytest.raises(KeyboardInterrupt):
+            save(folder, 5)
+    assert [path.name for path in tmp_path.iterdir()] == [".update_00000005"]
+    assert ShardedCheckpoints(tmp_path, keep=1).usable() == [tmp_path / "update_00000005"]
+    assert [path.name for path in tmp_path.iterdir()] == ["update_00000005"]
 
 
 def test_run_resumes_from_the_checkpoint_before_a_damaged_one(tiny, tmp_path):

@@ -41,9 +41,6 @@ from vmoe_torch.weights.updates import (
     updates_in,
 )
 
-# What an optimiser's group holds beside options.
-_NOT_OPTIONS = ("params", "param_names")
-
 
 class ShardedCheckpoints:
     """The last few checkpoints of a run; all ranks must call its methods together.
@@ -126,7 +123,8 @@ class ShardedCheckpoints:
                 # That of this process, which is the only one.
                 raise error.failures[0][0] from None
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                if not (partial / COMPLETE).exists():
+                    shutil.rmtree(partial, ignore_errors=True)
 
     def _complete(self, partial: Path, final: Path) -> None:
         """Lists the files, renames the folder, and removes those beyond `keep` and those found damaged."""
@@ -135,16 +133,21 @@ class ShardedCheckpoints:
         (partial / COMPLETE).write_text(json.dumps(sizes))
         for path in (*files, partial / COMPLETE, partial):
             sync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(partial, final)
-        sync(self.folder)
+        self._publish(partial)
         while self.damaged:
             if (damaged := self.damaged.pop()) != final:
                 remove(damaged)
         # Later ones, of another try, must not push this one out.
         for old in [path for path in updates_in(self.folder) if path <= final][: -self.keep]:
             remove(old)
+
+    def _publish(self, partial: Path) -> None:
+        """Gives a whole checkpoint its name, in place of an earlier one of that update."""
+        final = partial.with_name(partial.name[1:])
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        sync(self.folder)
 
     def wait(self) -> None:
         """Until the checkpoint being written is complete, on all ranks.
@@ -178,8 +181,13 @@ class ShardedCheckpoints:
 
     def _look(self, most: int | None) -> tuple[list[Path], list[str]]:
         """The usable ones, and what to say of the others."""
-        found = []
-        skipped = [f"checkpoint {path} is half-written, skipped" for path in sorted(self.folder.glob(".update_*"))]
+        found, skipped = [], []
+        for path in sorted(self.folder.glob(".update_*")):
+            # A process that was killed may have taken away the one before of that update already.
+            if path.is_dir() and problem_of(path) is None:
+                self._publish(path)
+            else:
+                skipped.append(f"checkpoint {path} is half-written, skipped")
         for path in reversed(updates_in(self.folder)):
             if len(found) == most:
                 break
@@ -258,7 +266,7 @@ def load_checkpoint(
     for module in filter(None, (model, average)):
         restore_routing(module, saved.get("model", {}), f"checkpoint {path}")
     if optimizer is not None:
-        _load_optimizer(model, optimizer, moments, saved["options"])
+        load_optimizer(model, optimizer, moments, saved["options"])
     return saved["state"]
 
 
@@ -299,7 +307,7 @@ def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, 
     state = optimizer.state_dict()
     tensors, others, options = {}, {}, {}
     for packed, group in zip(state["param_groups"], optimizer.param_groups):
-        shared = {key: value for key, value in packed.items() if key not in _NOT_OPTIONS}
+        shared = options_of(packed)
         for number, parameter in zip(packed["params"], group["params"]):
             if (name := names.get(parameter)) is None:
                 continue
@@ -313,7 +321,12 @@ def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, 
     return tensors, {"optimizer": others, "options": options}
 
 
-def _load_optimizer(
+def options_of(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimiser's group holds beside its parameters."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def load_optimizer(
     model: nn.Module, optimizer: Optimizer, moments: dict[str, dict[str, Any]], options: dict[str, dict[str, Any]]
 ) -> None:
     """Gives an optimiser what it kept of each parameter, and every group the options that its parameters had; a group

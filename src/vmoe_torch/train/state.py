@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vmoe_torch.data.names import shown
 from vmoe_torch.parallel import ShardedCheckpoints, full_state_dict, load_checkpoint, part_of
+from vmoe_torch.parallel.checkpoint import load_optimizer, options_of
 from vmoe_torch.train.build import normalisation
 from vmoe_torch.train.checkpoint import (
     FORMAT,
@@ -100,16 +101,8 @@ class RunCheckpoints:
         if self.path.is_dir():
             average = None if run.ema is None else run.ema.module
             load_checkpoint(self.path, run.model, run.optimizer, self.updates.group, average)
-        elif self.config.parallel.enabled:
-            spread, whole = run.model.state_dict(), found["model"]
-            parts = {name: part_of(value, spread[name]) if name in spread else value for name, value in whole.items()}
-            load_weights(run.model, parts)
-            _load_moments(run, found["optimizer"]["state"], build_optimizer(run.model, self.config.optim))
         else:
-            load_weights(run.model, found["model"])
-            if run.ema is not None:
-                load_weights(run.ema.module, found["ema"])
-            run.optimizer.load_state_dict(found["optimizer"])
+            self._restore_file(run)
         run.scaler.load_state_dict(found["scaler"])
         run.update, run.best_accuracy = found["update"], found["best_accuracy"]
         run.pending = found.get("pending", False)
@@ -121,6 +114,29 @@ class RunCheckpoints:
         else:
             # Other numbers of processes cannot draw the same noise; the data stays the same.
             seed_everything(self.config.run.seed, self.group.rank, run.update)
+
+    def _restore_file(self, run: RunState) -> None:
+        """The model, its average and the optimiser of an earlier version's file, which held them whole."""
+        for kind, module in (("model", run.model), ("ema", run.ema and run.ema.module)):
+            if module is not None:
+                own, whole = module.state_dict(), self.found[kind]
+                for name in own.keys() & whole.keys():
+                    whole[name] = part_of(whole[name], own[name])
+                load_weights(module, whole)
+        saved, names = self.found["optimizer"], {parameter: name for name, parameter in run.model.named_parameters()}
+        # Groups of parts are split by mesh; this one numbers parameters as the whole model's did.
+        order = build_optimizer(run.model, self.config.optim).param_groups
+        parameters = [parameter for group in order for parameter in group["params"]]
+        moments, options = {}, {}
+        for group in saved["param_groups"]:
+            for number in group["params"]:
+                parameter = parameters[number]
+                options[names[parameter]] = options_of(group)
+                moments[names[parameter]] = {
+                    key: part_of(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+                    for key, value in saved["state"].get(number, {}).items()
+                }
+        load_optimizer(run.model, run.optimizer, moments, options)
 
     def save(self, run: RunState, best: bool = False) -> None:
         """A checkpoint of this moment, also as the best if it is; all processes take part."""
@@ -167,24 +183,6 @@ class RunCheckpoints:
     def wait(self) -> None:
         """Until what is being written is on the disk."""
         self.updates.wait()
-
-
-def _load_moments(run: RunState, states: dict[int, dict[str, Any]], order: torch.optim.Optimizer) -> None:
-    """The moments that an optimiser over a whole model had, into one over its parts.
-
-    Args:
-        run: with the optimiser, whose groups are split by mesh.
-        states: by number of the parameter.
-        order: one over the same parameters, whose groups are not split, so that it numbers them as that one did.
-    """
-    parameters = [parameter for group in order.param_groups for parameter in group["params"]]
-    run.optimizer.state.clear()
-    for number, state in states.items():
-        parameter = parameters[number]
-        run.optimizer.state[parameter] = {
-            key: part_of(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
-            for key, value in state.items()
-        }
 
 
 def _shown(names: tuple[str, ...]) -> str:
