@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,21 @@ def test_kill_between_two_checkpoints_of_one_update_loses_none(tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == [".update_00000005"]
     assert ShardedCheckpoints(tmp_path, keep=1).usable() == [tmp_path / "update_00000005"]
     assert [path.name for path in tmp_path.iterdir()] == ["update_00000005"]
+
+
+def test_kill_while_an_old_checkpoint_is_removed_leaves_no_half(tmp_path, monkeypatch):
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    folder = ShardedCheckpoints(tmp_path, keep=1)
+    save(folder, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            save(folder, 2)
+    assert ShardedCheckpoints(tmp_path, keep=1).usable() == [tmp_path / "update_00000002"]
+    save(folder, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["update_00000003"]
 
 
 def test_run_resumes_from_the_checkpoint_before_a_damaged_one(tiny, tmp_path):

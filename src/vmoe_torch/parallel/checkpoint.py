@@ -144,8 +144,7 @@ class ShardedCheckpoints:
     def _publish(self, partial: Path) -> None:
         """Gives a whole checkpoint its name, in place of an earlier one of that update."""
         final = partial.with_name(partial.name[1:])
-        if final.exists():
-            shutil.rmtree(final)
+        remove(final)
         os.rename(partial, final)
         sync(self.folder)
 

@@ -7,14 +7,16 @@ Nothing that a file holds is run.
 """
 
 import json
-import pathlib
 import pickle
 import re
 import shutil
+import sys
 import warnings
 import zipfile
 import zlib
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -30,12 +32,6 @@ from vmoe_torch.layers.choice import with_metadata
 STATE, COMPLETE = "state.pt", "complete.json"
 # What the names of tensors begin with.
 MODEL, AVERAGE, OPTIMIZER = "model.", "average.", "optimizer."
-# What the metadata of DCP, a pickle, may name, beside torch's dtypes.
-_HARMLESS = {
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
-}
 
 
 def is_update(path: Path) -> bool:
@@ -49,9 +45,9 @@ def updates_in(folder: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint, or what is left of one."""
+    """Removes a checkpoint, or what is left of one; no part of it keeps its name."""
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path.rename(path.with_name(f"{path.name}.part")))
     else:
         path.unlink(missing_ok=True)
 
@@ -102,47 +98,28 @@ def read_update(path: Path) -> dict[str, Any]:
     problem = problem_of(path)
     if problem is not None:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
-    saved, entries = read_beside(path), read_entries(path)
-    wanted = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name.startswith((MODEL, AVERAGE))
-    }
-    read_tensors(path, wanted, alone=True)
-    model, average = (
-        with_metadata(
-            {name.removeprefix(kind): value for name, value in wanted.items() if name.startswith(kind)},
-            saved.get("model", {}),
-        )
-        for kind in (MODEL, AVERAGE)
-    )
+    saved, states = read_beside(path), {MODEL: {}, AVERAGE: {}}
+    for kind, state in states.items():
+        for name, entry in read_entries(path).items():
+            if name.startswith(kind):
+                state[name.removeprefix(kind)] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        read_tensors(path, {f"{kind}{name}": tensor for name, tensor in state.items()}, alone=True)
+    model, average = (with_metadata(state, saved.get("model", {})) for state in states.values())
     return {**saved["state"], "model": model, "ema": average or None, "optimizer": None}
 
 
 def read_beside(path: Path) -> dict[str, Any]:
-    """All that a checkpoint holds beside tensors.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    try:
+    """All that a checkpoint holds beside tensors; a ValueError if it cannot be read."""
+    with _readable(path):
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
 
 
 def read_entries(path: Path) -> dict[str, layout.TensorStorageMetadata]:
-    """Shapes and dtypes of a checkpoint's tensors by name.
-
-    Raises:
-        ValueError: if they cannot be read.
-    """
-    try:
+    """Shapes and dtypes of a checkpoint's tensors by name; a ValueError if they cannot be read."""
+    with _readable(path):
         entries = _Reader(path).read_metadata().state_dict_metadata
-    except Exception as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
-    if others := [name for name, entry in entries.items() if not isinstance(entry, layout.TensorStorageMetadata)]:
-        raise ValueError(f"checkpoint {path} cannot be read: {others[0]} is no tensor")
+        if others := [name for name, entry in entries.items() if not isinstance(entry, layout.TensorStorageMetadata)]:
+            raise TypeError(f"{others[0]} is no tensor")
     return entries
 
 
@@ -160,14 +137,11 @@ def read_tensors(
     Raises:
         ValueError: if a file cannot be read.
     """
-    try:
-        with warnings.catch_warnings():
-            # That there is one process is what we want to say.
-            warnings.simplefilter("ignore", UserWarning)
-            alone = alone or not dist.is_initialized()
-            dcp.load(wanted, storage_reader=_Reader(path), process_group=group, no_dist=alone)
-    except CheckpointException as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
+    with warnings.catch_warnings(), _readable(path):
+        # That there is one process is what we want to say.
+        warnings.simplefilter("ignore", UserWarning)
+        alone = alone or not dist.is_initialized()
+        dcp.load(wanted, storage_reader=_Reader(path), process_group=group, no_dist=alone)
 
 
 def reason_of(error: BaseException) -> str:
@@ -178,6 +152,15 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    # DCP's is no Exception.
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
+
+
 class _Reader(dcp.FileSystemReader):
     """DCP's, which unpickles metadata, and nothing else that a file may name."""
 
@@ -185,17 +168,16 @@ class _Reader(dcp.FileSystemReader):
         with open(Path(self.path) / ".metadata", "rb") as file:
             found = _Unpickler(file).load()
         found.storage_meta = layout.StorageMeta()
-        found.storage_meta.load_id = self.load_id
         return found
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _HARMLESS:
-            return _HARMLESS[module, name]
         if module.startswith("pathlib"):
-            return pathlib.PurePosixPath
-        found = getattr({"torch": torch, layout.__name__: layout}.get(module), name, None)
-        if isinstance(found, torch.dtype) or (isinstance(found, type) and found.__module__ == layout.__name__):
+            return PurePosixPath
+        found = getattr(sys.modules.get(module), name, None)
+        if isinstance(found, torch.dtype) or found in (torch.Size, torch.serialization._get_layout):
+            return found
+        if isinstance(found, type) and (found.__module__ == layout.__name__ or found is filesystem._StorageInfo):
             return found
         raise pickle.UnpicklingError(f"it must not name {module}.{name}")
