@@ -173,19 +173,6 @@ def read_converted(path: str | os.PathLike) -> tuple[dict[str, Tensor], Origin |
         raise CheckpointError(f"{path} must be a readable safetensors file, got: {error}") from None
 
 
-def read_header(path: str | os.PathLike, key: str) -> Any:
-    """What the header of a safetensors file says as JSON; None if it does not.
-
-    Raises:
-        CheckpointError: if the file is damaged.
-    """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get(key, "null"))
-    except (OSError, safetensors.SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} must be a readable safetensors file, got: {error}") from None
-
-
 def export_original(
     source: nn.Module | Mapping[str, Tensor] | str | os.PathLike,
     prefix: str | os.PathLike,

@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vmoe_torch.layers.choice import FILE_KEY, metadata_of
+from vmoe_torch.weights.original.wire import CheckpointError
 
 
 @contextmanager
@@ -62,6 +64,19 @@ def write_safetensors(
             raise OSError(f"{path} could not be written: {error}") from None
         # Safetensors' own is for its owner alone.
         os.chmod(part, mode)
+
+
+def read_header(path: str | os.PathLike, key: str) -> Any:
+    """What the header of a safetensors file says as JSON; None if it does not.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get(key, "null"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} must be a readable safetensors file, got: {error}") from None
 
 
 def cannot_write(what: str, path: Path, error: BaseException, reason: str = "") -> OSError:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from vmoe_torch.layers.choice import metadata_of, restore_routing, with_metadata
 from vmoe_torch.weights.adapt import grid_of, load_adapted
 from vmoe_torch.weights.beside import TIMM_FILES, HubFolder, TimmRun, hub_folder, timm_run
-from vmoe_torch.weights.conversion import Origin, read_converted, read_header, read_state, source_grid, weights_of
+from vmoe_torch.weights.conversion import Origin, read_converted, read_state, source_grid, weights_of
+from vmoe_torch.weights.files import read_header
 from vmoe_torch.weights.names import read_original_npz
 from vmoe_torch.weights.original.wire import CheckpointError
 from vmoe_torch.weights.remote import is_remote
