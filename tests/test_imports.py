@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "models": {"vmoe_kernels", "layers", "weights"},
     "data": set(),
     "weights": {"layers"},
-    "parallel": {"vmoe_kernels", "layers", "planning"},
+    "parallel": {"vmoe_kernels", "layers", "planning", "weights"},
     "planning": {"vmoe_kernels", "layers"},
     "evaluate": {"layers", "models", "control", "data"},
     "budget": {"control", "evaluate"},
