@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vmoe_torch.layers.choice import FILE_KEY, metadata_of
@@ -59,7 +59,7 @@ def write_safetensors(
         Path(part).touch()
         mode = os.stat(part).st_mode
         try:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, part, metadata)
+            safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, part, metadata)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from None
         # Safetensors' own is for its owner alone.
