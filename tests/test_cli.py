@@ -68,7 +68,7 @@ def test_train_leaves_a_run_folder(trained):
     assert environment["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert (trained / "metrics.csv").read_text().strip() == ",".join(EPOCH_COLUMNS)
     assert list((trained / "tb").iterdir())
-    assert (trained / "checkpoints" / "update_00000002.pt").is_file()
+    assert (trained / "checkpoints" / "update_00000002").is_dir()
 
 
 def test_train_resumes_to_the_end_of_an_epoch(tmp_path, capsys):
@@ -130,7 +130,7 @@ def test_predict_shows_the_best_classes(trained, image, capsys):
 def test_predict_takes_routing_options(trained, image, capsys):
     outputs = []
     for options in ([], ["--k=1"], ["--capacity=0.1", "--order=vanilla"]):
-        file = trained / "checkpoints" / "update_00000002.pt"
+        file = trained / "checkpoints" / "update_00000002"
         assert main(["predict", "--topk=99", str(file), str(image), *options]) == 0
         outputs.append(capsys.readouterr().out)
     assert all(len(output.splitlines()) == 11 for output in outputs)

@@ -20,7 +20,7 @@ from vmoe_torch.data.idx import write_idx
 GREY = torch.zeros(1, 1, 28, 28)
 
 
-@pytest.mark.parametrize("place", ["", "checkpoints/update_00000002.pt"])
+@pytest.mark.parametrize("place", ["", "checkpoints/update_00000002"])
 def test_a_run_is_a_model(run_folder, place):
     source = open_model(run_folder / place)
     assert not source.model.training

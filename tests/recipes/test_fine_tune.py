@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.weights.test_golden_checkpoints import FOLDER
 from vmoe_torch.checkpoints import read_original
 from vmoe_torch.cli import main
+from vmoe_torch.train import read_checkpoint
 from vmoe_torch.train.record.table import read_table
 
 COLORS = {"blue": (60, 80, 160), "green": (70, 150, 80), "red": (170, 80, 70)}
@@ -68,7 +68,7 @@ def fine_tuned(paintings, tmp_path_factory):
 def test_fine_tuning_learns_from_the_checkpoint(fine_tuned):
     accuracies = [float(row["val_accuracy"]) for row in read_table(fine_tuned / "metrics.csv")]
     assert accuracies[-1] > 0.9
-    state = torch.load(fine_tuned / "checkpoints" / "update_00000030.pt", weights_only=True)
+    state = read_checkpoint(fine_tuned / "checkpoints" / "update_00000030")
     assert state["model"]["head.weight"].shape == (3, 32)
     assert state["model"]["pos_embed"].shape == (1, 37, 32)
     # It moved, but not far: the weights are the checkpoint's, trained on.

@@ -1,28 +1,28 @@
 """A run that a test stops: `python stopped_run.py CONFIG.json [UPDATE]` kills itself halfway through saving it."""
 
-import io
 import os
 import signal
 import sys
 
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from vmoe_torch.train import Config, train
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     config = Config.from_file(sys.argv[1])
-    save = torch.save
+    write = FileSystemWriter.write_data
     if len(sys.argv) > 2:
 
-        def die(state, file):
-            if state["update"] != int(sys.argv[2]):
-                return save(state, file)
-            whole = io.BytesIO()
-            save(state, whole)
-            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+        def die(self, *arguments):
+            done = write(self, *arguments)
+            if self.path.name == f".update_{int(sys.argv[2]):08d}":
+                done.wait()
+                file = self.path / "__0_0.distcp"
+                os.truncate(file, file.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done
 
-        torch.save = die
+        FileSystemWriter.write_data = die
     train(config)

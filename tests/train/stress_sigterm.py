@@ -71,7 +71,7 @@ def stop_once(number: int, folder: Path) -> tuple[float, str | None]:
         seconds = time.monotonic() - began
         if code != 0:
             return seconds, f"ended with {code}: {log.read_text()}"
-        update = read_checkpoint(max((output / "checkpoints").glob("update_*.pt")))["update"]
+        update = read_checkpoint(max((output / "checkpoints").glob("update_*")))["update"]
         trained = int(read_table(output / "progress.csv")[-1]["update"])
         return seconds, None if update == trained else f"trained {trained} updates, saved {update}"
     finally:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from vmoe_torch.data.loader import SeededDataset
 from vmoe_torch.train import read_checkpoint, train
@@ -56,11 +56,12 @@ def test_kill_in_the_middle_of_saving_loses_no_checkpoint(tiny):
     with Stopped(config, "4") as run:
         assert run.process.wait(120) == -signal.SIGKILL, run.log.read_text()
     part, last = checkpoints(config)
-    assert part.startswith(".update_00000004.pt.")
-    assert last == "update_00000002.pt"
+    assert part == ".update_00000004"
+    assert last == "update_00000002"
     assert read_checkpoint(config.run.output)["update"] == 2
-    assert train(config, resume=True).finished
-    assert checkpoints(config) == ["best.pt", "update_00000010.pt"]
+    with pytest.warns(UserWarning, match=r"\.update_00000004 is half-written, skipped"):
+        assert train(config, resume=True).finished
+    assert checkpoints(config) == ["best.safetensors", "update_00000010"]
 
 
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT], ids=str)
@@ -120,28 +121,25 @@ def test_signal_is_obeyed_while_a_worker_hangs(tiny, monkeypatch):
     assert [killer.wait() for killer in killers] == [0]
     assert (result.updates, result.finished) == (5, False)
     assert time.monotonic() - began < 120
-    assert checkpoints(tiny)[-1] == "update_00000005.pt"
-    assert not read_checkpoint(Path(tiny.run.output) / "checkpoints" / "update_00000005.pt")["pending"]
+    assert checkpoints(tiny)[-1] == "update_00000005"
+    assert not read_checkpoint(Path(tiny.run.output) / "checkpoints" / "update_00000005")["pending"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 def test_full_disk_names_the_file_and_keeps_the_last_checkpoint(tiny, monkeypatch):
     config = tiny.override("run.checkpoint_every=2", "run.keep_checkpoints=1", "run.max_updates=4")
-    save = torch.save
+    write = FileSystemWriter.write_data
 
-    def full(state, file):
-        if state["update"] < 4:
-            return save(state, file)
-        with open("/dev/full", "wb", buffering=0) as device:
-            save(state, device)
+    def full(self, *arguments):
+        if self.path.name == ".update_00000004":
+            (self.path / "__0_0.distcp").symlink_to("/dev/full")
+        return write(self, *arguments)
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(
-        OSError, match=r"checkpoint .*update_00000004\.pt cannot be written: No space left on device; \d"
-    ):
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    with pytest.raises(OSError, match=r"checkpoint .*update_00000004 cannot be written: No space left on device; \d"):
         train(config)
     monkeypatch.undo()
-    assert checkpoints(config) == ["update_00000002.pt"]
+    assert checkpoints(config) == ["update_00000002"]
     assert train(config, resume=True).updates == 4
 
 

@@ -1,6 +1,7 @@
 """The images of a run: said, the same when it goes on, the same for every process, and turned as the run says."""
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ from PIL import Image
 
 from vmoe_torch.train import build_data, load_model, train
 from vmoe_torch.train.build import check_alike
-from vmoe_torch.train.checkpoint import read_checkpoint
 from vmoe_torch.train.record.table import read_table
 
 
@@ -94,10 +94,13 @@ def test_a_run_goes_on_where_its_images_have_moved(config, root, tmp_path):
 
 def test_checkpoints_of_earlier_versions_go_on(config):
     train(config.override("run.max_updates=2"))
-    (path,) = (Path(config.run.output) / "checkpoints").glob("update_*.pt")
-    state = read_checkpoint(path)
-    del state["data"], state["config"]["data"]["exif"]
-    torch.save(state, path)
+    (path,) = (Path(config.run.output) / "checkpoints").glob("update_*")
+    saved = torch.load(path / "state.pt", weights_only=True)
+    del saved["state"]["data"], saved["state"]["config"]["data"]["exif"]
+    torch.save(saved, path / "state.pt")
+    files = json.loads((path / "complete.json").read_text())
+    files["state.pt"] = [(path / "state.pt").stat().st_size, zlib.crc32((path / "state.pt").read_bytes())]
+    (path / "complete.json").write_text(json.dumps(files))
     assert train(config, resume=True).finished
 
 

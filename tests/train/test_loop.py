@@ -1,6 +1,7 @@
 """The loop: it learns, repeats itself to the bit, resumes to the bit, and fails before it begins."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -65,8 +66,8 @@ def read_metrics_without_speed(config):
 def test_resume_after_a_kill_drops_later_rows(tiny):
     train(tiny.override("run.keep_checkpoints=9", "run.checkpoint_every=3"))
     folder = Path(tiny.run.output)
-    for name in ("update_00000005.pt", "update_00000006.pt", "update_00000009.pt", "update_00000010.pt"):
-        (folder / "checkpoints" / name).unlink()
+    for name in ("update_00000005", "update_00000006", "update_00000009", "update_00000010"):
+        shutil.rmtree(folder / "checkpoints" / name)
     assert len(read_table(folder / "metrics.csv")) == 2
     assert train(tiny, resume=True).finished
     assert [row["update"] for row in read_table(folder / "metrics.csv")] == ["5", "10"]
@@ -187,7 +188,7 @@ def test_manual_auxiliary_loss_equals_the_injected(tiny):
 def test_checkpoints_keep_the_last_and_the_best(tiny):
     result = train(tiny.override("run.checkpoint_every=2", "run.keep_checkpoints=2"))
     folder = Path(tiny.run.output) / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "update_00000008.pt", "update_00000010.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors", "update_00000008", "update_00000010"]
     best = max(result.history, key=lambda row: row["ema_val_accuracy"])
     assert read_checkpoint(tiny.run.output)["update"] == best["update"]
     assert result.best_accuracy == best["ema_val_accuracy"]

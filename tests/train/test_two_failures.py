@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from tests.parallel.processes import run
+from vmoe_torch.parallel import ShardedCheckpoints
 from vmoe_torch.train import train
-from vmoe_torch.train.checkpoint import CheckpointFolder
 from vmoe_torch.train.loop import _Run
-from vmoe_torch.train.record.disk import cannot_write
 from vmoe_torch.train.step import Update
+from vmoe_torch.weights.files import cannot_write
 
 # Seconds, on a busy machine; those that wait for each other would take parallel.timeout.
 SOON = 200.0
@@ -62,11 +62,11 @@ def _other_configuration(config):
 
 
 def _full_disk(config):
-    def full(self, state, best=False):
+    def full(self, *arguments):
         raise cannot_write("checkpoint", self.folder, OSError(28, "full"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointFolder, "save", full)
+        patch.setattr(ShardedCheckpoints, "save", full)
         _fails(config, OSError, "cannot be written: No space left on device")
 
 

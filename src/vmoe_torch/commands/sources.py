@@ -59,7 +59,7 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
     if is_weights(text) or not timm.is_model(text):
         weights = read_weights(text, average=average is not False, progress=sys.stderr.isatty())
         if weights.run is not None:
-            model, config, class_names = model_of(weights.run, average is not False)
+            model, config, class_names = model_of(weights.run, weights.state)
             told = "vmoe train's configuration"
         else:
             model, told = open_weights(weights)

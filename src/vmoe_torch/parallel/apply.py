@@ -7,7 +7,6 @@
 5. FSDP2 shards experts over `dp` and everything else, but routers, over `dp x ep`.
 """
 
-import warnings
 from collections.abc import Iterable
 
 import torch
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.parallel.exchange import ExpertExchange
 from vmoe_torch.parallel.forwards import Forwards, routing_settings
-from vmoe_torch.parallel.mesh import keep_timeout
+from vmoe_torch.parallel.mesh import by_mesh, keep_timeout
 from vmoe_torch.parallel.ranks.agreement import require_same
 from vmoe_torch.parallel.recompute import recompute_block
 
@@ -96,6 +95,7 @@ def parallelize(
         _spread_experts(layer, mesh["ep"])
         _replicate_router(layer.router, mesh)
         layer.exchange = exchange
+        layer.register_forward_hook(_without_base)
     for block in model.blocks:
         if recompute:
             recompute_block(block)
@@ -119,6 +119,13 @@ def _take_from_first(tensors: Iterable[Tensor], device_type: str) -> None:
         sent = tensor.detach().to(device_type).contiguous()
         dist.broadcast(sent.view(-1).view(torch.uint8), 0)
         tensor.detach().copy_(sent)
+
+
+# In a graph it would be a view again; FSDP's hooks, beside which it stands, are in none either.
+@torch.compiler.disable
+def _without_base(_layer: MoeMlp, _inputs: tuple, output: Tensor) -> Tensor:
+    """The same memory, but no view, which FSDP warns of: blocks add it to the residual out of place."""
+    return torch.ops.aten._unsafe_view(output, output.shape)
 
 
 def _spread_experts(layer: MoeMlp, ep: DeviceMesh) -> None:
@@ -146,8 +153,6 @@ def _shard_parameters(
     options = {"reshard_after_forward": reshard_after_forward, "ignored_params": routers}
     if param_dtype is not None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    # Blocks add a MoE layer's output to the residual out of place, so a view is fine there.
-    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPMoeMlp\) returned a view tensor")
     everyone = mesh["dp", "ep"]._flatten("dp_ep")
     keep_timeout(everyone.get_group())
     units = []
@@ -183,11 +188,4 @@ def parameter_groups(groups: list[dict]) -> list[dict]:
     Returns:
         Groups with the same options, each on one mesh.
     """
-    split = []
-    for group in groups:
-        by_mesh: dict = {}
-        for parameter in group["params"]:
-            key = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
-            by_mesh.setdefault(key, []).append(parameter)
-        split += [{**group, "params": params} for params in by_mesh.values()]
-    return split
+    return [{**group, "params": params} for group in groups for params in by_mesh(group["params"])]

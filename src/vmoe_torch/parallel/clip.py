@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vmoe_torch.parallel.mesh import by_mesh
+
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -24,7 +26,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     if not gradients:
         return torch.zeros(())
     total = None
-    for group in _by_mesh(gradients):
+    for group in by_mesh(gradients):
         norm = torch.nn.utils.get_total_norm(group)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         square = norm.to(torch.promote_types(norm.dtype, torch.float32)) ** 2
@@ -35,11 +37,3 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         local.mul_(scale.to(local.device, local.dtype))
     return norm
-
-
-def _by_mesh(gradients: list[Tensor]) -> list[list[Tensor]]:
-    groups: dict = {}
-    for gradient in gradients:
-        key = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
-        groups.setdefault(key, []).append(gradient)
-    return list(groups.values())

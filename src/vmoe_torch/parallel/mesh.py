@@ -1,12 +1,14 @@
 """The device mesh: `dp` replicas of the experts, each spread over `ep` ranks; data is sharded over both axes."""
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 
 def build_mesh(dp: int, ep: int, device_type: str) -> DeviceMesh:
@@ -27,6 +29,15 @@ def build_mesh(dp: int, ep: int, device_type: str) -> DeviceMesh:
     for group in mesh.get_all_groups():
         keep_timeout(group)
     return mesh
+
+
+def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors that lie on one mesh in one way together: operations on several of them cannot mix meshes."""
+    groups: dict = {}
+    for tensor in tensors:
+        key = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+        groups.setdefault(key, []).append(tensor)
+    return list(groups.values())
 
 
 def keep_timeout(group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -14,24 +14,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from vmoe_torch.parallel.ranks.agreement import on_first
 from vmoe_torch.parallel.ranks.failures import list_ranks
+from vmoe_torch.weights.files import cannot_write
+from vmoe_torch.weights.updates import reason_of
 
 
 @contextmanager
-def writes(folder: Path) -> Iterator[None]:
-    """Makes one error of all that writing may raise."""
+def writes(path: Path) -> Iterator[None]:
+    """Makes one error of all that writing a checkpoint may raise: it names the path, the reason and the free space."""
     try:
         yield
     # DCP's is no Exception.
     except (Exception, CheckpointException) as error:
-        raise OSError(f"checkpoint in {folder} cannot be written: {reason_of(error)}") from error
-
-
-def reason_of(error: BaseException) -> str:
-    """One line: of DCP's error, what the first failing rank says."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        return f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}"
-    return " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error) if isinstance(error, CheckpointException) else ""
+        raise cannot_write("checkpoint", path, error, reason) from error
 
 
 class Writing:
@@ -41,12 +36,12 @@ class Writing:
     disk is stuck can name it.
 
     Args:
-        folder: of the checkpoints.
+        path: of the checkpoint.
         group: all ranks; it gives up after its timeout.
     """
 
-    def __init__(self, folder: Path, group: dist.ProcessGroup):
-        self.folder, self.group = folder, group
+    def __init__(self, path: Path, group: dist.ProcessGroup):
+        self.path, self.group = path, group
         self.rank = dist.get_rank()
         self.store = dist.PrefixStore(f"checkpoints/{group.group_name}", dist.distributed_c10d._get_default_store())
         self.error: BaseException | None = None
@@ -88,7 +83,7 @@ class Writing:
         atexit.unregister(self.thread.join)
         if not self.thread.is_alive() and self.error is None:
             return
-        with writes(self.folder):
+        with writes(self.path):
             # What DCP has told all ranks is the reason itself.
             if not isinstance(self.error, CheckpointException | OSError):
                 stuck = self._writing_now()

@@ -192,12 +192,12 @@ def build_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[An
     if hasattr(model, "patch_embed"):
         height, width = model.patch_embed.img_size or (height, width)
         channels = model.patch_embed.proj.in_channels
-    normal = {"mean": (fm.MEAN,), "std": (fm.STD,)} if config.name == FASHION_MNIST else size
+    mean, std = normalisation(config, model)
     common = {
         "input_size": (channels, height, width),
         "interpolation": config.interpolation,
-        "mean": _per_channel("data.mean", config.mean or normal["mean"], channels),
-        "std": _per_channel("data.std", config.std or normal["std"], channels),
+        "mean": mean,
+        "std": std,
     }
     crop_pct = size["crop_pct"] if config.crop_pct is None else config.crop_pct
     crop_mode = size["crop_mode"] if config.crop_mode is None else config.crop_mode
@@ -228,6 +228,21 @@ def build_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[An
             f"data.auto_augment must be a policy of timm's, as rand-m10-n2, got {name!r}: {error!r}"
         ) from error
     return train, evaluation
+
+
+def normalisation(config: DataConfig, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that the images of a model are normalised by, per channel.
+
+    Raises:
+        ValueError: if there are not as many values as channels, or one.
+    """
+    size = resolve_data_config({}, model=model)
+    channels = model.patch_embed.proj.in_channels if hasattr(model, "patch_embed") else size["input_size"][0]
+    normal = {"mean": (fm.MEAN,), "std": (fm.STD,)} if config.name == FASHION_MNIST else size
+    return (
+        _per_channel("data.mean", config.mean or normal["mean"], channels),
+        _per_channel("data.std", config.std or normal["std"], channels),
+    )
 
 
 def _per_channel(key: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:

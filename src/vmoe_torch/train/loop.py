@@ -156,9 +156,6 @@ class _Run:
         check_alike(group.gather(facts))
         self.data = data
         classes = len(data.class_names)
-        group.require_same(
-            {"data's classes": data.class_names, "training images": len(data.train), "validation images": len(data.val)}
-        )
         seed_everything(config.run.seed)
         model = self._build_model(classes)
         if getattr(model, "num_classes", classes) != classes:

@@ -6,23 +6,27 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from vmoe_torch.data.names import shown
 from vmoe_torch.parallel import ShardedCheckpoints, full_state_dict, load_checkpoint, part_of
+from vmoe_torch.parallel.checkpoint import load_optimizer, options_of
+from vmoe_torch.train.build import normalisation
 from vmoe_torch.train.checkpoint import (
     FORMAT,
-    CheckpointFolder,
     load_weights,
     random_states,
     read_checkpoint,
     set_random_states,
+    write_best,
 )
 from vmoe_torch.train.config import Config
 from vmoe_torch.train.determinism import seed_everything
 from vmoe_torch.train.optimizer import build_optimizer
 from vmoe_torch.train.process_group import Processes
 from vmoe_torch.train.record.meter import Meter
+from vmoe_torch.weights.sources import BEST
+from vmoe_torch.weights.updates import read_beside
 
 
 @dataclass
@@ -52,7 +56,7 @@ class RunState:
 
 
 class RunCheckpoints:
-    """The checkpoints of a run, one file each, or one folder each where the model is spread over processes.
+    """The checkpoints of a run, a folder each, and its best epoch's weights in one file.
 
     Args:
         config: of the run.
@@ -71,23 +75,14 @@ class RunCheckpoints:
         self.config = config
         self.group = group
         output = Path(config.run.output)
-        folder = output / "checkpoints"
-        self.files = CheckpointFolder(folder, config.run.keep_checkpoints)
-        self.sharded = ShardedCheckpoints(folder, config.run.keep_checkpoints)
-        # One look for all: file systems of several machines do not show everybody the same at once.
-        last, any_sharded = group.on_first(lambda: (self.files.last(), self.sharded.any()))
-        # Those of a spread run can be resumed without spreading, too.
-        if not config.parallel.enabled and not any_sharded:
-            self.sharded = None
-        if (last is not None or any_sharded) and not resume:
+        self.folder = output / "checkpoints"
+        self.updates = ShardedCheckpoints(self.folder, config.run.keep_checkpoints, alone=not config.parallel.enabled)
+        if not resume and group.on_first(self.updates.any):
             raise ValueError(f"run.output must be a new folder, or be resumed; {output} holds checkpoints already")
-        self.path = None if self.sharded is None else next(iter(self.sharded.usable()), None)
-        if self.path is None and last is not None:
-            # A run that is spread may go on from one that was not.
-            self.path = group.on_first(self.files.usable)
+        self.path = next(iter(self.updates.usable(1)), None)
         self.found = None
         if self.path is not None:
-            self.found = self.sharded.state(self.path) if self.path.is_dir() else read_checkpoint(self.path)
+            self.found = read_beside(self.path)["state"] if self.path.is_dir() else read_checkpoint(self.path)
             _check_same_run(config, self.found["config"])
 
     def restore(self, run: RunState) -> None:
@@ -110,17 +105,10 @@ class RunCheckpoints:
                     f"{run.data[split]['images']:,}: some were added, removed or renamed"
                 )
         if self.path.is_dir():
-            load_checkpoint(self.path, run.model, run.optimizer, self.sharded.group)
-        elif self.config.parallel.enabled:
-            spread, whole = run.model.state_dict(), found["model"]
-            parts = {name: part_of(value, spread[name]) if name in spread else value for name, value in whole.items()}
-            load_weights(run.model, parts)
-            _load_moments(run, found["optimizer"]["state"], build_optimizer(run.model, self.config.optim))
+            average = None if run.ema is None else run.ema.module
+            load_checkpoint(self.path, run.model, run.optimizer, self.updates.group, average)
         else:
-            load_weights(run.model, found["model"])
-            if run.ema is not None:
-                load_weights(run.ema.module, found["ema"])
-            run.optimizer.load_state_dict(found["optimizer"])
+            self._restore_file(run)
         run.scaler.load_state_dict(found["scaler"])
         run.update, run.best_accuracy = found["update"], found["best_accuracy"]
         run.pending = found.get("pending", False)
@@ -132,6 +120,29 @@ class RunCheckpoints:
         else:
             # Other numbers of processes cannot draw the same noise; the data stays the same.
             seed_everything(self.config.run.seed, self.group.rank, run.update)
+
+    def _restore_file(self, run: RunState) -> None:
+        """The model, its average and the optimiser of an earlier version's file, which held them whole."""
+        for kind, module in (("model", run.model), ("ema", run.ema and run.ema.module)):
+            if module is not None:
+                own, whole = module.state_dict(), self.found[kind]
+                for name in own.keys() & whole.keys():
+                    whole[name] = part_of(whole[name], own[name])
+                load_weights(module, whole)
+        saved, names = self.found["optimizer"], {parameter: name for name, parameter in run.model.named_parameters()}
+        # Groups of parts are split by mesh; this one numbers parameters as the whole model's did.
+        order = build_optimizer(run.model, self.config.optim).param_groups
+        parameters = [parameter for group in order for parameter in group["params"]]
+        moments, options = {}, {}
+        for group in saved["param_groups"]:
+            for number in group["params"]:
+                parameter = parameters[number]
+                options[names[parameter]] = options_of(group)
+                moments[names[parameter]] = {
+                    key: part_of(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+                    for key, value in saved["state"].get(number, {}).items()
+                }
+        load_optimizer(run.model, run.optimizer, moments, options)
 
     def save(self, run: RunState, best: bool = False) -> None:
         """A checkpoint of this moment, also as the best if it is; all processes take part."""
@@ -147,44 +158,37 @@ class RunCheckpoints:
             "scaler": run.scaler.state_dict(),
             "processes": self.group.gather(own),
         }
-        if self.sharded is not None:
-            if best:
-                weights = full_state_dict(run.model, keep=self.group.is_first)
-                whole = {**state, "model": weights, "ema": None, "optimizer": None}
-                self.group.on_first(lambda: self.files.save_best(whole))
-            self.sharded.save(run.update, run.model, run.optimizer, state)
-            return
-        if self.group.is_first:
-            whole = {
-                "model": run.model.state_dict(),
-                "ema": None if run.ema is None else run.ema.module.state_dict(),
-                "optimizer": run.optimizer.state_dict(),
-            }
-            state |= whole
-        self.group.on_first(lambda: self.files.save(state, best))
+        average = None if run.ema is None else run.ema.module
+        # Before the checkpoint, which says that it is there: a run that is killed in between does both again.
+        if best:
+            weights = full_state_dict(run.model if average is None else average, keep=self.group.is_first)
+            self.group.on_first(lambda: self._save_best(run, weights))
+
+        def save() -> None:
+            self.updates.save(run.update, run.model, run.optimizer, state, average)
+
+        if self.config.parallel.enabled:
+            save()
+        else:
+            self.group.on_first(save)
+
+    def _save_best(self, run: RunState, weights: dict[str, Tensor]) -> None:
+        mean, std = normalisation(self.config.data, run.model)
+        about = {
+            "config": self.config.to_dict(),
+            "class_names": run.class_names,
+            "update": run.update,
+            "average": run.ema is not None,
+            "metric": {"name": "val_accuracy" if run.ema is None else "ema_val_accuracy", "value": run.best_accuracy},
+            "normalisation": {"mean": mean, "std": std},
+        }
+        write_best(self.folder / BEST, weights, about)
+        # Of an earlier version.
+        (self.folder / "best.pt").unlink(missing_ok=True)
 
     def wait(self) -> None:
         """Until what is being written is on the disk."""
-        if self.sharded is not None:
-            self.sharded.wait()
-
-
-def _load_moments(run: RunState, states: dict[int, dict[str, Any]], order: torch.optim.Optimizer) -> None:
-    """The moments that an optimiser over a whole model had, into one over its parts.
-
-    Args:
-        run: with the optimiser, whose groups are split by mesh.
-        states: by number of the parameter.
-        order: one over the same parameters, whose groups are not split, so that it numbers them as that one did.
-    """
-    parameters = [parameter for group in order.param_groups for parameter in group["params"]]
-    run.optimizer.state.clear()
-    for number, state in states.items():
-        parameter = parameters[number]
-        run.optimizer.state[parameter] = {
-            key: part_of(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
-            for key, value in state.items()
-        }
+        self.updates.wait()
 
 
 def _shown(names: tuple[str, ...]) -> str:

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.torch
 from torch import Tensor
 
-from vmoe_torch.layers.choice import FILE_KEY, metadata_of, with_metadata
+from vmoe_torch.layers.choice import FILE_KEY, with_metadata
+from vmoe_torch.weights.files import write_safetensors
 from vmoe_torch.weights.names import from_original, split_members
 from vmoe_torch.weights.original.reader import read_index, read_original
 from vmoe_torch.weights.original.wire import CheckpointError
-from vmoe_torch.weights.original.writer import replacing
 from vmoe_torch.weights.remote import is_remote
 
 _METADATA = "vmoe_torch"
@@ -163,21 +162,11 @@ def convert(
         raise ValueError(f"the file to write must be a local one, got {out}")
     state, origin = read_state(os.fspath(prefix), train_state=train_state, progress=progress)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(os.fspath(out)) as part:
-        Path(part).touch()
-        mode = os.stat(part).st_mode
+    try:
         # One key, as the order of several is not fixed.
-        metadata = {_METADATA: json.dumps(asdict(origin), sort_keys=True)}
-        if said := metadata_of(state):
-            metadata[FILE_KEY] = json.dumps(said, sort_keys=True)
-        try:
-            safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, part, metadata)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{out} could not be written: {error}") from None
-        except KeyError as error:
-            raise ValueError(f"{prefix}: dtypes must be those of safetensors, got {error}") from None
-        # Safetensors' own is for its owner alone.
-        os.chmod(part, mode)
+        write_safetensors(out, state, {_METADATA: json.dumps(asdict(origin), sort_keys=True)})
+    except KeyError as error:
+        raise ValueError(f"{prefix}: dtypes must be those of safetensors, got {error}") from None
 
 
 def read_converted(path: str | os.PathLike) -> tuple[dict[str, Tensor], Origin | None]:

@@ -11,9 +11,9 @@ import torch
 from filelock import FileLock
 
 from vmoe_torch.weights.conversion import convert
+from vmoe_torch.weights.files import replacing
 from vmoe_torch.weights.original.reader import read_index, shard_name
 from vmoe_torch.weights.original.wire import CheckpointError
-from vmoe_torch.weights.original.writer import replacing
 from vmoe_torch.weights.remote import download, file_name, suffix_of
 
 

@@ -30,13 +30,15 @@ from vmoe_torch.layers.choice import description_of, metadata_of, restore_routin
 from vmoe_torch.weights.adapt import load_adapted
 from vmoe_torch.weights.beside import TIMM_FILES, HubFolder, TimmRun, hub_folder, timm_run
 from vmoe_torch.weights.conversion import Origin, read_converted, read_npz, read_state, weights_of
+from vmoe_torch.weights.files import read_header
 from vmoe_torch.weights.grid import grid_of, square_grid
 from vmoe_torch.weights.original.wire import CheckpointError
 from vmoe_torch.weights.pretrained import cached_checkpoint
 from vmoe_torch.weights.remote import is_remote, local_copy, suffix_of
+from vmoe_torch.weights.updates import is_update, read_update, updates_in
 
-# What `vmoe train` writes.
-RUN_FORMAT = 1
+# What `vmoe train` writes, the name of its best weights, and where their header tells of the run.
+RUN_FORMAT, BEST, RUN_KEY = 1, "best.safetensors", "vmoe_torch_run"
 # Where training programs keep the weights, and their moving average, in a checkpoint.
 _WEIGHTS = ("state_dict", "model", "model_state_dict")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")
@@ -210,15 +212,12 @@ def _read_pretrained(name: str, progress: bool) -> Weights:
 
 
 def _read_folder(folder: Path, average: bool) -> Weights:
-    for found in (_run_checkpoint(folder), _timm_checkpoint(folder), _hub_weights(folder)):
+    if is_update(folder):
+        return _of_run(folder, read_update(folder), average)
+    for found in (_run_checkpoint(folder, average), _timm_checkpoint(folder), _hub_weights(folder)):
         if found is not None:
-            return _read_file(found, average)
+            return _read_folder(found, average) if found.is_dir() else _read_file(found, average)
     _refuse_orbax(folder)
-    if any(other.is_dir() for place in (folder / "checkpoints", folder) for other in place.glob("update_*")):
-        raise ValueError(
-            f"run folder {folder} must hold checkpoints/best.pt, which a spread run writes at the end of an epoch, "
-            "got checkpoints of its processes only"
-        )
     inside = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(inside[:6]) + (f" and {len(inside) - 6} more" if len(inside) > 6 else "")
     raise ValueError(
@@ -228,12 +227,16 @@ def _read_folder(folder: Path, average: bool) -> Weights:
     )
 
 
-def _run_checkpoint(folder: Path) -> Path | None:
-    """The best, else the last, checkpoint of `vmoe train`."""
+def _run_checkpoint(folder: Path, average: bool) -> Path | None:
+    """The best, else the last, checkpoint of `vmoe train`; the last where the best holds the moving average alone and
+    that is not wanted."""
     inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    if (inside / "best.pt").is_file():
-        return inside / "best.pt"
-    return max(inside.glob("update_*.pt"), default=None)
+    last = max(updates_in(inside), default=None)
+    # The second is that of earlier versions, which held both.
+    best = next((path for path in (inside / BEST, inside / "best.pt") if path.is_file()), last)
+    if average or last is None or best.name != BEST:
+        return best
+    return last if (read_header(best, RUN_KEY) or {}).get("average") else best
 
 
 def _timm_checkpoint(folder: Path) -> Path | None:
@@ -270,6 +273,10 @@ def _read_file(path: Path, average: bool, array_prefix: str = "") -> Weights:
     beside = {"timm": timm_run(path), "hub": hub_folder(path)}
     if path.suffix == ".safetensors":
         state, origin = read_converted(path)
+        run = read_header(path, RUN_KEY)
+        if run is not None:
+            kinds = {"model": None, "ema": state} if run.get("average") else {"model": state, "ema": None}
+            return _of_run(path, {**run, **kinds}, average)
         return Weights(str(path), cleaned(state), origin, **beside)
     return _from_checkpoint(path, load_safely(path), average, beside)
 
@@ -293,10 +300,7 @@ def _from_checkpoint(path: Path, found: Any, average: bool, beside: dict[str, An
     if not isinstance(found, Mapping):
         raise ValueError(f"checkpoint {path} must hold a state dict, got {type(found).__name__}")
     if {"format", "config", "class_names", "model"} <= found.keys():
-        if found["format"] != RUN_FORMAT:
-            raise ValueError(f"{path} must be of vmoe train's format {RUN_FORMAT}, got {found['format']!r}")
-        averaged = average and found["ema"] is not None
-        return Weights(str(path), found["ema" if averaged else "model"], run=dict(found), average=averaged)
+        return _of_run(path, found, average)
     own = timm_run(path, found)
     if own is not None:
         beside["timm"] = own
@@ -309,6 +313,18 @@ def _from_checkpoint(path: Path, found: Any, average: bool, beside: dict[str, An
             f"checkpoint {path} must hold a state dict, alone or as {', '.join(_WEIGHTS)}, got {keys or 0}"
         )
     return Weights(str(path), cleaned(state), average=name in _AVERAGES, **beside)
+
+
+def _of_run(path: Path, found: Mapping[str, Any], average: bool) -> Weights:
+    if found["format"] != RUN_FORMAT:
+        raise ValueError(f"{path} must be of vmoe train's format {RUN_FORMAT}, got {found['format']!r}")
+    averaged = average and found["ema"] is not None
+    state = found["ema" if averaged else "model"]
+    if state is None:
+        raise ValueError(
+            f"{path} must hold the last weights, got their moving average alone; update_* beside it has them"
+        )
+    return Weights(str(path), state, run=dict(found), average=averaged)
 
 
 def _is_state(value: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vmoe_torch.train.record.disk import cannot_write
+from vmoe_torch.weights.files import cannot_write
 
 
 class CsvTable:

@@ -3,13 +3,14 @@
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vmoe_torch.weights.files import replacing
 from vmoe_torch.weights.original.index import (
     CHUNKS_KEY,
     DTYPE_NAMES,
@@ -84,17 +85,6 @@ def write_original(
             part = stack.enter_context(replacing(shard_name(prefix, shard, num_shards)))
             with open(part, "wb") as file:
                 write_shard(file, shard, leaves, arrays)
-
-
-@contextmanager
-def replacing(path: str) -> Iterator[str]:
-    """Name of a file to write that takes the other's place in the end; on an error nothing changes."""
-    part = f"{path}.part"
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
 
 
 def _cut(shape: tuple[int, ...], itemsize: int, max_chunk_bytes: int | None) -> list[Box]:

@@ -1,0 +1,100 @@
+"""Files that are there whole or not at all, and the error for one that could not be written."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vmoe_torch.layers.choice import FILE_KEY, metadata_of
+from vmoe_torch.weights.original.wire import CheckpointError
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[str]:
+    """Name of a file to write that takes the other's place in the end, on the disk; on an error nothing changes."""
+    part = f"{os.fspath(path)}.part"
+    try:
+        yield part
+        sync(part)
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+    sync(Path(path).parent)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Puts a file or folder onto the disk, so that a rename never comes before what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_safetensors(
+    path: str | os.PathLike, state: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+) -> None:
+    """Writes a state dict, with what it says of the model.
+
+    Args:
+        path: of the file.
+        state: tensors that share no memory.
+        header: what else the file says.
+
+    Raises:
+        OSError: if it cannot be written.
+        KeyError: if safetensors has no such dtype.
+    """
+    metadata = dict(header or {})
+    if said := metadata_of(state):
+        metadata[FILE_KEY] = json.dumps(said, sort_keys=True)
+    with replacing(path) as part:
+        Path(part).touch()
+        mode = os.stat(part).st_mode
+        try:
+            safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, part, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from None
+        # Safetensors' own is for its owner alone.
+        os.chmod(part, mode)
+
+
+def read_header(path: str | os.PathLike, key: str) -> Any:
+    """What the header of a safetensors file says as JSON; None if it does not.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get(key, "null"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} must be a readable safetensors file, got: {error}") from None
+
+
+def cannot_write(what: str, path: Path, error: BaseException, reason: str = "") -> OSError:
+    """An error that names the file, the reason and the space that is free there.
+
+    Args:
+        what: the file is, as "checkpoint".
+        path: of the file.
+        error: what writing it raised.
+        reason: where the error itself does not say it.
+    """
+    reason, number = reason or str(error).partition("\n")[0] or type(error).__name__, None
+    # A writer that ran out of space may hide the system's error behind one of its own.
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    if error is not None and error.errno is not None:
+        number, reason = error.errno, os.strerror(error.errno)
+    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+    made = OSError(f"{what} {path} cannot be written: {reason}; {free / 2**20:.0f} MiB are free there")
+    made.errno = number
+    return made
