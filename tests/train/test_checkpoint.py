@@ -129,6 +129,7 @@ def test_damaged_checkpoints_are_skipped_and_push_no_later_one_out(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["update_00000003", "update_00000030"]
 
 
+@pytest.mark.filterwarnings("ignore:.*opt_einsum")
 @pytest.mark.parametrize("name", ["adafactorbv", "adopt", "kron", "lamb", "muon", "sgd"])
 def test_what_an_optimiser_keeps_comes_back_to_the_bit(tmp_path, name):
     """Moments of other shapes, lists of tensors, counts in its groups."""
