@@ -37,7 +37,7 @@ from vmoe_kernels.experts.expert_mlp_op import (
     wants_grad,
     weights_of,
 )
-from vmoe_kernels.rows.combine_op import _nan_gates, combine_reference
+from vmoe_kernels.rows.combine_op import combine_reference, nan_gates
 from vmoe_kernels.rows.dispatch_op import choice_of_row, dispatch_reference
 
 
@@ -91,7 +91,7 @@ def _moe_mlp_op(
 ) -> tuple[Tensor, Tensor]:
     num_experts, width, _ = fc1_weight.shape
     dtype = accumulation_dtype(x.dtype)
-    y = _nan_gates(gates.to(dtype), slots).expand(-1, fc2_weight.shape[1]).contiguous()
+    y = nan_gates(gates.to(dtype), slots).expand(-1, fc2_weight.shape[1]).contiguous()
     # Filled rows lie packed at the front of each expert's part; the rest is never touched.
     pre = x.new_empty(num_experts, rows_per_expert if save else 0, width)
     weight = gates.reshape(-1, 1).to(dtype)

@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe_kernels.common.checks import check_triton_dtypes
 from vmoe_kernels.common.impl import no_autocast
 from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table
 from vmoe_kernels.experts.triton_activation import compile_case
 from vmoe_kernels.experts.triton_epilogue import tile_rows
 from vmoe_kernels.experts.triton_gemm import Buffer, Rows, linear
 from vmoe_kernels.experts.triton_gradient import hidden_gradient, weight_gradient
-from vmoe_kernels.rows.triton_move import check_dtype
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -139,7 +139,7 @@ def expert_mlp_triton(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of `vmoe::expert_mlp`."""
-    check_dtype("x", x)
+    check_triton_dtypes(x=x)
     num_experts, rows, _ = x.shape
     width = fc1_weight.shape[1]
     check_sizes(rows, width, drop)
@@ -190,7 +190,7 @@ def expert_mlp_backward_triton(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher of `vmoe::expert_mlp_backward`."""
-    check_dtype("x", x)
+    check_triton_dtypes(x=x)
     buffer = Buffer(*x.shape[:2])
     d_out, x = Rows(d_out.contiguous(), buffer), Rows(x.contiguous(), buffer)
     d_x, weights, _ = experts_backward(

@@ -8,12 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe_kernels.common.checks import check_triton_dtypes
 from vmoe_kernels.common.impl import no_autocast
 from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table
 from vmoe_kernels.experts.triton_activation import compile_case
 from vmoe_kernels.experts.triton_expert_mlp import check_sizes, experts_backward, run_experts
 from vmoe_kernels.experts.triton_gemm import Buffer, Rows
-from vmoe_kernels.rows.triton_move import check_dtype, choice_of_row_triton, sum_rows
+from vmoe_kernels.rows.triton_move import choice_of_row_triton, sum_rows
 
 
 @triton.jit(do_not_specialize=["num_choices", "num_rows"])
@@ -81,7 +82,7 @@ def moe_mlp_triton(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of `vmoe::moe_mlp`."""
-    check_dtype("x", x)
+    check_triton_dtypes(x=x)
     num_experts, hidden, _ = fc1_weight.shape
     check_sizes(rows_per_expert, hidden, drop)
     slots = slots.contiguous()
@@ -114,7 +115,7 @@ def moe_mlp_backward_triton(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher of `vmoe::moe_mlp_backward`."""
-    check_dtype("x", x)
+    check_triton_dtypes(x=x)
     slots = slots.contiguous()
     buffer = _buffer(slots, fc1_weight.shape[0], rows_per_expert)
     d_rows, weights, dots = experts_backward(
