@@ -4,7 +4,6 @@ One legend: B images, L tokens per image, D width, H hidden width of an expert, 
 E experts, K experts selected per token, C slots per expert and group, T = B * L tokens.
 """
 
-from vmoe_kernels import vmap as _vmap  # noqa: F401  registers the batching rules
 from vmoe_kernels.common.groups import compute_capacity, num_groups, rows_per_expert
 from vmoe_kernels.experts.expert_mlp_op import expert_mlp, expert_mlp_reference
 from vmoe_kernels.experts.moe_mlp_op import moe_mlp, moe_mlp_reference

@@ -63,6 +63,11 @@ def use_reference(impl: str, x: Tensor, *others: Tensor | None) -> bool:
     return on_triton and (not HAS_TRITON or x.dtype == torch.float64)
 
 
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward may come, so that what it needs must be kept."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def no_autocast(fn: Callable) -> Callable:
     """Runs an implementation as its dtypes say: an enclosing autocast would narrow its float32 accumulation."""
 

@@ -79,6 +79,6 @@ def route(
     return Routing(scored.gates, scored.experts, slots, *scored[2:])
 
 
-def route_reference(x: Tensor, weight: Tensor, **options) -> Routing:
+def route_reference(x: Tensor, weight: Tensor, **options: int | float | str | Tensor | None) -> Routing:
     """Eager twin of `route`, whose options it takes."""
     return route(x, weight, **options, impl="reference")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from vmoe_kernels import vmap
 from vmoe_kernels.common.checks import check_draws, check_integer, check_number, check_seed, check_selected
 from vmoe_kernels.common.groups import group_mean, group_sizes, group_sum, num_groups
 from vmoe_kernels.common.impl import (
@@ -210,6 +211,7 @@ def _backward(ctx, d_gates, _experts, d_logits, d_importance, d_load, d_mean_gat
 
 
 _router_op.register_autograd(_backward, setup_context=_setup_context)
+_router_op.register_vmap(vmap.router)
 
 
 @register_flop_formula(torch.ops.vmoe.router)

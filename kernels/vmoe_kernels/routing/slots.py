@@ -10,6 +10,7 @@ Dims: T tokens in G groups of S (the last one may be smaller), K choices per tok
 import torch
 from torch import Tensor
 
+from vmoe_kernels import vmap
 from vmoe_kernels.common.checks import check_flag, check_integer, check_rows
 from vmoe_kernels.common.groups import rows_per_expert, split_groups
 from vmoe_kernels.common.impl import HAS_TRITON, register_triton, use_reference
@@ -99,6 +100,9 @@ _assign_slots_op = torch.library.custom_op(
 @_assign_slots_op.register_fake
 def _(experts, gates, num_experts, group_size, capacity, last_capacity, batch_priority, priority):
     return experts.new_empty(experts.shape)
+
+
+_assign_slots_op.register_vmap(vmap.assign_slots)
 
 
 def assign_slots(

@@ -6,6 +6,7 @@ Dims: T tokens, K choices per token, N rows of the buffer (E * R), D width.
 import torch
 from torch import Tensor
 
+from vmoe_kernels import vmap
 from vmoe_kernels.common.checks import check_rows
 from vmoe_kernels.common.impl import (
     HAS_TRITON,
@@ -87,6 +88,7 @@ def _backward(ctx, d_y):
 
 
 _combine_op.register_autograd(_backward, setup_context=_setup_context)
+_combine_op.register_vmap(vmap.combine)
 
 
 def combine(buffer: Tensor, slots: Tensor, gates: Tensor, *, impl: str = "auto") -> Tensor:
