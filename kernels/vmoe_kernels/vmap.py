@@ -10,6 +10,7 @@ Dims: B samples; of one sample, T tokens, K choices, E experts, R rows of an exp
 import torch
 from torch import Tensor
 
+from vmoe_kernels.common.checks import MAX_ROWS
 from vmoe_kernels.common.groups import rows_per_expert
 from vmoe_kernels.common.impl import wants_grad
 
@@ -39,7 +40,7 @@ def _apart(tensor: Tensor, count: int) -> Tensor:
 def _shifted(slots: Tensor, rows: int, num_rows: int) -> Tensor:
     """(B, T, K) slots to (B * T, K): sample b's move by b * rows, of num_rows that a sample has in all."""
     count = slots.shape[0]
-    if count * num_rows >= 2**31:
+    if count * num_rows >= MAX_ROWS:
         raise ValueError(f"vmap needs fewer than 2**31 rows in all, got {count} samples of {num_rows}")
     first = torch.arange(count, device=slots.device, dtype=slots.dtype).view(-1, 1, 1) * rows
     return torch.where(slots < 0, slots, slots + first).flatten(0, 1)

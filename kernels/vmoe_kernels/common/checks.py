@@ -106,6 +106,12 @@ def check_rows(rows: int) -> None:
         raise ValueError(f"the buffer must have fewer than 2**31 rows, got {rows}")
 
 
+def check_choices(slots: Tensor) -> None:
+    """The choices that rows hold can be counted in int32."""
+    if not torch.compiler.is_compiling() and slots.numel() >= MAX_ROWS:
+        raise ValueError(f"slots must hold fewer than 2**31 choices, got {slots.numel()}")
+
+
 def check_draws(what: str, count: int) -> None:
     """So many random numbers can be counted in 32 bits."""
     if not torch.compiler.is_compiling() and count >= MAX_DRAWS:

@@ -72,7 +72,7 @@ def _scored(
         noisy = logits + noise * (noise_std / num_experts)
         noisy_probs = noisy.softmax(-1)
     if experts is None:
-        experts = _top_experts(noisy_probs.detach(), num_selected_experts)
+        experts = top_experts(noisy_probs.detach(), num_selected_experts)
     gates = noisy_probs.gather(1, experts)
     groups = num_groups(num_tokens, group_size)
     load = probs.new_zeros(groups, num_experts)
@@ -91,7 +91,7 @@ def _scored(
     )
 
 
-def _top_experts(probs: Tensor, num_selected_experts: int) -> Tensor:
+def top_experts(probs: Tensor, num_selected_experts: int) -> Tensor:
     """(T, E) -> (T, K) int64, largest first, ties to the lower index, NaN before numbers (as torch.topk has it)."""
     chosen = [probs.argmax(1, keepdim=True)]
     for _ in range(num_selected_experts - 1):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe_kernels.common.checks import check_triton_dtypes
+from vmoe_kernels.common.checks import check_choices, check_triton_dtypes
 from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
 
 BLOCK_CHOICES = 1024
@@ -148,9 +148,8 @@ def choice_of_row_triton(slots: Tensor, num_rows: int, zero_dropped: Tensor | No
     Raises:
         ValueError: if T * K does not fit in int32.
     """
+    check_choices(slots)
     num_choices = slots.numel()
-    if num_choices >= 2**31:
-        raise ValueError(f"slots must hold fewer than 2**31 choices, got {num_choices}")
     choices = torch.full((num_rows,), -1, device=slots.device, dtype=torch.int32)
     if num_choices > 0:
         grid = (triton.cdiv(num_choices, BLOCK_CHOICES),)
