@@ -44,10 +44,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
         torch.ops.aten.addmm.out(bias, x, weight.t(), out=out)
 
 
-def _drop(values: Tensor, keep: Tensor | None, drop: float) -> None:
+def _drop(values: Tensor, keep: Tensor | None, block: slice, drop: float) -> None:
     """Zeroes what is not kept, also what is not finite, and scales the rest in place: one rounding in any dtype."""
     if keep is not None:
-        values.masked_fill_(~keep, 0.0).mul_(1.0 / (1.0 - drop))
+        values.masked_fill_(~keep[block], 0.0).mul_(1.0 / (1.0 - drop))
 
 
 class ExpertOutputs:
@@ -61,13 +61,13 @@ class ExpertOutputs:
         self.scratch = weights.fc1_weight.new_empty(1 if save else 2, largest_block(rows, width), width)
 
     def fill(self, out: Tensor, expert: int, block: slice, x: Tensor, keep: Tensor | None) -> None:
-        """One block of an expert: x (n, D) fills out (n, O); keep (n, H) is its dropout mask."""
+        """One block of an expert: x (n, D) fills out (n, O); keep (R, H) says what dropout leaves of all its rows."""
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = self.weights.of(expert)
         hidden, *others = self.scratch[:, : block.stop - block.start]
         pre = others[0] if others else self.pre[expert, block]
         _linear(x, fc1_weight, fc1_bias, pre)
         activate(self.activation.name, pre, hidden)
-        _drop(hidden, keep, self.activation.drop)
+        _drop(hidden, keep, block, self.activation.drop)
         _linear(hidden, fc2_weight, fc2_bias, out)
 
 
@@ -83,13 +83,7 @@ class ExpertGradients:
         self.scratch: Tensor | None = None
 
     def add(
-        self,
-        expert: int,
-        block: slice,
-        x: Tensor,
-        d_out: Tensor,
-        keep: Tensor | None,
-        gate: Tensor | None = None,
+        self, expert: int, block: slice, x: Tensor, d_out: Tensor, keep: Tensor | None, gate: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """One block of an expert.
 
@@ -98,7 +92,7 @@ class ExpertGradients:
             block: where its pre-activation lies.
             x: (n, D) inputs.
             d_out: (n, O) gradient of the expert's output, or of gate * output where a gate is given (overwritten).
-            keep: (n, H) dropout mask.
+            keep: (R, H) what dropout left of all the expert's rows, or None.
             gate: (n, 1) combine weight, in the dtype that accumulates.
 
         Returns:
@@ -112,7 +106,7 @@ class ExpertGradients:
             self.scratch = pre.new_empty(3, *pre.shape)
         hidden, d_hidden, work = self.scratch[:, : len(x)]
         activate(name, pre, hidden)
-        _drop(hidden, keep, drop)
+        _drop(hidden, keep, block, drop)
         d_gate = None
         if gate is not None and gate.dtype != d_out.dtype:
             # 16-bit rows: a product that lacks its gate rounds once more, and may leave float16's range.
@@ -131,7 +125,7 @@ class ExpertGradients:
         beta = 1 if expert in self.begun else 0
         self.begun.add(expert)
         d_fc2_weight[expert].addmm_(d_out.t(), hidden, beta=beta)
-        _drop(d_hidden, keep, drop)
+        _drop(d_hidden, keep, block, drop)
         # The hidden activations have served: their memory is free.
         chain(name, pre, d_hidden, (hidden, work))
         d_fc1_weight[expert].addmm_(d_hidden.t(), x, beta=beta)

@@ -68,7 +68,7 @@ def _expert_mlp_op(x, *arguments):
     for e in range(num_experts):
         keep = activation.keep(e, rows, width)
         for block in row_blocks(rows, width):
-            outputs.fill(out[e, block], e, block, x[e, block], None if keep is None else keep[block])
+            outputs.fill(out[e, block], e, block, x[e, block], keep)
     return out, outputs.pre
 
 
@@ -97,8 +97,7 @@ def _expert_mlp_backward_op(d_out, x, pre, *arguments):
     for e in range(num_experts):
         keep = activation.keep(e, rows, width)
         for block in gradient_blocks(rows, width, x.dtype):
-            mask = None if keep is None else keep[block]
-            d_x[e, block], _ = gradients.add(e, block, x[e, block], d_out[e, block], mask)
+            d_x[e, block], _ = gradients.add(e, block, x[e, block], d_out[e, block], keep)
     return (d_x, *gradients.results())
 
 

@@ -84,7 +84,7 @@ def _moe_mlp_op(x, slots, gates, *arguments):
         for block in row_blocks(len(choices), width):
             x_rows, out = (memory[: block.stop - block.start] for memory in (inputs, outs))
             torch.index_select(x, 0, tokens[block], out=x_rows)
-            outputs.fill(out, e, block, x_rows, None if keep is None else keep[block])
+            outputs.fill(out, e, block, x_rows, keep)
             y.index_add_(0, tokens[block], out.to(dtype).mul_(weight.index_select(0, choices[block])))
     return y.to(x.dtype), outputs.pre
 
@@ -117,8 +117,7 @@ def _moe_mlp_backward_op(d_y, x, slots, gates, pre, *arguments):
     for e, choices, tokens, keep in _filled_rows(slots, num_experts, rows_per_expert, width, activation):
         for block in gradient_blocks(len(choices), width, x.dtype):
             x_rows, d_out = (each.index_select(0, tokens[block]) for each in (x, d_y))
-            mask = None if keep is None else keep[block]
-            d_rows, d_gate = gradients.add(e, block, x_rows, d_out, mask, weight.index_select(0, choices[block]))
+            d_rows, d_gate = gradients.add(e, block, x_rows, d_out, keep, weight.index_select(0, choices[block]))
             d_x.index_add_(0, tokens[block], d_rows.to(d_x.dtype))
             d_gates.view(-1)[choices[block]] = d_gate.to(gates.dtype)
     return (d_x.to(x.dtype), d_gates, *gradients.results())
