@@ -47,7 +47,7 @@ def _compare(session: Session, case: Case, group_size: int, load: str, name: str
         # Which choices are kept is defined; where in its expert's part a row lies is not.
         expert = torch.where(want < 0, -1, experts)
         good = {}
-        rows = case.num_tokens // group_size * capacity
+        rows = kernels.rows_per_expert(case.num_tokens, group_size, capacity, capacity)
         for variant, call in calls.items():
             try:
                 got = call()

@@ -4,10 +4,10 @@ One legend: B images, L tokens per image, D width, H hidden width of an expert, 
 E experts, K experts selected per token, C slots per expert and group, T = B * L tokens.
 """
 
-from vmoe_kernels import vmap as _vmap  # noqa: F401  registers the batching rules
+from vmoe_kernels.common.groups import compute_capacity, num_groups, rows_per_expert
 from vmoe_kernels.experts.expert_mlp_op import expert_mlp, expert_mlp_reference
 from vmoe_kernels.experts.moe_mlp_op import moe_mlp, moe_mlp_reference
-from vmoe_kernels.routing.chain import Routing, compute_capacity, num_groups, route, route_reference, rows_per_expert
+from vmoe_kernels.routing.chain import Routing, route, route_reference
 from vmoe_kernels.routing.router_op import RouterOutput, router, router_reference
 from vmoe_kernels.routing.slots import assign_slots, assign_slots_reference
 from vmoe_kernels.rows.combine_op import combine, combine_reference

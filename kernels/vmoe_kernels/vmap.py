@@ -10,12 +10,9 @@ Dims: B samples; of one sample, T tokens, K choices, E experts, R rows of an exp
 import torch
 from torch import Tensor
 
-from vmoe_kernels.experts.expert_mlp_op import _expert_mlp_op, wants_grad
-from vmoe_kernels.experts.moe_mlp_op import _moe_mlp_op
-from vmoe_kernels.routing.router_op import _router_op
-from vmoe_kernels.routing.slots import _assign_slots_op
-from vmoe_kernels.rows.combine_op import _combine_op
-from vmoe_kernels.rows.dispatch_op import _dispatch_op
+from vmoe_kernels.common.checks import MAX_ROWS
+from vmoe_kernels.common.groups import rows_per_expert
+from vmoe_kernels.common.impl import wants_grad
 
 
 def _samples(tensor: Tensor | None, dim: int | None, count: int) -> Tensor | None:
@@ -43,7 +40,7 @@ def _apart(tensor: Tensor, count: int) -> Tensor:
 def _shifted(slots: Tensor, rows: int, num_rows: int) -> Tensor:
     """(B, T, K) slots to (B * T, K): sample b's move by b * rows, of num_rows that a sample has in all."""
     count = slots.shape[0]
-    if count * num_rows >= 2**31:
+    if count * num_rows >= MAX_ROWS:
         raise ValueError(f"vmap needs fewer than 2**31 rows in all, got {count} samples of {num_rows}")
     first = torch.arange(count, device=slots.device, dtype=slots.dtype).view(-1, 1, 1) * rows
     return torch.where(slots < 0, slots, slots + first).flatten(0, 1)
@@ -66,7 +63,7 @@ def _refuse_dropout(op: str, drop: float) -> None:
         raise ValueError(f"vmap over {op} needs drop=0, got {drop}: its random numbers are counted by row")
 
 
-def _router(info, in_dims, x, weight, num_selected_experts, group_size, noise_std, seed):
+def router(info, in_dims, x, weight, num_selected_experts, group_size, noise_std, seed):
     count = info.batch_size
     if in_dims[1] is not None:
         raise ValueError("vmap over router needs one weight for all samples, got a batched weight")
@@ -76,11 +73,11 @@ def _router(info, in_dims, x, weight, num_selected_experts, group_size, noise_st
         )
     x = _samples(x, in_dims[0], count)
     group_size = _whole_groups("router", x.shape[1], group_size)
-    outputs = _router_op(_joined(x), weight, num_selected_experts, group_size, 0.0, None)
+    outputs = torch.ops.vmoe.router(_joined(x), weight, num_selected_experts, group_size, 0.0, None)
     return tuple(each.unflatten(0, (count, each.shape[0] // count)) for each in outputs), (0,) * len(outputs)
 
 
-def _assign_slots(
+def assign_slots(
     info, in_dims, experts, gates, num_experts, group_size, capacity, last_capacity, batch_priority, priority
 ):
     count = info.batch_size
@@ -89,30 +86,30 @@ def _assign_slots(
     if 0 < num_tokens < group_size:
         capacity = last_capacity
     group_size = _whole_groups("assign_slots", num_tokens, group_size)
-    slots = _assign_slots_op(
+    slots = torch.ops.vmoe.assign_slots(
         _joined(experts), _joined(gates), num_experts, group_size, capacity, capacity, batch_priority, priority
     ).view(experts.shape)
     # From row e * B * R + b * R + r of all samples to row e * R + r of its own.
-    rows = num_tokens // group_size * capacity
+    rows = rows_per_expert(num_tokens, group_size, capacity, capacity)
     own = slots // max(count * rows, 1) * rows + slots % max(rows, 1)
     return torch.where(slots < 0, slots, own), 0
 
 
-def _dispatch(info, in_dims, x, slots, num_rows):
+def dispatch(info, in_dims, x, slots, num_rows):
     count = info.batch_size
     x, slots = (_samples(each, dim, count) for each, dim in zip((x, slots), in_dims))
-    buffer = _dispatch_op(_joined(x), _shifted(slots, num_rows, num_rows), count * num_rows)
+    buffer = torch.ops.vmoe.dispatch(_joined(x), _shifted(slots, num_rows, num_rows), count * num_rows)
     return buffer.unflatten(0, (count, num_rows)), 0
 
 
-def _combine(info, in_dims, buffer, slots, gates):
+def combine(info, in_dims, buffer, slots, gates):
     count = info.batch_size
     buffer, slots, gates = (_samples(each, dim, count) for each, dim in zip((buffer, slots, gates), in_dims))
-    y = _combine_op(_joined(buffer), _shifted(slots, buffer.shape[1], buffer.shape[1]), _joined(gates))
+    y = torch.ops.vmoe.combine(_joined(buffer), _shifted(slots, buffer.shape[1], buffer.shape[1]), _joined(gates))
     return y.unflatten(0, (count, slots.shape[1])), 0
 
 
-def _expert_mlp(info, in_dims, x, *arguments):
+def expert_mlp(info, in_dims, x, *arguments):
     *weights, activation, drop, _, save = arguments
     _refuse_dropout("expert_mlp", drop)
     # Inside vmap a batched tensor does not show that it requires a gradient.
@@ -120,14 +117,14 @@ def _expert_mlp(info, in_dims, x, *arguments):
     count, settings = info.batch_size, (activation, drop, None, save)
     x = _samples(x, in_dims[0], count)
     if all(dim is None for dim in in_dims[1:5]):
-        out, pre = _expert_mlp_op(_side_by_side(x), *weights, *settings)
+        out, pre = torch.ops.vmoe.expert_mlp(_side_by_side(x), *weights, *settings)
         return (_apart(out, count), _apart(pre, count)), (0, 0)
     weights = [_joined(_samples(each, dim, count)) for each, dim in zip(weights, in_dims[1:5])]
-    out, pre = _expert_mlp_op(_joined(x), *weights, *settings)
+    out, pre = torch.ops.vmoe.expert_mlp(_joined(x), *weights, *settings)
     return (out.unflatten(0, x.shape[:2]), pre.unflatten(0, x.shape[:2])), (0, 0)
 
 
-def _moe_mlp(info, in_dims, x, slots, gates, *arguments):
+def moe_mlp(info, in_dims, x, slots, gates, *arguments):
     *weights, rows, activation, drop, _, save = arguments
     _refuse_dropout("moe_mlp", drop)
     save = save or wants_grad(x, gates, *weights)
@@ -143,14 +140,6 @@ def _moe_mlp(info, in_dims, x, slots, gates, *arguments):
         weights = [_joined(_samples(each, dim, count)) for each, dim in zip(weights, in_dims[3:7])]
         num_rows, all_rows = weights[0].shape[0] // count * rows, rows
         joined = _shifted(slots, num_rows, num_rows)
-    y, pre = _moe_mlp_op(_joined(x), joined, _joined(gates), *weights, all_rows, *settings)
+    y, pre = torch.ops.vmoe.moe_mlp(_joined(x), joined, _joined(gates), *weights, all_rows, *settings)
     pre = _apart(pre, count) if shared else pre.unflatten(0, (count, -1))
     return (y.unflatten(0, (count, x.shape[1])), pre), (0, 0)
-
-
-_router_op.register_vmap(_router)
-_assign_slots_op.register_vmap(_assign_slots)
-_dispatch_op.register_vmap(_dispatch)
-_combine_op.register_vmap(_combine)
-_expert_mlp_op.register_vmap(_expert_mlp)
-_moe_mlp_op.register_vmap(_moe_mlp)

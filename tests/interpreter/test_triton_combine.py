@@ -8,14 +8,13 @@ from torch.library import opcheck
 
 from vmoe_kernels import combine, combine_reference
 from vmoe_kernels.common import launch
-from vmoe_kernels.rows.triton_combine import (
+from vmoe_kernels.rows.triton_combine_backward import (
     PREDICTED_MICROSECONDS,
     combine_backward_bytes,
     combine_backward_triton,
     combine_bytes,
-    combine_triton,
 )
-from vmoe_kernels.rows.triton_move import dispatch_backward_bytes, dispatch_bytes
+from vmoe_kernels.rows.triton_move import combine_triton, dispatch_backward_bytes, dispatch_bytes
 from vmoe_kernels.testing import (
     ROUTED_SHAPES,
     ROUTINGS,

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vmoe_kernels import moe_mlp, moe_mlp_reference
 from vmoe_kernels.common import launch
-from vmoe_kernels.common.philox import _uniform, philox_bits
+from vmoe_kernels.common.philox import philox_bits, uniform
 from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS
 from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
 from vmoe_kernels.experts.triton_moe_mlp import moe_mlp_backward_triton, moe_mlp_costs, moe_mlp_triton
@@ -112,7 +112,7 @@ def test_moe_mlp_drops_as_on_cuda(monkeypatch):
     def keep(seed, stream, shape, drop):
         rows, columns = shape
         bits, _ = philox_bits(seed + stream, rows * columns)
-        return (_uniform(bits) >= drop).view(rows, columns)
+        return (uniform(bits) >= drop).view(rows, columns)
 
     monkeypatch.setattr(sys.modules["vmoe_kernels.experts.expert_mlp_op"], "dropout_keep", keep)
     assert_matches_eager(*_ops(ODD, drop=0.3, seed=torch.tensor(11)), _inputs("random", ODD), ulps=ULPS)

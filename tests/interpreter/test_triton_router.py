@@ -96,7 +96,7 @@ def test_router_takes_strided_tensors():
     [
         (257, 1, torch.float32, r"num_experts must be at most 256 for the Triton router, got 257"),
         (16, 9, torch.float32, r"num_selected_experts must be at most 8 for the Triton router, got 9"),
-        (4, 1, torch.float64, r"float16, bfloat16 and float32, got x of torch.float64"),
+        (4, 1, torch.float64, r"^x must be float16, bfloat16 or float32 for Triton kernels, got torch.float64"),
     ],
 )
 def test_router_refuses_what_its_kernels_cannot_hold(num_experts, selected, dtype, message):

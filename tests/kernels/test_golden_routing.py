@@ -5,7 +5,7 @@ import torch
 
 import vmoe_kernels as vk
 from tests.conftest import golden_arrays, golden_cases, manifest, relative_error
-from vmoe_kernels.routing.router_op import _top_experts
+from vmoe_kernels.routing.router_op import top_experts
 
 CASES = golden_cases("routing", lambda config: "capacity" in config)
 FAILS = golden_cases("routing", lambda config: "capacity" not in config)
@@ -16,7 +16,7 @@ def _routed(case: str, impl: str):
     arrays = {name: torch.from_numpy(array) for name, array in golden_arrays("routing", case).items()}
     _, tokens, num_experts = arrays["gates"].shape
     flat = arrays["gates"].reshape(-1, num_experts)
-    experts = _top_experts(flat, config["num_selected_experts"])
+    experts = top_experts(flat, config["num_selected_experts"])
     gates = flat.gather(1, experts)
     slots = vk.assign_slots(
         experts.to(torch.int32),

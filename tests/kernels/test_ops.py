@@ -1,13 +1,12 @@
 """The registered ops against their eager twins: outputs and every gradient by name, odd sizes, poison, opcheck."""
 
-import sys
-
 import pytest
 import torch
 from torch.library import opcheck
 
 import vmoe_kernels as vk
 from tests.conftest import relative_error
+from vmoe_kernels.experts import cpu
 
 SIZES = [
     # tokens, group, width, hidden, experts, selected, capacity factor
@@ -77,7 +76,7 @@ def test_layer_equals_reference(size, batch_priority, noise_std):
 @pytest.mark.parametrize("save", [True, False])
 def test_blocks_of_rows_fit_their_memory(save, monkeypatch):
     # 13 rows are cut into blocks of 5, but the 8 or 9 that are filled make one block of 8 or two of 5.
-    monkeypatch.setattr(sys.modules["vmoe_kernels.experts.expert_mlp_op"], "_BLOCK_FLOATS", 8 * 32)
+    monkeypatch.setattr(cpu, "_BLOCK_FLOATS", 8 * 32)
     inputs = _layer_inputs((40, 40, 16, 32, 4, 1, 1.3))
     results = []
     for impl in ("auto", "reference"):
@@ -95,14 +94,13 @@ def test_blocks_of_rows_fit_their_memory(save, monkeypatch):
 
 
 def test_no_block_exceeds_the_largest():
-    module = sys.modules["vmoe_kernels.experts.expert_mlp_op"]
     for hidden in (1, 2048, 3072, 1 << 21):
         for rows in (0, 1, 341, 342, 512, 513, 700, 864, 1025, 5000):
-            blocks = list(module.row_blocks(rows, hidden))
+            blocks = list(cpu.row_blocks(rows, hidden))
             assert [i for block in blocks for i in range(block.start, block.stop)] == list(range(rows))
             for fewer in range(0, rows + 1, max(rows // 50, 1)):
-                sizes = [block.stop - block.start for block in module.row_blocks(fewer, hidden)]
-                assert max(sizes, default=0) <= module.largest_block(rows, hidden)
+                sizes = [block.stop - block.start for block in cpu.row_blocks(fewer, hidden)]
+                assert max(sizes, default=0) <= cpu.largest_block(rows, hidden)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])

@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Slots are int32, and so are the choices that hold them.
 MAX_ROWS = 2**31
+# What the Triton kernels of routing hold in registers.
+MAX_EXPERTS, MAX_SELECTED = 256, 8
 # Philox counts in 32 bits: beyond, the random numbers would repeat.
 MAX_DRAWS = 2**32
 
@@ -85,10 +87,29 @@ def check_seed(seed: Tensor, device: torch.device, needed_for: str) -> None:
         raise ValueError(f"seed must be on {device} like the data, got {seed.device}")
 
 
+def check_triton_dtypes(**tensors: Tensor) -> None:
+    """The Triton kernels accumulate in float32, so wider data would lose digits in silence."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(f"{name} must be float16, bfloat16 or float32 for Triton kernels, got {tensor.dtype}")
+
+
+def check_triton_routing(op: str, num_experts: int, num_choices: int, choices: str = "num_selected_experts") -> None:
+    """E and K, which `choices` names, are within what the Triton kernels hold in registers."""
+    for name, value, most in (("num_experts", num_experts, MAX_EXPERTS), (choices, num_choices, MAX_SELECTED)):
+        check_integer(name, value, 0, f"at most {most} for the Triton {op}", most)
+
+
 def check_rows(rows: int) -> None:
     """The rows of a buffer can be counted in int32."""
     if not torch.compiler.is_compiling() and rows >= MAX_ROWS:
         raise ValueError(f"the buffer must have fewer than 2**31 rows, got {rows}")
+
+
+def check_choices(slots: Tensor) -> None:
+    """The choices that rows hold can be counted in int32."""
+    if not torch.compiler.is_compiling() and slots.numel() >= MAX_ROWS:
+        raise ValueError(f"slots must hold fewer than 2**31 choices, got {slots.numel()}")
 
 
 def check_draws(what: str, count: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vmoe_kernels.common.checks import MAX_ROWS
+from vmoe_kernels.common.checks import check_choices
 from vmoe_kernels.common.transforms import carries_tangent, differentiating
 
 IMPLS = ("auto", "triton", "reference")
@@ -63,6 +63,11 @@ def use_reference(impl: str, x: Tensor, *others: Tensor | None) -> bool:
     return on_triton and (not HAS_TRITON or x.dtype == torch.float64)
 
 
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward may come, so that what it needs must be kept."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def no_autocast(fn: Callable) -> Callable:
     """Runs an implementation as its dtypes say: an enclosing autocast would narrow its float32 accumulation."""
 
@@ -110,5 +115,4 @@ def check_slots(slots: Tensor, num_tokens: int, device: torch.device) -> None:
         raise ValueError(f"slots must be (T, K) with T={num_tokens}, got {tuple(slots.shape)}")
     if slots.device != device:
         raise ValueError(f"slots must be on {device}, got {slots.device}")
-    if not torch.compiler.is_compiling() and slots.numel() >= MAX_ROWS:
-        raise ValueError(f"slots must hold fewer than 2**31 choices, got {slots.numel()}")
+    check_choices(slots)

@@ -26,8 +26,8 @@ def philox_normal(seed: Tensor, count: int) -> Tensor:
         (count,) float32 on the device of `seed`.
     """
     c0, c1 = philox_bits(seed, count)
-    u1 = _uniform(c0).clamp(min=1.0e-7)
-    return torch.sqrt(-2.0 * torch.log(u1)) * torch.cos(2.0 * math.pi * _uniform(c1))
+    u1 = uniform(c0).clamp(min=1.0e-7)
+    return torch.sqrt(-2.0 * torch.log(u1)) * torch.cos(2.0 * math.pi * uniform(c1))
 
 
 def philox_bits(seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def philox_bits(seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return c0, c1
 
 
-def _uniform(bits: Tensor) -> Tensor:
+def uniform(bits: Tensor) -> Tensor:
     """32 random bits, held in int64, to float32 in [0, 1)."""
     # A value with the top bit set is a negative int32, which is complemented.
     magnitude = torch.where(bits > 0x7FFFFFFF, _MASK - bits, bits)
@@ -68,7 +68,7 @@ def dropout_keep(seed: Tensor, stream: int, shape: tuple[int, int], drop: float)
     if seed.device.type == "cpu":
         return torch.ops.vmoe.dropout_keep(seed, stream, rows, columns, drop)
     bits, _ = philox_bits(seed + stream, rows * columns)
-    return (_uniform(bits) >= drop).view(rows, columns)
+    return (uniform(bits) >= drop).view(rows, columns)
 
 
 @torch.library.custom_op("vmoe::dropout_keep", mutates_args=(), device_types="cpu")

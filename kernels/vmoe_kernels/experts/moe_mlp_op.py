@@ -10,34 +10,23 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe_kernels.common.checks import check_integer, check_rows
+from vmoe_kernels import vmap
+from vmoe_kernels.common.checks import check_integer
 from vmoe_kernels.common.impl import (
     HAS_TRITON,
     accumulation_dtype,
-    check_dtypes,
     check_floating,
     check_slots,
     no_autocast,
     register_triton,
     use_reference,
-)
-from vmoe_kernels.common.philox import dropout_keep
-from vmoe_kernels.common.transforms import differs_backward, twin_gradients
-from vmoe_kernels.experts.activations import check_activation
-from vmoe_kernels.experts.expert_mlp_op import (
-    ExpertGradients,
-    check_dropout,
-    check_expert_weights,
-    expert_mlp_reference,
-    fake_weight_gradients,
-    forward_rows,
-    gradient_blocks,
-    largest_block,
-    row_blocks,
     wants_grad,
-    weights_of,
 )
-from vmoe_kernels.rows.combine_op import _nan_gates, combine_reference
+from vmoe_kernels.common.transforms import differs_backward, twin_gradients
+from vmoe_kernels.experts.cpu import ExpertGradients, ExpertOutputs, gradient_blocks, largest_block, row_blocks
+from vmoe_kernels.experts.expert_mlp_op import expert_mlp_reference
+from vmoe_kernels.experts.types import ACTIVATION, WEIGHTS, Activation, bundle, check_experts
+from vmoe_kernels.rows.combine_op import combine_reference, nan_gates
 from vmoe_kernels.rows.dispatch_op import choice_of_row, dispatch_reference
 
 
@@ -57,66 +46,47 @@ def moe_mlp_reference(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Eager twin of `moe_mlp`: the three twins, chained."""
-    num_experts = fc1_weight.shape[0]
+    num_experts, weights = fc1_weight.shape[0], (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     buffer = dispatch_reference(x, slots, num_experts * rows_per_expert).view(num_experts, rows_per_expert, x.shape[1])
-    out = expert_mlp_reference(
-        buffer, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation, drop=drop, seed=seed
-    )
+    out = expert_mlp_reference(buffer, *weights, activation=activation, drop=drop, seed=seed)
     return combine_reference(out.flatten(0, 1), slots, gates)
 
 
-def _filled_rows(slots: Tensor, num_experts: int, rows_per_expert: int):
-    """Per expert: its filled rows and the flat choices that hold them, both int64."""
-    choices = choice_of_row(slots, num_experts * rows_per_expert).view(num_experts, rows_per_expert)
+def _filled_rows(slots: Tensor, num_experts: int, rows_per_expert: int, width: int, activation: Activation):
+    """Per expert: the flat choices that hold its filled rows, their tokens, and what dropout keeps of the rows."""
+    choice_of = choice_of_row(slots, num_experts * rows_per_expert).view(num_experts, rows_per_expert)
     for e in range(num_experts):
-        rows = (choices[e] >= 0).nonzero().squeeze(1)
-        yield e, rows, choices[e, rows]
+        rows = (choice_of[e] >= 0).nonzero().squeeze(1)
+        choices = choice_of[e, rows]
+        keep = activation.keep(e, rows_per_expert, width)
+        yield e, choices, choices // slots.shape[1], None if keep is None else keep[rows]
 
 
-@torch.library.custom_op("vmoe::moe_mlp", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "vmoe::moe_mlp",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor x, Tensor slots, Tensor gates, {WEIGHTS}, SymInt rows_per_expert, {ACTIVATION}, bool save)"
+    " -> (Tensor, Tensor)",
+)
 @no_autocast
-def _moe_mlp_op(
-    x: Tensor,
-    slots: Tensor,
-    gates: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    rows_per_expert: int,
-    activation: str,
-    drop: float,
-    seed: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    num_experts, width, _ = fc1_weight.shape
+def _moe_mlp_op(x, slots, gates, *arguments):
+    *weights, rows_per_expert, activation, drop, seed, save = arguments
+    weights, activation = bundle(*weights, activation, drop, seed)
+    num_experts, width, _ = weights.fc1_weight.shape
     dtype = accumulation_dtype(x.dtype)
-    y = _nan_gates(gates.to(dtype), slots).expand(-1, fc2_weight.shape[1]).contiguous()
-    # Filled rows lie packed at the front of each expert's part; the rest is never touched.
-    pre = x.new_empty(num_experts, rows_per_expert if save else 0, width)
+    y = nan_gates(gates.to(dtype), slots).expand(-1, weights.fc2_weight.shape[1]).contiguous()
     weight = gates.reshape(-1, 1).to(dtype)
     largest = largest_block(rows_per_expert, width)
-    scratch = x.new_empty(1 if save else 2, largest, width)
-    inputs, outputs = x.new_empty(largest, x.shape[1]), x.new_empty(largest, y.shape[1])
-    for e, rows, choices in _filled_rows(slots, num_experts, rows_per_expert):
-        tokens = choices // slots.shape[1]
-        keep = dropout_keep(seed, e, (rows_per_expert, width), drop)[rows] if drop > 0 else None
-        for block in row_blocks(rows.numel(), width):
-            count = block.stop - block.start
-            x_rows, out, memory = inputs[:count], outputs[:count], scratch[:, :count]
+    inputs, outs = x.new_empty(largest, x.shape[1]), x.new_empty(largest, y.shape[1])
+    outputs = ExpertOutputs(weights, activation, rows_per_expert, save)
+    for e, choices, tokens, keep in _filled_rows(slots, num_experts, rows_per_expert, width, activation):
+        for block in row_blocks(len(choices), width):
+            x_rows, out = (memory[: block.stop - block.start] for memory in (inputs, outs))
             torch.index_select(x, 0, tokens[block], out=x_rows)
-            forward_rows(
-                x_rows,
-                pre[e, block] if save else memory[1],
-                memory[0],
-                out,
-                weights_of(e, fc1_weight, fc1_bias, fc2_weight, fc2_bias),
-                activation,
-                None if keep is None else keep[block],
-                drop,
-            )
+            outputs.fill(out, e, block, x_rows, keep)
             y.index_add_(0, tokens[block], out.to(dtype).mul_(weight.index_select(0, choices[block])))
-    return y.to(x.dtype), pre
+    return y.to(x.dtype), outputs.pre
 
 
 @_moe_mlp_op.register_fake
@@ -128,99 +98,67 @@ def _(x, slots, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows_per_expe
     )
 
 
-@torch.library.custom_op("vmoe::moe_mlp_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "vmoe::moe_mlp_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor d_y, Tensor x, Tensor slots, Tensor gates, Tensor pre, {WEIGHTS}, SymInt rows_per_expert, "
+    f"{ACTIVATION}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 @no_autocast
-def _moe_mlp_backward_op(
-    d_y: Tensor,
-    x: Tensor,
-    slots: Tensor,
-    gates: Tensor,
-    pre: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    rows_per_expert: int,
-    activation: str,
-    drop: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_experts, width, _ = fc1_weight.shape
-    gradients = ExpertGradients((fc1_weight, fc1_bias, fc2_weight, fc2_bias), activation, drop)
+def _moe_mlp_backward_op(d_y, x, slots, gates, pre, *arguments):
+    *weights, rows_per_expert, activation, drop, seed = arguments
+    weights, activation = bundle(*weights, activation, drop, seed)
+    num_experts, width, _ = weights.fc1_weight.shape
+    gradients = ExpertGradients(weights, activation, pre)
     d_x = torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device)
     d_gates = gates.new_zeros(gates.shape)
     weight = gates.reshape(-1, 1).to(d_x.dtype)
-    for e, rows, choices in _filled_rows(slots, num_experts, rows_per_expert):
-        if rows.numel() == 0:
-            gradients.no_rows(e)
-        tokens = choices // slots.shape[1]
-        keep = dropout_keep(seed, e, (rows_per_expert, width), drop)[rows] if drop > 0 else None
-        for block in gradient_blocks(rows.numel(), width, x.dtype):
-            d_rows, d_gate = gradients.add_rows(
-                e,
-                block.start == 0,
-                x.index_select(0, tokens[block]),
-                pre[e, block],
-                d_y.index_select(0, tokens[block]),
-                weight.index_select(0, choices[block]),
-                None if keep is None else keep[block],
-            )
+    for e, choices, tokens, keep in _filled_rows(slots, num_experts, rows_per_expert, width, activation):
+        for block in gradient_blocks(len(choices), width, x.dtype):
+            x_rows, d_out = (each.index_select(0, tokens[block]) for each in (x, d_y))
+            d_rows, d_gate = gradients.add(e, block, x_rows, d_out, keep, weight.index_select(0, choices[block]))
             d_x.index_add_(0, tokens[block], d_rows.to(d_x.dtype))
             d_gates.view(-1)[choices[block]] = d_gate.to(gates.dtype)
     return (d_x.to(x.dtype), d_gates, *gradients.results())
 
 
 @_moe_mlp_backward_op.register_fake
-def _(d_y, x, slots, gates, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows_per_expert, activation, drop, seed):
-    return (
-        x.new_empty(x.shape),
-        gates.new_empty(gates.shape),
-        *fake_weight_gradients(fc1_weight, fc1_bias, fc2_weight, fc2_bias),
-    )
+def _(d_y, x, slots, gates, pre, *arguments):
+    *weights, _, activation, drop, seed = arguments
+    gradients = bundle(*weights, activation, drop, seed)[0].new_gradients()
+    return (x.new_empty(x.shape), gates.new_empty(gates.shape), *gradients)
 
 
 def _setup_context(ctx, inputs, output):
-    x, slots, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows_per_expert, activation, drop, seed, _ = inputs
-    ctx.save_for_backward(x, slots, gates, output[1], fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed)
+    *tensors, ctx.rows_per_expert, ctx.activation, ctx.drop, seed, _ = inputs
+    ctx.save_for_backward(*tensors, output[1], seed)
     ctx.mark_non_differentiable(output[1])
     # Else autograd would fill a zero gradient of the size of the pre-activation.
     ctx.set_materialize_grads(False)
-    ctx.rows_per_expert, ctx.activation, ctx.drop = rows_per_expert, activation, drop
 
 
 def _backward(ctx, d_y, _pre):
     if d_y is None:
         return (None,) * 12
-    x, slots, gates, pre, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed = ctx.saved_tensors
+    x, slots, gates, *weights, pre, seed = ctx.saved_tensors
     if differs_backward():
 
         def twin(x, gates, *weights):
             settings = {"rows_per_expert": ctx.rows_per_expert, "activation": ctx.activation}
             return moe_mlp_reference(x, slots, gates, *weights, **settings, drop=ctx.drop, seed=seed)
 
-        d_x, *others = twin_gradients(twin, (x, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias), (d_y,))
-        return (d_x, None, *others, None, None, None, None, None)
-    d_x, d_gates, d_fc1, d_b1, d_fc2, d_b2 = torch.ops.vmoe.moe_mlp_backward(
-        d_y.contiguous(),
-        x,
-        slots,
-        gates,
-        pre,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        ctx.rows_per_expert,
-        ctx.activation,
-        ctx.drop,
-        seed,
-    )
-    d_b1 = None if fc1_bias is None else d_b1
-    d_b2 = None if fc2_bias is None else d_b2
-    return d_x, None, d_gates, d_fc1, d_b1, d_fc2, d_b2, None, None, None, None, None
+        gradients = twin_gradients(twin, (x, gates, *weights), (d_y,))
+    else:
+        settings = (ctx.rows_per_expert, ctx.activation, ctx.drop, seed)
+        gradients = torch.ops.vmoe.moe_mlp_backward(d_y.contiguous(), x, slots, gates, pre, *weights, *settings)
+        gradients = (None if of is None else gradient for gradient, of in zip(gradients, (x, gates, *weights)))
+    d_x, *others = gradients
+    return (d_x, None, *others, None, None, None, None, None)
 
 
 _moe_mlp_op.register_autograd(_backward, setup_context=_setup_context)
+_moe_mlp_op.register_vmap(vmap.moe_mlp)
 
 
 @register_flop_formula(torch.ops.vmoe.moe_mlp)
@@ -280,12 +218,8 @@ def moe_mlp(
     check_slots(slots, x.shape[0], x.device)
     if gates.shape != slots.shape:
         raise ValueError(f"gates must have the shape of slots {tuple(slots.shape)}, got {tuple(gates.shape)}")
-    check_dtypes(x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-    check_expert_weights(x.shape[1], *weights)
     rows_per_expert = check_integer("rows_per_expert", rows_per_expert, 0)
-    check_rows(fc1_weight.shape[0] * rows_per_expert)
-    check_activation(activation)
-    drop = check_dropout(drop, seed, x.device, rows_per_expert * fc1_weight.shape[1])
+    drop = check_experts(x, *weights, rows=rows_per_expert, activation=activation, drop=drop, seed=seed)
     if use_reference(impl, x, gates, *weights):
         return moe_mlp_reference(
             x, slots, gates, *weights, rows_per_expert=rows_per_expert, activation=activation, drop=drop, seed=seed

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table
 from vmoe_kernels.experts.triton_epilogue import store_hidden, store_hidden_gradient, tile_mask, tile_rows
+from vmoe_kernels.experts.types import Activation
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -109,9 +110,7 @@ def activation_after_gemm(
     raw: Tensor,
     bias: Tensor | None,
     choices: Tensor | None,
-    activation: str,
-    drop: float,
-    seed: Tensor | None,
+    activation: Activation,
     save: bool,
 ) -> Tensor:
     """Bias, activation and dropout of what cuBLAS computed.
@@ -120,9 +119,7 @@ def activation_after_gemm(
         raw: (E, R, W); with `save` it becomes the pre-activation, else the result.
         bias: (E, W) or None.
         choices: (E * R,) int32, -1 where a row is empty, or None if all rows count; empty rows are left undefined.
-        activation: its name, or "none".
-        drop: probability of dropping an element.
-        seed: 0-dim int64 key, or None for no dropout.
+        activation: and dropout.
         save: whether `raw` must hold the pre-activation.
 
     Returns:
@@ -134,8 +131,8 @@ def activation_after_gemm(
     tiles = triton.cdiv(rows, config.constexprs["BLOCK_ROWS"]) * triton.cdiv(width, config.constexprs["BLOCK_COLS"])
     if num_experts * tiles > 0:
         _activation_kernel[(num_experts * tiles,)](
-            raw, bias, raw if save else None, out, choices, seed, drop, rows,
-            ACTIVATION=activation, WIDTH=width, **config.kwargs(),
+            raw, bias, raw if save else None, out, choices, activation.seed, activation.drop, rows,
+            ACTIVATION=activation.name, WIDTH=width, **config.kwargs(),
         )  # fmt: skip
     return out
 
@@ -158,20 +155,17 @@ def activation_backward_after_gemm(
     gates: Tensor | None,
     choices: Tensor | None,
     biased: bool,
-    activation: str,
-    drop: float,
-    seed: Tensor | None,
+    activation: Activation,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Backward of `activation_after_gemm` on what cuBLAS computed; arguments and results as `hidden_gradient`'s."""
     num_experts, rows, width = pre.shape
     config = look_up("activation_backward", pre.device)
     outputs = hidden_gradient_outputs(pre, config, gates is not None, biased)
-    d_pre, gated, row_dots, column_sums = outputs
     tiles = triton.cdiv(rows, config.constexprs["BLOCK_ROWS"]) * triton.cdiv(width, config.constexprs["BLOCK_COLS"])
     if num_experts * tiles > 0:
         _activation_backward_kernel[(num_experts * tiles,)](
-            d_hidden, pre, gates, choices, d_pre, gated, row_dots, column_sums, seed, drop, num_experts, rows,
-            ACTIVATION=activation, WIDTH=width, **config.kwargs(),
+            d_hidden, pre, gates, choices, *outputs, activation.seed, activation.drop, num_experts, rows,
+            ACTIVATION=activation.name, WIDTH=width, **config.kwargs(),
         )  # fmt: skip
     return outputs
 

@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe_kernels.common.checks import MAX_DRAWS, check_triton_dtypes
 from vmoe_kernels.common.impl import no_autocast
 from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table
 from vmoe_kernels.experts.triton_activation import compile_case
 from vmoe_kernels.experts.triton_epilogue import tile_rows
 from vmoe_kernels.experts.triton_gemm import Buffer, Rows, linear
 from vmoe_kernels.experts.triton_gradient import hidden_gradient, weight_gradient
-from vmoe_kernels.rows.triton_move import check_dtype
+from vmoe_kernels.experts.types import Activation, ExpertWeights, bundle, contiguous
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -120,120 +121,71 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def check_sizes(rows: int, hidden: int, drop: float) -> None:
+def check_sizes(rows: int, weights: ExpertWeights, activation: Activation) -> None:
     """The random stream of an expert counts its hidden activations in 32 bits."""
-    if drop > 0 and rows * hidden >= 2**32:
+    hidden = weights.fc1_weight.shape[1]
+    if activation.drop > 0 and rows * hidden >= MAX_DRAWS:
         raise ValueError(f"drop > 0 needs fewer than 2**32 hidden activations per expert, got {rows} * {hidden}")
 
 
 @no_autocast
-def expert_mlp_triton(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    activation: str,
-    drop: float,
-    seed: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
+def expert_mlp_triton(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """Launcher of `vmoe::expert_mlp`."""
-    check_dtype("x", x)
-    num_experts, rows, _ = x.shape
-    width = fc1_weight.shape[1]
-    check_sizes(rows, width, drop)
-    return run_experts(
-        Rows(x.contiguous(), Buffer(num_experts, rows)),
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed, save,
-    )  # fmt: skip
+    check_triton_dtypes(x=x)
+    *arguments, save = arguments
+    weights, activation = bundle(*arguments)
+    buffer = Buffer(*x.shape[:2])
+    check_sizes(buffer.rows, weights, activation)
+    return run_experts(Rows(x.contiguous(), buffer), weights, activation, save)
 
 
-def run_experts(
-    x: Rows,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    activation: str,
-    drop: float,
-    seed: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
+def run_experts(x: Rows, weights: ExpertWeights, activation: Activation, save: bool) -> tuple[Tensor, Tensor]:
     """Both GEMMs: the outputs (E, R, O) and the pre-activation (E, R, H), or (E, 0, H) unless saved."""
-    hidden, pre = linear(
-        "expert_up", x, fc1_weight.contiguous(), contiguous(fc1_bias),
-        activation=activation, drop=drop, seed=seed, save=save,
-    )  # fmt: skip
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights.contiguous()
+    hidden, pre = linear("expert_up", x, fc1_weight, fc1_bias, activation=activation, save=save)
     if pre is None:
         pre = hidden.new_empty(hidden.shape[0], 0, hidden.shape[2])
-    out, _ = linear("expert_down", Rows(hidden, x.buffer), fc2_weight.contiguous(), contiguous(fc2_bias))
+    out, _ = linear("expert_down", Rows(hidden, x.buffer), fc2_weight, fc2_bias)
     return out, pre
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """A bias as the kernels read it."""
-    return None if tensor is None else tensor.contiguous()
 
 
 @no_autocast
 def expert_mlp_backward_triton(
-    d_out: Tensor,
-    x: Tensor,
-    pre: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    activation: str,
-    drop: float,
-    seed: Tensor | None,
+    d_out: Tensor, x: Tensor, pre: Tensor, *arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher of `vmoe::expert_mlp_backward`."""
-    check_dtype("x", x)
+    check_triton_dtypes(x=x)
     buffer = Buffer(*x.shape[:2])
     d_out, x = Rows(d_out.contiguous(), buffer), Rows(x.contiguous(), buffer)
-    d_x, weights, _ = experts_backward(
-        d_out, x, pre, None, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed
-    )
-    return d_x, *weights
+    d_x, gradients, _ = experts_backward(d_out, x, pre, None, *bundle(*arguments))
+    return d_x, *gradients
 
 
 def experts_backward(
-    d_out: Rows,
-    x: Rows,
-    pre: Tensor,
-    gates: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    activation: str,
-    drop: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    d_out: Rows, x: Rows, pre: Tensor, gates: Tensor | None, weights: ExpertWeights, activation: Activation
+) -> tuple[Tensor, ExpertWeights, tuple[Tensor | None, Tensor | None]]:
     """Backward of `run_experts`, and of the gated sum of its outputs where gates are given.
 
     Returns:
-        The gradient of the rows of x (E, R, D), undefined in empty rows; the gradients of fc1 weight and bias, fc2
-        weight and bias, empty where a bias is absent; and, with gates, float32 parts (P, E * R) and (E * R,) that add
-        up to the gradient of the gate of each row, the second from the bias, None where there is none.
+        The gradient of the rows of x (E, R, D), undefined in empty rows; the gradients of the weights, empty where a
+        bias is absent; and, with gates, float32 parts (P, E * R) and (E * R,) that add up to the gradient of the gate
+        of each row, the second from the bias, None where there is none.
     """
-    buffer = x.buffer
+    buffer, gates = x.buffer, contiguous(gates)
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights.contiguous()
     d_pre, gated, row_dots, column_sums = hidden_gradient(
-        d_out, fc2_weight.contiguous(), pre.contiguous(), contiguous(gates),
-        biased=fc1_bias is not None, activation=activation, drop=drop, seed=seed,
-    )  # fmt: skip
+        d_out, fc2_weight, pre.contiguous(), gates, biased=fc1_bias is not None, activation=activation
+    )
     bias_dots, d_fc2_bias = None, fc2_weight.new_empty(0)
     if fc2_bias is not None:
         bias_dots = None if row_dots is None else row_dots.new_empty(row_dots.shape[1])
-        d_fc2_bias = output_bias_gradient(d_out, contiguous(gates), fc2_bias.contiguous(), bias_dots)
+        d_fc2_bias = output_bias_gradient(d_out, gates, fc2_bias, bias_dots)
     d_fc1_bias = fc1_weight.new_empty(0) if column_sums is None else sum_parts(column_sums, fc1_weight.dtype)
     gated, d_pre = Rows(gated, buffer), Rows(d_pre, buffer)
     d_fc2 = weight_gradient("expert_d_fc2", d_out, gated)
     d_fc1 = weight_gradient("expert_d_fc1", d_pre, x)
-    d_x, _ = linear("expert_d_rows", d_pre, fc1_weight.contiguous(), None, transposed=True)
-    return d_x, (d_fc1, d_fc1_bias, d_fc2, d_fc2_bias), (row_dots, bias_dots)
+    d_x, _ = linear("expert_d_rows", d_pre, fc1_weight, None, transposed=True)
+    return d_x, ExpertWeights(d_fc1, d_fc1_bias, d_fc2, d_fc2_bias), (row_dots, bias_dots)
 
 
 def _compile_cases() -> list[CompileCase]:

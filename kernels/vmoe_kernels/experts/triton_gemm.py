@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
 from vmoe_kernels.experts.triton_activation import activation_after_gemm, compile_case
 from vmoe_kernels.experts.triton_epilogue import store_hidden, tile_mask, tile_rows
+from vmoe_kernels.experts.types import NO_ACTIVATION, Activation
 from vmoe_kernels.rows.triton_move import dispatch_triton
 
 
@@ -314,9 +315,7 @@ def linear(
     bias: Tensor | None,
     *,
     transposed: bool = False,
-    activation: str = "none",
-    drop: float = 0.0,
-    seed: Tensor | None = None,
+    activation: Activation = NO_ACTIVATION,
     save: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """out = dropout(activation(x @ weight^T + bias)) for the rows of every expert; empty rows are left undefined.
@@ -327,9 +326,7 @@ def linear(
         weight: (E, OUT, IN), or (E, IN, OUT) if transposed, contiguous.
         bias: (E, OUT) or None.
         transposed: how the weight lies.
-        activation: its name, or "none".
-        drop: probability of dropping an element.
-        seed: 0-dim int64 key, used where drop > 0.
+        activation: and dropout.
         save: whether the pre-activation is wanted.
 
     Returns:
@@ -338,13 +335,12 @@ def linear(
     buffer = x.buffer
     num_experts, rows = buffer.num_experts, buffer.rows
     width_in, width_out = x.data.shape[-1], weight.shape[2 if transposed else 1]
-    seed = seed if drop > 0 else None
-    config = gemm_config(op, weight.dtype, weight.device, rows, drop)
+    config = gemm_config(op, weight.dtype, weight.device, rows, activation.drop)
     if config == CUBLAS:
         raw = torch.bmm(x.gathered, weight if transposed else weight.transpose(1, 2))
-        if bias is None and activation == "none":
+        if bias is None and activation.name == "none":
             return raw, None
-        return activation_after_gemm(raw, bias, buffer.choices, activation, drop, seed, save), raw if save else None
+        return activation_after_gemm(raw, bias, buffer.choices, activation, save), raw if save else None
     out = weight.new_empty(num_experts, rows, width_out)
     pre = torch.empty_like(out) if save else None
     sizes = config.constexprs
@@ -352,9 +348,9 @@ def linear(
     if tiles > 0:
         operand, launch = weight_operand(weight, config, transposed)
         _linear_kernel[(programs(config, tiles, weight.device),)](
-            x.data, buffer.choices, operand, bias, pre, out, seed, drop, num_experts, rows,
+            x.data, buffer.choices, operand, bias, pre, out, activation.seed, activation.drop, num_experts, rows,
             IN=width_in, OUT=width_out, K=buffer.num_choices, GATHER=x.gather, TRANSPOSED=transposed,
-            ACTIVATION=activation, PRECISION=dot_precision(weight), **launch,
+            ACTIVATION=activation.name, PRECISION=dot_precision(weight), **launch,
         )  # fmt: skip
     return out, pre
 

@@ -31,6 +31,7 @@ from vmoe_kernels.experts.triton_gemm import (
     weight_operand,
     weight_type,
 )
+from vmoe_kernels.experts.types import Activation
 
 
 @triton.jit(do_not_specialize=["num_experts", "num_rows"])
@@ -194,9 +195,7 @@ def hidden_gradient(
     gates: Tensor | None,
     *,
     biased: bool,
-    activation: str,
-    drop: float,
-    seed: Tensor | None,
+    activation: Activation,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Backward through the second GEMM and the activation, which is recomputed.
 
@@ -206,9 +205,7 @@ def hidden_gradient(
         pre: (E, R, H) saved pre-activation.
         gates: (T, K) weights of the choices, or None.
         biased: whether the first bias needs its gradient.
-        activation: its name.
-        drop: probability of dropping a hidden activation.
-        seed: 0-dim int64 key, used where drop > 0.
+        activation: and dropout.
 
     Returns:
         d_pre (E, R, H), gated (E, R, H), which is gate * hidden, both 0 in empty rows; row_dots (parts, E * R) float32,
@@ -216,22 +213,20 @@ def hidden_gradient(
         the gradient of the first bias, or None.
     """
     buffer = d_out.buffer
-    seed = seed if drop > 0 else None
     config = gemm_config("expert_d_hidden", weight.dtype, weight.device, buffer.rows)
     if config == CUBLAS:
         d_hidden = torch.bmm(d_out.gathered, weight)
-        return activation_backward_after_gemm(d_hidden, pre, gates, buffer.choices, biased, activation, drop, seed)
+        return activation_backward_after_gemm(d_hidden, pre, gates, buffer.choices, biased, activation)
     outputs = hidden_gradient_outputs(pre, config, gates is not None, biased)
-    d_pre, gated, row_dots, column_sums = outputs
     num_experts, rows, width = pre.shape
     sizes = config.constexprs
     tiles = num_experts * triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(width, sizes["BLOCK_COLS"])
     if tiles > 0:
         operand, launch = weight_operand(weight, config, transposed=True)
         _hidden_gradient_kernel[(programs(config, tiles, weight.device),)](
-            d_out.data, buffer.choices, gates, operand, pre, d_pre, gated, row_dots, column_sums, seed, drop,
+            d_out.data, buffer.choices, gates, operand, pre, *outputs, activation.seed, activation.drop,
             num_experts, rows, IN=weight.shape[1], OUT=width, K=buffer.num_choices, GATHER=d_out.gather,
-            ACTIVATION=activation, PRECISION=dot_precision(weight), **launch,
+            ACTIVATION=activation.name, PRECISION=dot_precision(weight), **launch,
         )  # fmt: skip
     return outputs
 

@@ -8,12 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe_kernels.common.checks import check_triton_dtypes
 from vmoe_kernels.common.impl import no_autocast
 from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table
 from vmoe_kernels.experts.triton_activation import compile_case
 from vmoe_kernels.experts.triton_expert_mlp import check_sizes, experts_backward, run_experts
 from vmoe_kernels.experts.triton_gemm import Buffer, Rows
-from vmoe_kernels.rows.triton_move import check_dtype, choice_of_row_triton, sum_rows
+from vmoe_kernels.experts.types import ExpertWeights, bundle
+from vmoe_kernels.rows.triton_move import choice_of_row_triton, sum_rows
 
 
 @triton.jit(do_not_specialize=["num_choices", "num_rows"])
@@ -66,64 +68,37 @@ def gate_gradient(row_dots: Tensor, bias_dots: Tensor | None, slots: Tensor, gat
 
 
 @no_autocast
-def moe_mlp_triton(
-    x: Tensor,
-    slots: Tensor,
-    gates: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    rows_per_expert: int,
-    activation: str,
-    drop: float,
-    seed: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
+def moe_mlp_triton(x: Tensor, slots: Tensor, gates: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """Launcher of `vmoe::moe_mlp`."""
-    check_dtype("x", x)
-    num_experts, hidden, _ = fc1_weight.shape
-    check_sizes(rows_per_expert, hidden, drop)
+    check_triton_dtypes(x=x)
+    *weights, rows, activation, drop, seed, save = arguments
+    weights, activation = bundle(*weights, activation, drop, seed)
+    check_sizes(rows, weights, activation)
     slots = slots.contiguous()
-    buffer = _buffer(slots, num_experts, rows_per_expert)
-    out, pre = run_experts(
-        Rows(x.contiguous(), buffer, gather=True),
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed, save,
-    )  # fmt: skip
+    tokens = Rows(x.contiguous(), _buffer(slots, weights, rows), gather=True)
+    out, pre = run_experts(tokens, weights, activation, save)
     return sum_rows("combine", out.flatten(0, 1), slots, gates), pre
 
 
-def _buffer(slots: Tensor, num_experts: int, rows: int) -> Buffer:
+def _buffer(slots: Tensor, weights: ExpertWeights, rows: int) -> Buffer:
+    num_experts = weights.fc1_weight.shape[0]
     return Buffer(num_experts, rows, slots, choice_of_row_triton(slots, num_experts * rows))
 
 
 @no_autocast
 def moe_mlp_backward_triton(
-    d_y: Tensor,
-    x: Tensor,
-    slots: Tensor,
-    gates: Tensor,
-    pre: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    rows_per_expert: int,
-    activation: str,
-    drop: float,
-    seed: Tensor | None,
+    d_y: Tensor, x: Tensor, slots: Tensor, gates: Tensor, pre: Tensor, *arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher of `vmoe::moe_mlp_backward`."""
-    check_dtype("x", x)
+    check_triton_dtypes(x=x)
+    *weights, rows, activation, drop, seed = arguments
+    weights, activation = bundle(*weights, activation, drop, seed)
     slots = slots.contiguous()
-    buffer = _buffer(slots, fc1_weight.shape[0], rows_per_expert)
-    d_rows, weights, dots = experts_backward(
-        Rows(d_y.contiguous(), buffer, gather=True),
-        Rows(x.contiguous(), buffer, gather=True),
-        pre, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed,
-    )  # fmt: skip
+    buffer = _buffer(slots, weights, rows)
+    d_y, x = Rows(d_y.contiguous(), buffer, gather=True), Rows(x.contiguous(), buffer, gather=True)
+    d_rows, gradients, dots = experts_backward(d_y, x, pre, gates, weights, activation)
     d_x = sum_rows("dispatch_backward", d_rows.flatten(0, 1), slots, None)
-    return d_x, gate_gradient(*dots, slots, gates), *weights
+    return d_x, gate_gradient(*dots, slots, gates), *gradients
 
 
 def moe_mlp_costs(

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from vmoe_kernels import vmap
 from vmoe_kernels.common.checks import check_draws, check_integer, check_number, check_seed, check_selected
+from vmoe_kernels.common.groups import group_mean, group_sizes, group_sum, num_groups
 from vmoe_kernels.common.impl import (
     HAS_TRITON,
     accumulation_dtype,
@@ -48,7 +50,6 @@ class RouterOutput(NamedTuple):
 def router_reference(
     x: Tensor,
     weight: Tensor,
-    *,
     num_selected_experts: int,
     group_size: int,
     noise_std: float = 0.0,
@@ -78,26 +79,26 @@ def _scored(
         noisy = logits + noise * (noise_std / num_experts)
         noisy_probs = noisy.softmax(-1)
     if experts is None:
-        experts = _top_experts(noisy_probs.detach(), num_selected_experts)
+        experts = top_experts(noisy_probs.detach(), num_selected_experts)
     gates = noisy_probs.gather(1, experts)
-    groups = -(-num_tokens // group_size)
+    groups = num_groups(num_tokens, group_size)
     load = probs.new_zeros(groups, num_experts)
     if noise_std > 0:
         threshold = noisy.gather(1, experts[:, -1:])
-        load = _group_mean(_normal_cdf((logits - threshold) * (num_experts / noise_std)), group_size)
+        load = group_mean(_normal_cdf((logits - threshold) * (num_experts / noise_std)), group_size)
     first = torch.zeros_like(probs).scatter(1, experts[:, :1], 1.0)
     return RouterOutput(
         gates=gates,
         experts=experts.to(torch.int32),
         logits=logits,
-        importance=_group_sum(probs, group_size),
+        importance=group_sum(probs, group_size),
         load=load,
-        mean_gates=_group_mean(noisy_probs, group_size),
-        top1_share=_group_mean(first, group_size),
+        mean_gates=group_mean(noisy_probs, group_size),
+        top1_share=group_mean(first, group_size),
     )
 
 
-def _top_experts(probs: Tensor, num_selected_experts: int) -> Tensor:
+def top_experts(probs: Tensor, num_selected_experts: int) -> Tensor:
     """(T, E) -> (T, K) int64, largest first, ties to the lower index, NaN before numbers (as torch.topk has it)."""
     chosen = [probs.argmax(1, keepdim=True)]
     for _ in range(num_selected_experts - 1):
@@ -111,46 +112,21 @@ def _normal_cdf(z: Tensor) -> Tensor:
     return 0.5 * torch.erfc(z * -(0.5**0.5))
 
 
-def _group_sum(values: Tensor, group_size: int) -> Tensor:
-    """(T, E) -> (G, E); the last group may be smaller."""
-    whole = values.shape[0] // group_size * group_size
-    sums = values[:whole].view(-1, group_size, values.shape[1]).sum(1)
-    if whole == values.shape[0]:
-        return sums
-    return torch.cat([sums, values[whole:].sum(0, keepdim=True)])
-
-
-def _group_mean(values: Tensor, group_size: int) -> Tensor:
-    return _group_sum(values, group_size) / _group_sizes(values, group_size)
-
-
-def _group_sizes(values: Tensor, group_size: int) -> Tensor:
-    """(G, 1): tokens of each group."""
-    num_tokens = values.shape[0]
-    groups = -(-num_tokens // group_size)
-    start = torch.arange(groups, device=values.device, dtype=values.dtype).unsqueeze(1) * group_size
-    return (num_tokens - start).clamp(max=group_size)
-
-
-@torch.library.custom_op("vmoe::router", mutates_args=(), device_types="cpu")
-def _router_op(
-    x: Tensor, weight: Tensor, num_selected_experts: int, group_size: int, noise_std: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out = router_reference(
-        x,
-        weight,
-        num_selected_experts=num_selected_experts,
-        group_size=group_size,
-        noise_std=noise_std,
-        seed=seed,
-    )
-    return tuple(out)
+# The twin is the CPU's implementation.
+_router_op = torch.library.custom_op(
+    "vmoe::router",
+    router_reference,
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor weight, SymInt num_selected_experts, SymInt group_size, float noise_std, Tensor? seed) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_router_op.register_fake
 def _(x, weight, num_selected_experts, group_size, noise_std, seed):
     num_tokens, num_experts = x.shape[0], weight.shape[0]
-    groups = -(-num_tokens // group_size)
+    groups = num_groups(num_tokens, group_size)
     dtype = accumulation_dtype(x.dtype)
     per_group = [x.new_empty((groups, num_experts), dtype=dtype) for _ in range(4)]
     return (
@@ -185,7 +161,7 @@ def _router_backward_op(
         scale = noise_std / num_experts
         noisy = logits + philox_normal(seed, logits.numel()).view_as(logits).to(dtype) * scale
     chosen = experts.long()
-    sizes = _group_sizes(logits, group_size)
+    sizes = group_sizes(logits, group_size)
 
     grad = torch.zeros_like(logits) if d_logits is None else d_logits.clone()
     # Through the gates that routing used.
@@ -228,34 +204,21 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, d_gates, _experts, d_logits, d_importance, d_load, d_mean_gates, _top1):
-    x, weight, logits, experts, seed = ctx.saved_tensors
+    d_floats = (d_logits, d_importance, d_load, d_mean_gates)
     if differs_backward():
+        x, weight, _, experts, seed = ctx.saved_tensors
         # The forward's choices: another rounding of the logits could make others.
         settings = (experts.long(), experts.shape[1], ctx.group_size, ctx.noise_std, seed)
-        gradients = twin_gradients(
-            no_autocast(lambda x, weight: _scored(x, weight, *settings)),
-            (x, weight),
-            (d_gates, None, d_logits, d_importance, d_load, d_mean_gates, None),
-        )
-        return (*gradients, None, None, None, None)
-    d_x, d_weight = torch.ops.vmoe.router_backward(
-        x,
-        weight,
-        logits,
-        experts,
-        seed,
-        d_gates,
-        d_logits,
-        d_importance,
-        d_load,
-        d_mean_gates,
-        ctx.group_size,
-        ctx.noise_std,
-    )
-    return d_x, d_weight, None, None, None, None
+        twin = no_autocast(lambda x, weight: _scored(x, weight, *settings))
+        gradients = twin_gradients(twin, (x, weight), (d_gates, None, *d_floats, None))
+    else:
+        inputs = (*ctx.saved_tensors, d_gates, *d_floats)
+        gradients = torch.ops.vmoe.router_backward(*inputs, ctx.group_size, ctx.noise_std)
+    return (*gradients, None, None, None, None)
 
 
 _router_op.register_autograd(_backward, setup_context=_setup_context)
+_router_op.register_vmap(vmap.router)
 
 
 @register_flop_formula(torch.ops.vmoe.router)
@@ -306,16 +269,10 @@ def router(
     if noise_std > 0:
         check_seed(seed, x.device, "noise_std > 0")
         check_draws("tokens times experts", x.shape[0] * num_experts)
+    options = (num_selected_experts, group_size, noise_std, seed)
     if use_reference(impl, x, weight):
-        return router_reference(
-            x,
-            weight,
-            num_selected_experts=num_selected_experts,
-            group_size=group_size,
-            noise_std=noise_std,
-            seed=seed,
-        )
-    return RouterOutput(*torch.ops.vmoe.router(x, weight, num_selected_experts, group_size, noise_std, seed))
+        return router_reference(x, weight, *options)
+    return RouterOutput(*torch.ops.vmoe.router(x, weight, *options))
 
 
 if HAS_TRITON:

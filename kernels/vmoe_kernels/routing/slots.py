@@ -10,42 +10,18 @@ Dims: T tokens in G groups of S (the last one may be smaller), K choices per tok
 import torch
 from torch import Tensor
 
+from vmoe_kernels import vmap
 from vmoe_kernels.common.checks import check_flag, check_integer, check_rows
+from vmoe_kernels.common.groups import rows_per_expert, split_groups
 from vmoe_kernels.common.impl import HAS_TRITON, register_triton, use_reference
 from vmoe_kernels.common.transforms import differentiating
 
 PRIORITIES = ("max", "sum")
 
 
-def rows_per_expert(num_tokens: int, group_size: int, capacity: int, last_capacity: int) -> int:
-    """Rows of one expert in the buffer: C for every whole group, then those of a smaller last group.
-
-    Args:
-        num_tokens: T.
-        group_size: S, tokens per group.
-        capacity: C, slots per expert in a whole group.
-        last_capacity: slots per expert in a smaller last group.
-
-    Returns:
-        R.
-
-    Raises:
-        ValueError: if a number is no integer or negative, or R is 2**31 or more.
-    """
-    num_tokens = check_integer("num_tokens", num_tokens, 0)
-    group_size = check_integer("group_size", group_size, 1, "at least 1 token")
-    capacity = check_integer("capacity", capacity, 0)
-    last_capacity = check_integer("last_capacity", last_capacity, 0)
-    rest = num_tokens % group_size
-    rows = num_tokens // group_size * capacity + (last_capacity if rest else 0)
-    check_rows(rows)
-    return rows
-
-
 def assign_slots_reference(
     experts: Tensor,
     gates: Tensor,
-    *,
     num_experts: int,
     group_size: int,
     capacity: int,
@@ -58,24 +34,20 @@ def assign_slots_reference(
     rows = rows_per_expert(num_tokens, group_size, capacity, last_capacity)
     # Here as well, for a compiled graph calls the op itself.
     check_rows(num_experts * rows)
-    groups = num_tokens // group_size
-    whole = groups * group_size
-    parts = []
-    for first, last, count, slots, offset in (
-        (0, whole, groups, capacity, 0),
-        (whole, num_tokens, 1, last_capacity, groups * capacity),
-    ):
-        if first == last:
+    parts, first_row = [], 0
+    for (tokens, count), places in zip(split_groups(num_tokens, group_size), (capacity, last_capacity)):
+        if tokens.start == tokens.stop:
             continue
-        index = experts[first:last].view(count, -1, experts.shape[1]).long()
+        index = experts[tokens].view(count, -1, experts.shape[1]).long()
         key = None
         if batch_priority:
-            key = gates[first:last, 0] if priority == "max" else gates[first:last].sum(-1)
+            key = gates[tokens, 0] if priority == "max" else gates[tokens].sum(-1)
             key = key.detach().view(count, -1)
         position = _positions(index, key, num_experts)
-        start = offset + slots * torch.arange(count, device=experts.device).view(-1, 1, 1)
-        row = torch.where(position < slots, index * rows + start + position, -1)
-        parts.append(row.reshape(last - first, -1))
+        start = first_row + places * torch.arange(count, device=experts.device).view(-1, 1, 1)
+        row = torch.where(position < places, index * rows + start + position, -1)
+        parts.append(row.flatten(0, 1))
+        first_row += count * places
     if not parts:
         return experts.new_empty(experts.shape)
     return torch.cat(parts).to(torch.int32)
@@ -114,32 +86,23 @@ def _positions(experts: Tensor, key: Tensor | None, num_experts: int) -> Tensor:
     return place.scatter(1, order.unsqueeze(-1).expand(-1, -1, choices), place)
 
 
-@torch.library.custom_op("vmoe::assign_slots", mutates_args=(), device_types="cpu")
-def _assign_slots_op(
-    experts: Tensor,
-    gates: Tensor,
-    num_experts: int,
-    group_size: int,
-    capacity: int,
-    last_capacity: int,
-    batch_priority: bool,
-    priority: str,
-) -> Tensor:
-    return assign_slots_reference(
-        experts,
-        gates,
-        num_experts=num_experts,
-        group_size=group_size,
-        capacity=capacity,
-        last_capacity=last_capacity,
-        batch_priority=batch_priority,
-        priority=priority,
-    )
+# The twin is the CPU's implementation.
+_assign_slots_op = torch.library.custom_op(
+    "vmoe::assign_slots",
+    assign_slots_reference,
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor experts, Tensor gates, SymInt num_experts, SymInt group_size, SymInt capacity, "
+    "SymInt last_capacity, bool batch_priority, str priority) -> Tensor",
+)
 
 
 @_assign_slots_op.register_fake
 def _(experts, gates, num_experts, group_size, capacity, last_capacity, batch_priority, priority):
     return experts.new_empty(experts.shape)
+
+
+_assign_slots_op.register_vmap(vmap.assign_slots)
 
 
 def assign_slots(
@@ -187,21 +150,11 @@ def assign_slots(
     check_rows(num_experts * rows_per_expert(experts.shape[0], group_size, capacity, last_capacity))
     if priority not in PRIORITIES:
         raise ValueError(f"priority must be one of {PRIORITIES}, got {priority!r}")
+    options = (num_experts, group_size, capacity, last_capacity, batch_priority, priority)
     # The gates name the dtype: float64 ones are the reference's.
     if use_reference(impl, gates):
-        return assign_slots_reference(
-            experts,
-            gates,
-            num_experts=num_experts,
-            group_size=group_size,
-            capacity=capacity,
-            last_capacity=last_capacity,
-            batch_priority=batch_priority,
-            priority=priority,
-        )
-    return torch.ops.vmoe.assign_slots(
-        experts, gates.detach(), num_experts, group_size, capacity, last_capacity, batch_priority, priority
-    )
+        return assign_slots_reference(experts, gates, *options)
+    return torch.ops.vmoe.assign_slots(experts, gates.detach(), *options)
 
 
 if HAS_TRITON:

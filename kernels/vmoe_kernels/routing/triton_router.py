@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe_kernels.common.checks import check_triton_dtypes, check_triton_routing
+from vmoe_kernels.common.groups import num_groups
 from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
 
 EXPERT_BOUNDS = (32, 64, 128)
-MAX_EXPERTS = 256
-MAX_SELECTED = 8
 
 
 def _config(block_t: int, block_d: int, num_warps: int, num_stages: int, precision: str = "ieee") -> Config:
@@ -213,23 +213,6 @@ def _router_sums_kernel(
     tl.store(top1_share_ptr + out, tl.sum(first, axis=0) / tokens, mask=columns)
 
 
-def check_router_limits(x: Tensor, weight: Tensor, num_selected_experts: int) -> None:
-    """What the kernels hold in registers bounds E and K; they accumulate in float32.
-
-    Raises:
-        ValueError: if E, K or a dtype is beyond the kernels.
-    """
-    for name, tensor in (("x", x), ("weight", weight)):
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise ValueError(f"Triton kernels take float16, bfloat16 and float32, got {name} of {tensor.dtype}")
-    if weight.shape[0] > MAX_EXPERTS:
-        raise ValueError(f"num_experts must be at most {MAX_EXPERTS} for the Triton router, got {weight.shape[0]}")
-    if num_selected_experts > MAX_SELECTED:
-        raise ValueError(
-            f"num_selected_experts must be at most {MAX_SELECTED} for the Triton router, got {num_selected_experts}"
-        )
-
-
 def expert_block(num_experts: int) -> int:
     """E padded to a power of two that tensor cores take."""
     return max(16, triton.next_power_of_2(num_experts))
@@ -259,9 +242,10 @@ def router_triton(
     Raises:
         ValueError: if E, K or a dtype is beyond the kernels.
     """
-    check_router_limits(x, weight, num_selected_experts)
+    check_triton_dtypes(x=x, weight=weight)
+    check_triton_routing("router", weight.shape[0], num_selected_experts)
     (num_tokens, width), num_experts = x.shape, weight.shape[0]
-    groups = triton.cdiv(num_tokens, group_size)
+    groups = num_groups(num_tokens, group_size)
     gates = x.new_empty((num_tokens, num_selected_experts), dtype=torch.float32)
     experts = torch.empty_like(gates, dtype=torch.int32)
     logits = x.new_empty((num_tokens, num_experts), dtype=torch.float32)

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe_kernels.common.checks import check_triton_dtypes, check_triton_routing
 from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
 from vmoe_kernels.routing.triton_router import (
     DTYPES,
     EXPERT_BOUNDS,
     add_noise,
-    check_router_limits,
     dot_fp32,
     expert_block,
     masked_softmax,
@@ -228,7 +228,8 @@ def router_backward_triton(
         ValueError: if E, K or a dtype is beyond the kernels.
     """
     num_selected_experts = experts.shape[1]
-    check_router_limits(x, weight, num_selected_experts)
+    check_triton_dtypes(x=x, weight=weight)
+    check_triton_routing("router", weight.shape[0], num_selected_experts)
     (num_tokens, width), num_experts = x.shape, weight.shape[0]
     d_x = x.new_empty(x.shape)
     if num_tokens == 0:

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe_kernels.common.checks import check_rows, check_triton_dtypes, check_triton_routing
+from vmoe_kernels.common.groups import num_groups, rows_per_expert
 from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
 from vmoe_kernels.routing.triton_slots_sort import priority_keys, sort_slots
 
-MAX_EXPERTS = 256
-MAX_SELECTED = 8
 # Above this, 16 keys a thread and what is made of them spill registers: 16 warps leave a thread 128.
 MAX_SELECT_GROUP = 4096
 _BOUNDS = (63, MAX_SELECT_GROUP)
@@ -168,29 +168,22 @@ def assign_slots_triton(
         ValueError: if E, K, the number of rows or the dtype of gates is beyond the kernels.
     """
     num_tokens, num_choices = experts.shape
-    if gates.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"Triton kernels take float16, bfloat16 and float32, got gates of {gates.dtype}")
-    for name, value, limit in (
-        ("num_experts", num_experts, MAX_EXPERTS),
-        ("the number of choices per token", num_choices, MAX_SELECTED),
-    ):
-        if value > limit:
-            raise ValueError(f"{name} must be at most {limit} for the Triton slots, got {value}")
-    groups = triton.cdiv(num_tokens, group_size)
-    rows_per_expert = num_tokens // group_size * capacity + (last_capacity if num_tokens % group_size else 0)
-    if num_experts * rows_per_expert >= 2**31:
-        raise ValueError(f"the buffer must have fewer than 2**31 rows, got {num_experts * rows_per_expert}")
+    check_triton_dtypes(gates=gates)
+    check_triton_routing("slots", num_experts, num_choices, "the number of choices per token")
+    groups = num_groups(num_tokens, group_size)
+    rows = rows_per_expert(num_tokens, group_size, capacity, last_capacity)
+    check_rows(num_experts * rows)
     if num_tokens == 0:
         return experts.new_empty(experts.shape)
     experts, gates = experts.contiguous(), gates.contiguous()
     use_sum = priority == "sum"
     if _design(num_tokens, group_size, experts.device) == "sort":
-        limits = (capacity, last_capacity, rows_per_expert)
+        limits = (capacity, last_capacity, rows)
         return sort_slots(experts, gates, num_experts, group_size, *limits, batch_priority, use_sum)
     slots = torch.empty_like(experts)
     # A token at least for each lane of the one warp.
     block = max(32, triton.next_power_of_2(min(group_size, num_tokens)))
-    shape = (num_tokens, group_size, capacity, last_capacity, rows_per_expert)
+    shape = (num_tokens, group_size, capacity, last_capacity, rows)
     launch = {"K": num_choices, "BLOCK_S": block, "num_warps": _select_warps(block, num_choices)}
     if batch_priority:
         _select_kernel[(groups, num_experts)](experts, gates, slots, *shape, SUM=use_sum, **launch)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe_kernels.common.groups import num_groups, split_groups
 from vmoe_kernels.common.launch import CompileCase
 
 _BLOCK_KEYS, _BLOCK_N, _BLOCK_ROWS, _BLOCK_E = 1024, 128, 64, 32
@@ -156,12 +157,11 @@ def _priority_order(gates: Tensor, group_size: int, use_sum: bool) -> Tensor:
     _sort_keys_kernel[(triton.cdiv(num_tokens, _BLOCK_KEYS),)](
         gates, keys, num_tokens, K=num_choices, SUM=use_sum, BLOCK=_BLOCK_KEYS, num_warps=4
     )
-    whole = num_tokens // group_size * group_size
     order = torch.empty(num_tokens, device=gates.device, dtype=torch.int64)
-    for start, end, groups in ((0, whole, whole // group_size), (whole, num_tokens, 1)):
-        if start < end:
-            part = keys[start:end].view(groups, -1)
-            torch.sort(part, dim=1, stable=True, out=(torch.empty_like(part), order[start:end].view(groups, -1)))
+    for tokens, groups in split_groups(num_tokens, group_size):
+        if tokens.start < tokens.stop:
+            part = keys[tokens].view(groups, -1)
+            torch.sort(part, dim=1, stable=True, out=(torch.empty_like(part), order[tokens].view(groups, -1)))
     return order
 
 
@@ -180,7 +180,7 @@ def sort_slots(
     num_tokens, num_choices = experts.shape
     slots = torch.empty_like(experts)
     order = _priority_order(gates, group_size, use_sum) if batch_priority else None
-    groups = triton.cdiv(num_tokens, group_size)
+    groups = num_groups(num_tokens, group_size)
     blocks = triton.cdiv(min(group_size, num_tokens), _BLOCK_N)
     counts = experts.new_empty((groups, num_choices, blocks, num_experts))
     grid = (groups * blocks, num_choices)

@@ -6,6 +6,7 @@ Dims: T tokens, K choices per token, N rows of the buffer (E * R), D width.
 import torch
 from torch import Tensor
 
+from vmoe_kernels import vmap
 from vmoe_kernels.common.checks import check_rows
 from vmoe_kernels.common.impl import (
     HAS_TRITON,
@@ -35,7 +36,7 @@ def combine_reference(buffer: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
 @torch.library.custom_op("vmoe::combine", mutates_args=(), device_types="cpu")
 def _combine_op(buffer: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
     dtype = accumulation_dtype(buffer.dtype)
-    y = _nan_gates(gates.to(dtype), slots).expand(-1, buffer.shape[1]).contiguous()
+    y = nan_gates(gates.to(dtype), slots).expand(-1, buffer.shape[1]).contiguous()
     for rank in range(slots.shape[1]):
         kept = (slots[:, rank] >= 0).nonzero().squeeze(1)
         rows = buffer.index_select(0, slots[kept, rank].long()).to(dtype)
@@ -43,7 +44,7 @@ def _combine_op(buffer: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
     return y.to(buffer.dtype)
 
 
-def _nan_gates(gates: Tensor, slots: Tensor) -> Tensor:
+def nan_gates(gates: Tensor, slots: Tensor) -> Tensor:
     """(T, 1): 0, or NaN (also for an infinite gate) where a dropped choice would hide one."""
     return torch.where(slots < 0, gates * 0.0, 0.0).sum(1, keepdim=True)
 
@@ -87,6 +88,7 @@ def _backward(ctx, d_y):
 
 
 _combine_op.register_autograd(_backward, setup_context=_setup_context)
+_combine_op.register_vmap(vmap.combine)
 
 
 def combine(buffer: Tensor, slots: Tensor, gates: Tensor, *, impl: str = "auto") -> Tensor:
@@ -118,7 +120,8 @@ def combine(buffer: Tensor, slots: Tensor, gates: Tensor, *, impl: str = "auto")
 
 
 if HAS_TRITON:
-    from vmoe_kernels.rows.triton_combine import combine_backward_triton, combine_triton
+    from vmoe_kernels.rows.triton_combine_backward import combine_backward_triton
+    from vmoe_kernels.rows.triton_move import combine_triton
 
     register_triton(_combine_op, combine_triton)
     register_triton(_combine_backward_op, combine_backward_triton)

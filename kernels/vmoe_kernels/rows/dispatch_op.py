@@ -6,6 +6,7 @@ Dims: T tokens, K choices per token, N rows of the buffer (E * R), D width.
 import torch
 from torch import Tensor
 
+from vmoe_kernels import vmap
 from vmoe_kernels.common.checks import check_integer, check_rows
 from vmoe_kernels.common.impl import (
     HAS_TRITON,
@@ -78,6 +79,7 @@ def _backward(ctx, d_buffer):
 
 
 _dispatch_op.register_autograd(_backward, setup_context=_setup_context)
+_dispatch_op.register_vmap(vmap.dispatch)
 
 
 def dispatch(x: Tensor, slots: Tensor, num_rows: int, *, impl: str = "auto") -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton kernels of dispatch and its backward, and the map from rows to choices that they and combine share.
+"""Triton kernels that move rows: dispatch, combine, dispatch's backward, and the map from rows to choices they share.
 
 Dims: T tokens, K choices per token, N rows of the buffer, D width.
 An output row belongs to one program, which writes all of it: nothing is added atomically, empty rows are zeroed in the
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe_kernels.common.checks import check_choices, check_triton_dtypes
 from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
 
 BLOCK_CHOICES = 1024
@@ -130,6 +131,7 @@ def register_tile_table(op: str, rows_name: str) -> None:
 
 register_tile_table("dispatch", "BLOCK_ROWS")
 register_tile_table("dispatch_backward", "BLOCK_TOKENS")
+register_tile_table("combine", "BLOCK_TOKENS")
 
 
 def choice_of_row_triton(slots: Tensor, num_rows: int, zero_dropped: Tensor | None = None) -> Tensor:
@@ -146,9 +148,8 @@ def choice_of_row_triton(slots: Tensor, num_rows: int, zero_dropped: Tensor | No
     Raises:
         ValueError: if T * K does not fit in int32.
     """
+    check_choices(slots)
     num_choices = slots.numel()
-    if num_choices >= 2**31:
-        raise ValueError(f"slots must hold fewer than 2**31 choices, got {num_choices}")
     choices = torch.full((num_rows,), -1, device=slots.device, dtype=torch.int32)
     if num_choices > 0:
         grid = (triton.cdiv(num_choices, BLOCK_CHOICES),)
@@ -156,12 +157,6 @@ def choice_of_row_triton(slots: Tensor, num_rows: int, zero_dropped: Tensor | No
             slots.contiguous(), choices, zero_dropped, num_choices, num_rows, BLOCK=BLOCK_CHOICES, num_warps=4
         )
     return choices
-
-
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """The kernels accumulate in float32, so wider data would lose digits in silence."""
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"{name} must be float16, bfloat16 or float32 for Triton kernels, got {tensor.dtype}")
 
 
 def sum_rows(op: str, rows: Tensor, slots: Tensor, gates: Tensor | None) -> Tensor:
@@ -200,7 +195,7 @@ def sum_rows(op: str, rows: Tensor, slots: Tensor, gates: Tensor | None) -> Tens
 
 def dispatch_triton(x: Tensor, slots: Tensor, num_rows: int) -> Tensor:
     """Launcher of `vmoe::dispatch`."""
-    check_dtype("x", x)
+    check_triton_dtypes(x=x)
     width = x.shape[1]
     if slots.numel() == 0:
         return x.new_zeros(num_rows, width)
@@ -216,8 +211,14 @@ def dispatch_triton(x: Tensor, slots: Tensor, num_rows: int) -> Tensor:
 
 def dispatch_backward_triton(d_buffer: Tensor, slots: Tensor) -> Tensor:
     """Launcher of `vmoe::dispatch_backward`."""
-    check_dtype("d_buffer", d_buffer)
+    check_triton_dtypes(d_buffer=d_buffer)
     return sum_rows("dispatch_backward", d_buffer, slots, None)
+
+
+def combine_triton(buffer: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
+    """Launcher of `vmoe::combine`."""
+    check_triton_dtypes(buffer=buffer)
+    return sum_rows("combine", buffer, slots, gates)
 
 
 def dispatch_bytes(num_tokens: int, num_choices: int, num_rows: int, width: int, itemsize: int) -> int:

@@ -1,8 +1,8 @@
-"""Triton kernels of combine and its backward.
+"""Triton kernel of combine's backward.
 
 Dims: T tokens, K choices per token, N rows of the buffer, D width.
-Forward is the gated sum of `triton_dispatch`. Backward owns rows of the buffer rather than tokens: d_y, the buffer and
-d_buffer then pass once for both gradients, and a gate's gradient is complete in the program that owns its row.
+It owns rows of the buffer rather than tokens: d_y, the buffer and d_buffer then pass once for both gradients, and a
+gate's gradient is complete in the program that owns its row.
 """
 
 import torch
@@ -10,16 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe_kernels.common.checks import check_triton_dtypes
 from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table
 from vmoe_kernels.rows.triton_move import (
     COMPILED_SHAPES,
     POINTER_TYPES,
-    check_dtype,
     choice_of_row_triton,
     dispatch_backward_bytes,
     dispatch_bytes,
-    register_tile_table,
-    sum_rows,
     sum_rows_case,
     width_bucket,
 )
@@ -69,22 +67,15 @@ def _combine_backward_kernel(
 _ROW_TILES = ((4, 1024), (8, 1024), (4, 256), (8, 256), (4, 512), (2, 2048))
 _TALL = Config({"BLOCK_ROWS": 32, "BLOCK_D": 64}, num_warps=4)
 
-register_tile_table("combine", "BLOCK_TOKENS")
 _row_configs = [Config({"BLOCK_ROWS": rows, "BLOCK_D": width}, num_warps=4) for rows, width in _ROW_TILES]
 register_table(
     "combine_backward", {(ANY, ANY, ANY): _row_configs[0], (ANY, ANY, "le64"): _TALL}, candidates=_row_configs[1:]
 )
 
 
-def combine_triton(buffer: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
-    """Launcher of `vmoe::combine`."""
-    check_dtype("buffer", buffer)
-    return sum_rows("combine", buffer, slots, gates)
-
-
 def combine_backward_triton(d_y: Tensor, buffer: Tensor, slots: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     """Launcher of `vmoe::combine_backward`."""
-    check_dtype("buffer", buffer)
+    check_triton_dtypes(buffer=buffer)
     num_rows, width = buffer.shape
     if slots.numel() == 0 or buffer.numel() == 0:
         return buffer.new_zeros(buffer.shape), gates.new_zeros(gates.shape)

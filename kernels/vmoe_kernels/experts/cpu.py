@@ -1,0 +1,142 @@
+"""The experts on a CPU: rows go through both GEMMs in blocks, so that the activation works on data still in cache.
+
+Dims: E experts, R rows per expert, n rows of a block, D width in, H hidden width, O width out.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vmoe_kernels.experts.activations import activate, chain
+from vmoe_kernels.experts.types import Activation, ExpertWeights
+
+# Floats of the hidden block that stays in a core's cache between the two GEMMs; benchmarks/layer/on_cpu.py chose it.
+_BLOCK_FLOATS = 1 << 20
+
+
+def row_blocks(rows: int, hidden: int) -> Iterator[slice]:
+    """Even blocks of 0..rows whose hidden activations stay in a CPU's cache."""
+    blocks = max(-(-rows * hidden // _BLOCK_FLOATS), 1)
+    step = -(-rows // blocks)
+    for start in range(0, rows, max(step, 1)):
+        yield slice(start, min(start + step, rows))
+
+
+def gradient_blocks(rows: int, hidden: int, dtype: torch.dtype) -> Iterator[slice]:
+    """`row_blocks`, but one for 16-bit rows, whose weight gradients would be rounded after every block."""
+    if dtype in (torch.float32, torch.float64):
+        return row_blocks(rows, hidden)
+    return iter([slice(0, rows)] if rows else [])
+
+
+def largest_block(rows: int, hidden: int) -> int:
+    """Rows that no block of `row_blocks` exceeds, for any number of rows up to this one."""
+    return min(rows, -(-_BLOCK_FLOATS // max(hidden, 1)))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x @ weight^T + bias, into memory that is there already: fresh pages cost a CPU more than the activation."""
+    # aten's: counters that patch torch's functions would count the rows that happen to be filled.
+    if bias is None:
+        torch.ops.aten.mm.out(x, weight.t(), out=out)
+    else:
+        torch.ops.aten.addmm.out(bias, x, weight.t(), out=out)
+
+
+def _drop(values: Tensor, keep: Tensor | None, block: slice, drop: float) -> None:
+    """Zeroes what is not kept, also what is not finite, and scales the rest in place: one rounding in any dtype."""
+    if keep is not None:
+        values.masked_fill_(~keep[block], 0.0).mul_(1.0 / (1.0 - drop))
+
+
+class ExpertOutputs:
+    """Runs blocks of rows, and keeps their pre-activation where a backward may come."""
+
+    def __init__(self, weights: ExpertWeights, activation: Activation, rows: int, save: bool):
+        num_experts, width, _ = weights.fc1_weight.shape
+        self.weights, self.activation = weights, activation
+        # Blocks lie packed at the front of each expert's part; the rest is never touched.
+        self.pre = weights.fc1_weight.new_empty(num_experts, rows if save else 0, width)
+        self.scratch = weights.fc1_weight.new_empty(1 if save else 2, largest_block(rows, width), width)
+
+    def fill(self, out: Tensor, expert: int, block: slice, x: Tensor, keep: Tensor | None) -> None:
+        """One block of an expert: x (n, D) fills out (n, O); keep (R, H) says what dropout leaves of all its rows."""
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = self.weights.of(expert)
+        hidden, *others = self.scratch[:, : block.stop - block.start]
+        pre = others[0] if others else self.pre[expert, block]
+        _linear(x, fc1_weight, fc1_bias, pre)
+        activate(self.activation.name, pre, hidden)
+        _drop(hidden, keep, block, self.activation.drop)
+        _linear(hidden, fc2_weight, fc2_bias, out)
+
+
+class ExpertGradients:
+    """The weight gradients of all experts, accumulated over blocks of rows; hidden activations are recomputed."""
+
+    def __init__(self, weights: ExpertWeights, activation: Activation, pre: Tensor):
+        self.weights, self.activation, self.pre = weights, activation, pre
+        self.sums = weights.new_gradients()
+        for d_bias in (self.sums.fc1_bias, self.sums.fc2_bias):
+            d_bias.zero_()
+        self.begun: set[int] = set()
+        self.scratch: Tensor | None = None
+
+    def add(
+        self, expert: int, block: slice, x: Tensor, d_out: Tensor, keep: Tensor | None, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One block of an expert.
+
+        Args:
+            expert: which one.
+            block: where its pre-activation lies.
+            x: (n, D) inputs.
+            d_out: (n, O) gradient of the expert's output, or of gate * output where a gate is given (overwritten).
+            keep: (R, H) what dropout left of all the expert's rows, or None.
+            gate: (n, 1) combine weight, in the dtype that accumulates.
+
+        Returns:
+            (n, D) gradient of x, and (n,) gradient of the gate, <d_out, output>. In float32 and float64 without the
+            output itself: <d_out W2, hidden> + <d_out, b2>.
+        """
+        fc1_weight, _, fc2_weight, fc2_bias = self.weights.of(expert)
+        d_fc1_weight, d_fc1_bias, d_fc2_weight, d_fc2_bias = self.sums
+        (name, drop, _), pre = self.activation, self.pre[expert, block]
+        if self.scratch is None or self.scratch.shape[1] < len(x):
+            self.scratch = pre.new_empty(3, *pre.shape)
+        hidden, d_hidden, work = self.scratch[:, : len(x)]
+        activate(name, pre, hidden)
+        _drop(hidden, keep, block, drop)
+        d_gate = None
+        if gate is not None and gate.dtype != d_out.dtype:
+            # 16-bit rows: a product that lacks its gate rounds once more, and may leave float16's range.
+            out = torch.empty_like(d_out)
+            _linear(hidden, fc2_weight, fc2_bias, out)
+            d_gate = torch.linalg.vecdot(d_out.to(gate.dtype), out.to(gate.dtype))
+            d_out.mul_(gate)
+        torch.mm(d_out, fc2_weight, out=d_hidden)
+        if gate is not None and d_gate is None:
+            d_gate = torch.linalg.vecdot(d_hidden, hidden)
+            if fc2_bias is not None:
+                d_gate += d_out @ fc2_bias
+            d_out.mul_(gate)
+            d_hidden.mul_(gate)
+        # An expert's first block overwrites what the memory held.
+        beta = 1 if expert in self.begun else 0
+        self.begun.add(expert)
+        d_fc2_weight[expert].addmm_(d_out.t(), hidden, beta=beta)
+        _drop(d_hidden, keep, block, drop)
+        # The hidden activations have served: their memory is free.
+        chain(name, pre, d_hidden, (hidden, work))
+        d_fc1_weight[expert].addmm_(d_hidden.t(), x, beta=beta)
+        for d_bias, d_rows in ((d_fc1_bias, d_hidden), (d_fc2_bias, d_out)):
+            if d_bias.numel():
+                d_bias[expert] += d_rows.sum(0)
+        return d_hidden @ fc1_weight, d_gate
+
+    def results(self) -> ExpertWeights:
+        """All of them; those of an expert without rows are 0."""
+        for expert in set(range(len(self.pre))) - self.begun:
+            self.sums.fc1_weight[expert].zero_()
+            self.sums.fc2_weight[expert].zero_()
+        return self.sums
