@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from benchmarks.compile import report as compile_report
 from benchmarks.compile.report import blocks_per_sm, compile_case, staleness
-from tests.benchmarks.example_kernels import COMPILE_CASES, product_case, sums_case
+from tests.benchmarks.compile.example_kernels import COMPILE_CASES, product_case, sums_case
 from vmoe_kernels.common.launch import triton_version
 
 CLEAN = compile_report.Compiled("k", 90, 4, 1, 64, 0, 0, 4096, 4, 0, 0, 0, 1, 0, True, 0, 0, 8)
@@ -78,7 +78,7 @@ def test_problems_names_each_defect(change, problem):
 
 def test_collect_rejects_duplicate_names_and_empty_files(monkeypatch):
     with pytest.raises(ValueError, match=r"must be unique, got 'product/bf16' twice"):
-        compile_report.collect(["tests.benchmarks.example_kernels"] * 2)
+        compile_report.collect(["tests.benchmarks.compile.example_kernels"] * 2)
     with pytest.raises(ValueError, match="must export COMPILE_CASES"):
         compile_report.collect(["vmoe_kernels.common.launch"])
 
