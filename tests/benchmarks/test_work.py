@@ -32,7 +32,7 @@ def test_predictions_follow_the_rows_that_move():
 
 
 def test_every_counter_of_flops_agrees():
-    """The ops' formulas, `vmoe eval`, `vmoe plan` and the benchmarks, at a capacity that rounds and a smaller last group."""
+    """The ops' formulas, `vmoe eval`, `vmoe plan`, the benchmarks; a smaller last group, a capacity that rounds."""
     images, side = 5, 16
     options = {"img_size": side, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
     model = vmoe_torch.VMoE(**options, num_experts=4, group_size=2, capacity_factor=0.7, moe_layers=(1,))
