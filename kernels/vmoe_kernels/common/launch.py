@@ -56,6 +56,7 @@ _TABLES: dict[str, dict[Key, Config]] = {}
 _CANDIDATES: dict[str, tuple[Config, ...]] = {}
 _OVERRIDES: dict[str, Config] = {}
 _RECORDINGS: list[list[tuple[str, str]]] = []
+_PRETENDED: list[str] = []
 
 
 def register_table(op: str, table: Mapping[Key, Config], candidates: Sequence[Config] = ()) -> None:
@@ -113,13 +114,27 @@ def size_bucket(size: int, bounds: Sequence[int]) -> str:
     return f"gt{bounds[-1]}"
 
 
-@functools.cache
 def device_kind(device: torch.device) -> str:
     """ "sm80", "sm90", "sm100" (all of compute capability 10) or the chip's own number; "any" off CUDA."""
+    return _PRETENDED[-1] if _PRETENDED else _chip(device)
+
+
+@functools.cache
+def _chip(device: torch.device) -> str:
     if device.type != "cuda":
         return ANY
     major, minor = torch.cuda.get_device_capability(device)
     return "sm100" if major == 10 else f"sm{major}{minor}"
+
+
+@contextmanager
+def pretend(kind: str) -> Iterator[None]:
+    """Launches in the block are chosen as on a chip of this kind, wherever the tensors are."""
+    _PRETENDED.append(kind)
+    try:
+        yield
+    finally:
+        _PRETENDED.pop()
 
 
 @functools.cache
