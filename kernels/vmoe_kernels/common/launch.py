@@ -9,7 +9,7 @@ import functools
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,25 +31,6 @@ class Config:
         """Keyword arguments for `kernel[grid](...)`."""
         kwargs = {**self.constexprs, "num_warps": self.num_warps, "num_stages": self.num_stages}
         return kwargs if self.max_registers is None else {**kwargs, "maxnreg": self.max_registers}
-
-
-@dataclass(frozen=True)
-class CompileCase:
-    """A kernel with one shipped config, as `python -m benchmarks.compile.report` compiles it without a GPU.
-
-    Pointers are taken to be 16-byte aligned, as PyTorch allocates them.
-    """
-
-    name: str  # unique, e.g. "dispatch_forward/bf16/D768"
-    kernel: Any  # the `@triton.jit` function
-    signature: Mapping[str, str]  # run-time argument to its type: "*bf16", "i32", "tensordesc<bf16[1,128,64]>"
-    constexprs: Mapping[str, Any]  # every constexpr argument, and None for absent optional pointers
-    num_warps: int = 4
-    num_stages: int = 1
-    has_dot: bool = False  # the kernel multiplies matrices, so it must use tensor cores
-    divisible: Sequence[str] = field(default=())  # integer arguments that are multiples of 16 at these constants
-    capabilities: Sequence[int] = field(default=(80, 90, 100))  # chips that this config ships for
-    max_registers: int | None = None  # as in Config
 
 
 _TABLES: dict[str, dict[Key, Config]] = {}
