@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "weights": {"layers", "models"},
     "parallel": {"vmoe_kernels", "layers", "planning"},
     "planning": {"vmoe_kernels", "layers"},
-    "evaluate": {"layers", "models", "control", "data"},
+    "evaluate": {"vmoe_kernels", "layers", "models", "control", "data"},
     "budget": {"control", "evaluate"},
     "export": {"control", "evaluate"},
     "report": {"data"},

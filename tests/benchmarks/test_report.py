@@ -115,7 +115,7 @@ def test_kernels_are_measured_with_pytorch_and_triton_alone():
         "of_models = ('bench_model', 'bench_train_step', 'bench_scaling')",
         "of_kernels = [name for name, _ in report.SHARES if name not in of_models]",
         "print(len([importlib.import_module(f'benchmarks.{name}').run for name in of_kernels]))",
-        "predicted.kernel_predictions()",
+        "predicted.predictions()",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "7"), done.stderr
@@ -167,7 +167,11 @@ def test_predictions_are_never_called_measured(tmp_path):
     assert {each["kernel"] for each in content["layer_kernels"]} >= {"expert_up", "expert_d_fc1", "combine"}
     assert all(each["blocks_per_sm"] >= 1 for each in content["layer_kernels"])
     names = {each["kernel"] for each in content["kernel_predictions"]}
-    assert names >= {"router_forward/K2", "slots/select/bpr/K1", "dispatch 2"}
+    assert names >= {"router/noise", "slots/select/bpr/K1", "slots/sort/vanilla/K2"}
+    # One prediction for a quantity: the bound where an op is bound, else its latency.
+    slots = {each["predicted_us"] for each in content["predictions"] if each["op"] == "slots"}
+    by_name = {each["kernel"]: each["predicted_us"] for each in content["kernel_predictions"]}
+    assert slots == {by_name["slots/select/bpr/K1"], by_name["slots/select/bpr/K2"]}
     assert "nothing here was measured on a GPU" in path.read_text()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vmoe_kernels.common.checks import check_draws, check_number, check_rows, check_seed
+from vmoe_kernels.common.flops import mlp_flops
 from vmoe_kernels.common.impl import (
     HAS_TRITON,
     check_dtypes,
@@ -321,14 +322,12 @@ _expert_mlp_op.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.vmoe.expert_mlp)
 def _expert_mlp_flops(x_shape, fc1_shape, b1_shape, fc2_shape, *_, **__) -> int:
-    num_experts, rows, width = x_shape
-    return 2 * num_experts * rows * fc1_shape[1] * (width + fc2_shape[1])
+    return mlp_flops(x_shape[0] * x_shape[1], fc1_shape, fc2_shape)
 
 
 @register_flop_formula(torch.ops.vmoe.expert_mlp_backward)
 def _expert_mlp_backward_flops(d_out_shape, x_shape, pre_shape, fc1_shape, b1_shape, fc2_shape, *_, **__) -> int:
-    num_experts, rows, width = x_shape
-    return 4 * num_experts * rows * fc1_shape[1] * (width + fc2_shape[1])
+    return 2 * mlp_flops(x_shape[0] * x_shape[1], fc1_shape, fc2_shape)
 
 
 def check_expert_weights(
