@@ -1,4 +1,4 @@
-"""Compiles what the ops launch on sm_80, sm_90 and sm_100, as capture.py records it without a GPU, and reads it.
+"""Compiles what the ops launch on sm_80, sm_90 and sm_100, as launches.py records it without a GPU, and reads it.
 
     python -m benchmarks.compile.report            writes benchmarks/results/compile_report/triton-<version>.{json,md}
     python -m benchmarks.compile.report --check    writes nothing; exit code 1 on any defect, or if a report is stale
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.compile.capture import CAPABILITIES, Launch, capture
+from benchmarks.compile.launches import CAPABILITIES, Launch, capture
 from vmoe_kernels.common.launch import triton_version
 
 REPORTS = Path(__file__).parents[1] / "results" / "compile_report"

@@ -58,7 +58,7 @@ def run(session: Session, base: Case | None = None) -> None:
             return
         calls = {}
         for value, case in sweep.cases.items():
-            layer, x = _layer(case, session, sweep.even)
+            layer, x = layer_of(case, session, sweep.even)
             _require_parity(layer, x, f"{sweep.name}={value:g}")
             calls[value] = _forward(layer, x)
         budget = session.seconds_per_variant * len(calls)
@@ -67,7 +67,7 @@ def run(session: Session, base: Case | None = None) -> None:
             session.add(OP, "forward", f"{sweep.name}={value:g}: {sweep.cases[value].name}", {"ours": each})
 
 
-def _layer(case: Case, session: Session, even: bool) -> tuple[MoeMlp, Tensor]:
+def layer_of(case: Case, session: Session, even: bool) -> tuple[MoeMlp, Tensor]:
     """The layer of a case in eval mode and (B, L, D) tokens."""
     layer = make_layer(case).eval()
     layer.capacity_multiple_of = 1

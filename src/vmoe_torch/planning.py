@@ -24,16 +24,21 @@ COMPUTE_SHARE, LINK_SHARE, MEMORY_SHARE = 0.45, 0.75, 0.9
 
 @dataclass(frozen=True)
 class Gpu:
-    """Vendor's peaks: memory in bytes, dense bf16 FLOP/s, bytes/s in one direction inside a node and between nodes.
+    """Vendor's peaks of one GPU.
 
     The network is assumed: one 200 Gbit/s (A100) or 400 Gbit/s adapter per GPU, eight GPUs per node.
     """
 
     memory: float
+    """Memory in bytes."""
     flops: float
+    """Dense bfloat16 FLOP/s."""
     link: float
+    """Bytes/s in one direction inside a node."""
     network: float
+    """Bytes/s in one direction between nodes."""
     per_node: int = 8
+    """GPUs of a node."""
 
 
 GPUS = {
@@ -46,19 +51,25 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """A run to plan; `batch` is images per step over all GPUs, forwards of one accumulation step alone."""
+    """A run to plan."""
 
     gpus: int
+    """Number of GPUs, a multiple of `ep`."""
     ep: int
+    """GPUs that one set of experts is spread over, at least 1."""
     batch: int
+    """Images per step over all GPUs, a multiple of `gpus`: the forwards of one accumulation step alone."""
     gpu: str = "h200"
+    """One of `GPUS`."""
     recompute: bool = False
-    # Bytes of an activation and of a gathered parameter, and of a value on the wire: 2 is bfloat16.
+    """Whether the backward recomputes activations."""
     compute_bytes: int = 2
+    """Bytes of an activation and of a gathered parameter; 2 is bfloat16."""
     wire_bytes: int = 2
-    # Whether autocast computes in these bytes, as `vmoe train` does, over parameters, norms and a residual stream in
-    # float32; or FSDP casts the parameters as it gathers them (`parallelize(param_dtype=...)`), and all is in them.
+    """Bytes of a value on the wire between experts."""
     autocast: bool = False
+    """Whether autocast computes in these bytes, as `vmoe train` does, over parameters, norms and a residual stream in
+    float32; or FSDP casts the parameters as it gathers them (`parallelize(param_dtype=...)`), and all is in them."""
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError if the run cannot be set up."""
@@ -90,26 +101,34 @@ class Plan:
     """Per rank (the first, which never holds less than another): bytes held, bytes sent per step, seconds per step."""
 
     settings: Settings
+    """The run."""
     parameters: int
+    """Bytes of the parameters."""
     gradients: int
-    # AdamW's moments.
+    """Bytes of the gradients."""
     optimizer: int
-    # What autograd keeps at the end of the forward; with recomputation also the block that is recomputed.
+    """Bytes of AdamW's moments."""
     activations: int
-    # Parameters of two FSDP units, gathered, and the gradients of one on their way to be reduced.
+    """Bytes that autograd keeps at the end of the forward; with recomputation also those of the block that is
+    recomputed."""
     gathered: int
-    # Rows of one layer as they leave and as they arrive.
+    """Bytes of the parameters of two FSDP units, gathered, and of the gradients of one on their way to be reduced."""
     exchange_buffers: int
-    # All-to-all in one layer's forward: dispatch and combine, to other ranks.
+    """Bytes of the rows of one layer as they leave and as they arrive."""
     exchange_per_layer: int
-    # All-to-all in a step: every layer, forward and backward (and the recomputation's forward).
+    """Bytes of the all-to-all in one layer's forward: dispatch and combine, to other ranks."""
     exchange_per_step: int
-    # FSDP's gathers and reductions in a step.
+    """Bytes of the all-to-all in a step: every layer, forward and backward (and the recomputation's forward)."""
     shards_per_step: int
+    """Bytes of FSDP's gathers and reductions in a step."""
     flops_per_step: float
+    """FLOPs, a multiply-add counting as two."""
     compute_seconds: float
+    """Seconds of the computation."""
     exchange_seconds: float
+    """Seconds of the all-to-all."""
     shards_seconds: float
+    """Seconds of FSDP's transfers."""
 
     @property
     def held(self) -> int:

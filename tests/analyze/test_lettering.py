@@ -26,7 +26,7 @@ def drawn(text, families):
 @pytest.fixture
 def no_fallbacks(monkeypatch):
     """A machine with matplotlib's own fonts only."""
-    monkeypatch.setattr(lettering, "_fallbacks", lambda missing: [])
+    monkeypatch.setattr(lettering, "fallback_families", lambda missing: [])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,7 +57,7 @@ def test_a_dollar_is_a_dollar():
 
 def test_fonts_are_looked_for_only_where_letters_are_missing(monkeypatch):
     asked = []
-    monkeypatch.setattr(lettering, "_fallbacks", lambda missing: asked.append(missing) or [])
+    monkeypatch.setattr(lettering, "fallback_families", lambda missing: asked.append(missing) or [])
     Lettering(["cat", "Zoë", "$"])
     assert asked == []
     Lettering(["犬"])
@@ -65,8 +65,8 @@ def test_fonts_are_looked_for_only_where_letters_are_missing(monkeypatch):
 
 
 def test_fallbacks_have_the_letters():
-    families = lettering._fallbacks(frozenset("犬"))
+    families = lettering.fallback_families(frozenset("犬"))
     if not families:
         pytest.skip("no font on this machine has the letter")
     assert ord("犬") in get_font(findfont(families[0])).get_charmap()
-    assert lettering._fallbacks(frozenset("\U0010fffd")) == []
+    assert lettering.fallback_families(frozenset("\U0010fffd")) == []

@@ -56,7 +56,7 @@ def test_no_model_is_timed_that_is_wrong(monkeypatch):
 
     monkeypatch.setattr(bench_model, "make_models", wrong)
     measured = session()
-    measured.run_all((("bench_model", 1.0),))
+    measured.run_all((("models.speed", 1.0),))
     assert measured.rows == []
     assert "ours: out must be within" in measured.notes[0]
 
@@ -82,7 +82,7 @@ def test_even_loads_fill_every_slot():
     """Only so is E varied at equal rows."""
     sweep = next(each for each in bench_scaling.sweeps(SMALL) if each.even)
     for experts, case in sweep.cases.items():
-        layer, x = bench_scaling._layer(case, session(), even=True)
+        layer, x = bench_scaling.layer_of(case, session(), even=True)
         with torch.no_grad():
             layer(x)
         assert (layer.record.slots >= 0).all()

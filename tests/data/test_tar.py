@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from vmoe_torch.data.tar import _number, tar_files
+from vmoe_torch.data.tar import read_number, tar_files
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -39,7 +39,7 @@ def test_files_are_those_of_tarfile(tmp_path, form):
     ],
 )
 def test_sizes(field, number):
-    assert _number(field) == number
+    assert read_number(field) == number
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -13,7 +13,7 @@ from torch import nn
 import vmoe_torch
 from vmoe_torch.budget import LayerSetting
 from vmoe_torch.export import check_compiled, check_file, export_program, save_onnx, save_pt2
-from vmoe_torch.export.check import _compare
+from vmoe_torch.export.check import compare_logits
 
 SHAPE = (5, 1, 16, 16)
 SAVE = {".pt2": save_pt2, ".onnx": save_onnx}
@@ -122,7 +122,7 @@ def test_another_model_is_told_apart(build, tmp_path):
     with vmoe_torch.routing(model, capacity_factor=1.0), pytest.raises(ValueError, match=differs):
         check_file(path, model, SHAPE)
     with pytest.raises(ValueError, match=r"x.pt2 must give logits \(5, 4\), got \(4, 5\)"):
-        _compare("x.pt2", lambda images: torch.zeros(4, 5), model, SHAPE)
+        compare_logits("x.pt2", lambda images: torch.zeros(4, 5), model, SHAPE)
     for parameter in model.head.parameters():
         nn.init.zeros_(parameter)
     with pytest.raises(ValueError, match="must give logits that differ"):
@@ -135,7 +135,7 @@ def test_rounding_is_told_from_errors(build, wire, error):
     model = build(dispatch_dtype=wire)
 
     def compare(difference):
-        return _compare("other", lambda images: model(images) * (1 + difference), model, SHAPE)
+        return compare_logits("other", lambda images: model(images) * (1 + difference), model, SHAPE)
 
     assert compare(error) == pytest.approx(error, rel=0.01)
     with pytest.raises(ValueError, match="other must give the model's logits within"):

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.interop.needs import needs
+from tests.interop.requirement import needs
 from vmoe_torch import routing
 
 

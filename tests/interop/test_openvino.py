@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.interop.needs import needs
+from tests.interop.requirement import needs
 from vmoe_torch import routing_stats, set_routing
 from vmoe_torch.export import export_program, save_onnx
 

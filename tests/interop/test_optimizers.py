@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import vmoe_torch
-from tests.interop.needs import needs
+from tests.interop.requirement import needs
 
 # Apex and bitsandbytes are other libraries; adahessian wants second derivatives, which the fast ops have not; kron
 # compiles itself for half a minute.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.interop.conftest import SIZE
-from tests.interop.needs import needs
+from tests.interop.requirement import needs
 from vmoe_torch import moe_layers, routing, routing_stats
 
 transformers = needs("transformers")

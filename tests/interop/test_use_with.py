@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.needs import needs
+from tests.interop.requirement import needs
 from tests.test_docs import PAGES, blocks
 
 TEXT = PAGES["docs/use-with.md"].read_text(encoding="utf-8")

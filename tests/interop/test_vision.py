@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.interop.conftest import SIZE
-from tests.interop.needs import needs
+from tests.interop.requirement import needs
 from vmoe_torch import moe_layers, routing
 
 

@@ -80,7 +80,7 @@ def test_scaler():
 def test_scale_beyond_float16_in_its_default_dtype():
     (x,) = batches(1)
     model = tiny()
-    loss_scale._buffers.clear()
+    loss_scale.BUFFERS.clear()
     torch.set_default_dtype(torch.float16)
     try:
         (131072.0 * followed(model, x)).backward()
@@ -292,7 +292,7 @@ def test_following_keeps_no_graph():
     (x,) = batches(1)
     model = tiny()
     loss = followed(model, x)
-    node = weakref.ref(next(n for n in loss_scale._beneath(loss.grad_fn) if hasattr(n, "vmoe_layer")))
+    node = weakref.ref(next(n for n in loss_scale.nodes_beneath(loss.grad_fn) if hasattr(n, "vmoe_layer")))
     assert node() is not None
     (2 * loss).backward(retain_graph=True)
     del loss
@@ -315,7 +315,7 @@ def test_failed_backward_of_a_checkpoint_leaves_nothing():
     finally:
         set_reentrant_ckpt(before)
     del loss
-    assert loss_scale._outer() is None
+    assert loss_scale.outer_recomputation() is None
     model = tiny()
     no_loss(model(x.detach()), x).backward()
     assert_multiplier_is_one(model, reference([x.detach()]))

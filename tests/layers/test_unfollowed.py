@@ -15,7 +15,7 @@ from torch import nn
 import vmoe_torch
 from tests.helpers.auxiliary import batches, tiny
 from vmoe_torch.layers import set_auxiliary_gradient_scale
-from vmoe_torch.layers.unfollowed import _seen
+from vmoe_torch.layers.unfollowed import SEEN
 
 ACCUMULATES = "gradients are accumulated.*vmoe_torch.follow_loss_scale.*vmoe_torch.trainers"
 SCALES = "a GradScaler is in use.*vmoe_torch.follow_loss_scale"
@@ -228,15 +228,15 @@ def test_checkpointed_loop_is_not_told(checkpointed):
 
 def test_nothing_is_kept_of_a_model():
     gc.collect()
-    before = len(_seen)
+    before = len(SEEN)
     model = tiny(depth=2)
     loss_of(model, batches(1)[0]).backward()
-    assert len(_seen) == before + 1
+    assert len(SEEN) == before + 1
     reference = weakref.ref(model)
     del model
     gc.collect()
     assert reference() is None
-    assert len(_seen) == before
+    assert len(SEEN) == before
 
 
 def test_process_prints_it_once():

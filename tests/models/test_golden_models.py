@@ -8,7 +8,7 @@ from tests.conftest import golden_arrays, golden_cases, manifest, relative_error
 from vmoe_torch.weights.names import from_original
 
 
-def _model(case, **kwargs):
+def golden_model(case, **kwargs):
     config = manifest("models")[case]["config"]
     encoder, moe = config["encoder"], config["encoder"]["moe"]
     router, dispatcher = moe["router"], moe["router"]["dispatcher"]
@@ -48,7 +48,7 @@ def _model(case, **kwargs):
 
 @pytest.mark.parametrize("case", golden_cases("models"))
 def test_model_equals_original(case, golden_noise):
-    config, want, model = _model(case)
+    config, want, model = golden_model(case)
     golden_noise(*(array for name, array in want.items() if name.startswith("noise/")))
     x = torch.from_numpy(want["inputs"]).permute(0, 3, 1, 2).requires_grad_()
     logits = model(x)
@@ -77,7 +77,7 @@ def test_model_equals_original(case, golden_noise):
 
 
 def test_intermediates_equal_original():
-    _, want, model = _model("token_learned")
+    _, want, model = golden_model("token_learned")
     model.eval()
     x = torch.from_numpy(want["inputs"]).permute(0, 3, 1, 2)
     _, blocks = model.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=True)

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from vmoe_torch.parallel import RankError
-from vmoe_torch.parallel.ranks.meeting import _hello, _welcome
+from vmoe_torch.parallel.ranks.meeting import hello, welcome
 
 TIMEOUT = 30.0
 
@@ -19,7 +19,7 @@ def _meet(store, world_size, late=()):
     def arrive(rank):
         if rank in late:
             time.sleep(0.1)
-        names[rank] = _hello(store, rank, TIMEOUT) if rank else _welcome(store, world_size, TIMEOUT)
+        names[rank] = hello(store, rank, TIMEOUT) if rank else welcome(store, world_size, TIMEOUT)
 
     threads = [threading.Thread(target=arrive, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -44,6 +44,6 @@ def test_every_meeting_has_a_name_of_its_own(late):
 
 def test_missing_rank_is_named():
     with pytest.raises(RankError, match=r"all ranks must arrive within 0.1 s, ranks 1, 2 have not"):
-        _welcome(dist.HashStore(), 3, 0.1)
+        welcome(dist.HashStore(), 3, 0.1)
     with pytest.raises(RankError, match=r"all ranks must arrive within 0.1 s, rank 0 has not"):
-        _hello(dist.HashStore(), 2, 0.1)
+        hello(dist.HashStore(), 2, 0.1)

@@ -8,7 +8,7 @@ import torch
 from timm.models import adapt_input_conv
 
 from tests.conftest import golden_arrays, relative_error
-from tests.models.test_golden_models import _model
+from tests.models.test_golden_models import golden_model
 from tests.weights.test_golden_checkpoints import FOLDER, VARIANTS, expected, raw
 from vmoe_torch.checkpoints import (
     CheckpointError,
@@ -29,7 +29,7 @@ PARAMS = [name for name in VARIANTS if name.startswith(("params", "unknown"))]
 
 def _empty_model(**kwargs):
     """The tiny model that the files are of, with weights of its own."""
-    _, want, model = _model("token_learned", **kwargs)
+    _, want, model = golden_model("token_learned", **kwargs)
     torch.manual_seed(1)
     model.init_weights()
     torch.nn.init.normal_(model.head.weight)
@@ -76,7 +76,7 @@ def test_export_of_a_release_layout_gives_its_bytes(tmp_path):
 
 @pytest.mark.parametrize("case", ["token_rep_cf4_bpr", "map_learned_rep", "gap_sincos_bpr", "all_dense"])
 def test_every_parameter_of_a_model_goes_there_and_back(case, tmp_path):
-    _, want, model = _model(case)
+    _, want, model = golden_model(case)
     export_original(model, tmp_path / "x")
     arrays = read_original(str(tmp_path / "x"))
     params = {name.removeprefix("params/"): a for name, a in want.items() if name.startswith("params/")}
@@ -115,7 +115,7 @@ def test_positions_zoom_without_a_token_in_the_target():
 
 def test_load_adapts_resolution_channels_and_classes():
     want = expected("params_1shard")
-    _, _, other = _model("token_learned")
+    _, _, other = golden_model("token_learned")
     kwargs = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "mlp_ratio": 2, "num_experts": 4}
     model = type(other)(img_size=48, in_chans=1, num_classes=3, moe_layers=(1, 3), **kwargs)
     head = model.head.weight.detach().clone()
@@ -156,7 +156,7 @@ def test_load_refuses_what_does_not_fit_and_changes_nothing():
 
 
 def test_head_of_a_pre_logits_layer_is_not_loaded_without_it(tmp_path):
-    _, _, model = _model("token_rep_cf4_bpr")
+    _, _, model = golden_model("token_rep_cf4_bpr")
     export_original(model, tmp_path / "x")
     kwargs = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "mlp_ratio": 2, "num_experts": 4}
     plain = type(model)(img_size=32, num_classes=model.num_classes, moe_layers=(1, 3), **kwargs)

@@ -147,14 +147,14 @@ def test_writer_refuses_what_is_no_local_name(prefix, tmp_path, monkeypatch):
 def test_failed_write_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     write_original(tmp_path / "x", {"a": torch.zeros(4), "b": torch.zeros(4)}, num_shards=2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    real = writer._write_shard
+    real = writer.write_shard
 
     def full(file, shard, *rest):
         if shard == 1:
             raise OSError(28, "No space left on device")
         real(file, shard, *rest)
 
-    monkeypatch.setattr(writer, "_write_shard", full)
+    monkeypatch.setattr(writer, "write_shard", full)
     with pytest.raises(OSError, match="No space left"):
         write_original(tmp_path / "x", {"a": torch.ones(4), "b": torch.ones(4)}, num_shards=2)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -149,7 +149,7 @@ def test_escaped_slashes_lead_nowhere(server, end, tmp_path):
 def test_file_that_changed_in_between_is_fetched_anew(server, source, tmp_path):
     part = tmp_path / "x.part"
     part.write_bytes(b"old bytes of another version")
-    fetch._tag(part).write_text('"before"')
+    fetch.tag_file(part).write_text('"before"')
     fetch.download(f"{server.url}.index", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == (server.folder / "small.index").read_bytes()
     assert not list(tmp_path.glob("x.part*"))
@@ -157,7 +157,7 @@ def test_file_that_changed_in_between_is_fetched_anew(server, source, tmp_path):
 
 def test_part_that_came_whole_is_accepted(server, source, tmp_path):
     (tmp_path / "x.part").write_bytes((server.folder / "small.index").read_bytes())
-    fetch._tag(tmp_path / "x.part").write_text('"a"')
+    fetch.tag_file(tmp_path / "x.part").write_text('"a"')
     fetch.download(f"{server.url}.index", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == (server.folder / "small.index").read_bytes()
 
@@ -288,9 +288,9 @@ def test_every_released_tag_is_listed():
 
 def test_gs_urls_are_public_https(monkeypatch):
     monkeypatch.setattr(fetch, "find_spec", lambda name: None)
-    assert fetch._public("gs://vmoe_checkpoints/a.index") == f"{vmoe.BUCKET}/a.index"
+    assert fetch.public_url("gs://vmoe_checkpoints/a.index") == f"{vmoe.BUCKET}/a.index"
     monkeypatch.setattr(fetch, "find_spec", lambda name: name)
-    assert fetch._public("gs://vmoe_checkpoints/a.index") == "gs://vmoe_checkpoints/a.index"
+    assert fetch.public_url("gs://vmoe_checkpoints/a.index") == "gs://vmoe_checkpoints/a.index"
 
 
 def test_unknown_protocol_is_named(tmp_path):

@@ -23,9 +23,13 @@ class Config:
     """One launch choice: block sizes and variants (the kernel's constexprs), warps and pipeline stages."""
 
     constexprs: Mapping[str, Any]
+    """Block sizes and variants, by the name of the constexpr."""
     num_warps: int
+    """Warps of a program."""
     num_stages: int = 1
-    max_registers: int | None = None  # per thread, so that more programs fit on a multiprocessor
+    """Stages of the pipeline."""
+    max_registers: int | None = None
+    """Per thread, so that more programs fit on a multiprocessor; None leaves it to the compiler."""
 
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `kernel[grid](...)`."""

@@ -141,9 +141,13 @@ class Buffer:
     """Which rows of the experts' buffers hold something: all of them, or those that a choice names."""
 
     num_experts: int
-    rows: int  # R, per expert
-    slots: Tensor | None = None  # (T, K) int32
-    choices: Tensor | None = None  # (E * R,) int32, the inverse of slots
+    """E, number of experts."""
+    rows: int
+    """R, rows per expert."""
+    slots: Tensor | None = None
+    """(T, K) int32 row of each choice, or -1 where dropped."""
+    choices: Tensor | None = None
+    """(E * R,) int32, the inverse of slots."""
 
     @property
     def num_choices(self) -> int:
@@ -156,8 +160,11 @@ class Rows:
     """The left operand of a GEMM: a buffer (E * R, W) as it lies, or the tokens (T, W) that its rows hold."""
 
     data: Tensor
+    """(E * R, W) as the buffer lies, or (T, W) tokens."""
     buffer: Buffer
+    """Which rows hold something."""
     gather: bool = False
+    """Whether `data` is the tokens."""
 
     @cached_property
     def gathered(self) -> Tensor:

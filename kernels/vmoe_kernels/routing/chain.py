@@ -19,14 +19,22 @@ __all__ = ["Routing", "compute_capacity", "num_groups", "route", "route_referenc
 class Routing(NamedTuple):
     """Where every token goes and with what weight; floats are float32 (float64 for float64 inputs)."""
 
-    gates: Tensor  # (T, K) combine weights, largest first, not renormalised
-    experts: Tensor  # (T, K) int32 expert of each choice
-    slots: Tensor  # (T, K) int32 row of each choice in the (E * R, D) buffer, or -1 where dropped
-    logits: Tensor  # (T, E) without noise
-    importance: Tensor  # (G, E) sum of the noise-free gates
-    load: Tensor  # (G, E) mean probability of being selected if the noise were redrawn; 0 without noise
-    mean_gates: Tensor  # (G, E) mean of the gates that routing used
-    top1_share: Tensor  # (G, E) share of first choices; no gradient
+    gates: Tensor
+    """(T, K) combine weights, largest first, not renormalised."""
+    experts: Tensor
+    """(T, K) int32 expert of each choice."""
+    slots: Tensor
+    """(T, K) int32 row of each choice in the (E * R, D) buffer, or -1 where dropped."""
+    logits: Tensor
+    """(T, E) without noise."""
+    importance: Tensor
+    """(G, E) sum of the noise-free gates."""
+    load: Tensor
+    """(G, E) mean probability of being selected if the noise were redrawn; 0 without noise."""
+    mean_gates: Tensor
+    """(G, E) mean of the gates that routing used."""
+    top1_share: Tensor
+    """(G, E) share of first choices; no gradient."""
 
 
 def compute_capacity(

@@ -29,13 +29,20 @@ from vmoe_kernels.common.transforms import differs_backward, twin_gradients
 class RouterOutput(NamedTuple):
     """What a router says of every token; all float results are float32 (float64 for float64 inputs)."""
 
-    gates: Tensor  # (T, K) combine weights, largest first, not renormalised
-    experts: Tensor  # (T, K) int32 expert of each choice
-    logits: Tensor  # (T, E) without noise
-    importance: Tensor  # (G, E) sum over the group's tokens of the noise-free gates
-    load: Tensor  # (G, E) mean probability of being selected if the noise were redrawn; 0 without noise
-    mean_gates: Tensor  # (G, E) mean of the gates that routing used (noisy where there is noise)
-    top1_share: Tensor  # (G, E) share of the group's tokens whose first choice is the expert; no gradient
+    gates: Tensor
+    """(T, K) combine weights, largest first, not renormalised."""
+    experts: Tensor
+    """(T, K) int32 expert of each choice."""
+    logits: Tensor
+    """(T, E) without noise."""
+    importance: Tensor
+    """(G, E) sum over the group's tokens of the noise-free gates."""
+    load: Tensor
+    """(G, E) mean probability of being selected if the noise were redrawn; 0 without noise."""
+    mean_gates: Tensor
+    """(G, E) mean of the gates that routing used (noisy where there is noise)."""
+    top1_share: Tensor
+    """(G, E) share of the group's tokens whose first choice is the expert; no gradient."""
 
 
 @no_autocast

@@ -15,19 +15,16 @@ from vmoe_torch.evaluate.settings import eval_mode
 
 @dataclass(frozen=True)
 class Ablation:
-    """What a model reached with some of its routers replaced.
-
-    Attributes:
-        layers: names of the layers with random choices; none is the model as it is.
-        images: number of images.
-        top1: share of images whose label scored highest.
-        loss: mean cross-entropy, in nats.
-    """
+    """What a model reached with some of its routers replaced."""
 
     layers: tuple[str, ...]
+    """Names of the layers with random choices; none is the model as it is."""
     images: int
+    """Number of images."""
     top1: float
+    """Share of images whose label scored highest, in 0..1."""
     loss: float
+    """Mean cross-entropy, in nats."""
 
 
 class _RandomChoices:

@@ -24,35 +24,32 @@ _FRAMES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found out about a model.
-
-    Attributes:
-        class_names: by label.
-        routing: the model's own, in words.
-        selected_experts: its own number of experts per token; None if its layers differ.
-        own: accuracy with it.
-        evaluations: accuracy at every number of experts, capacity and order of a grid.
-        selected: accuracy with other numbers of experts per token, capacity and order as its own.
-        ablations: accuracy with random routers.
-        routings: {layer name: counts}.
-        patches: what was kept of a few images.
-        capacity_factors: those of the grid.
-        dense: a model to compare with, on the same images.
-        dense_name: what to call it.
-    """
+    """What was found out about a model."""
 
     class_names: tuple[str, ...]
+    """Names of the classes, by label."""
     routing: str
+    """The model's own, in words."""
     selected_experts: int | None
+    """Its own number of experts per token; None if its layers differ."""
     own: Evaluation
+    """Accuracy with it."""
     evaluations: list[Evaluation]
+    """Accuracy at every number of experts, capacity and order of a grid."""
     selected: list[Evaluation]
+    """Accuracy with other numbers of experts per token, capacity and order as its own."""
     ablations: list[Ablation]
+    """Accuracy with random routers."""
     routings: dict[str, LayerRouting]
+    """{layer name: counts}."""
     patches: KeptPatches
+    """What was kept of a few images."""
     capacity_factors: tuple[float, ...]
+    """Capacity factors of the grid."""
     dense: Evaluation | None = None
+    """A model to compare with, on the same images."""
     dense_name: str = "the dense model"
+    """What to call it."""
 
     def with_dense(self, dense: Evaluation, name: str) -> "Analysis":
         """The same with a model to compare with, evaluated on the same images."""

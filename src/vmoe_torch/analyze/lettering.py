@@ -25,7 +25,7 @@ class Lettering:
         self.families = list(usual)
         missing = {char for name in names for char in shown(name)} - _letters(tuple(usual))
         if missing:
-            self.families += _fallbacks(frozenset(missing))
+            self.families += fallback_families(frozenset(missing))
 
     def text(self, name: str, length: int) -> str:
         """A name for matplotlib, of so many characters at most."""
@@ -63,7 +63,7 @@ def _letters(families: tuple[str, ...]) -> frozenset[str]:
 
 
 @cache
-def _fallbacks(missing: frozenset[str]) -> list[str]:
+def fallback_families(missing: frozenset[str]) -> list[str]:
     """Families that have most of these letters, as few as it takes; reads every font of the machine."""
     found: dict[str, frozenset[str]] = {}
     plain = {font.name for font in fontManager.ttflist if (font.style, font.weight) == ("normal", 400)}

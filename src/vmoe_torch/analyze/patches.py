@@ -27,21 +27,18 @@ ORDERS = ((False, "vanilla"), (True, "BPR"))
 
 @dataclass(frozen=True)
 class KeptPatches:
-    """What every layer kept of a few images, at falling capacities.
-
-    Attributes:
-        pictures: (B, H, W) grey or (B, H, W, 3) colours in 0..1, as the model sees them.
-        class_names: (B,) of the images.
-        capacity_factors: asked for, falling.
-        group_images: how many of the images share slots.
-        kept: {layer name: (capacities, 2, B, h, w)} kept choices of each patch, in the order of `ORDERS`.
-    """
+    """What every layer kept of a few images, at falling capacities."""
 
     pictures: Tensor
+    """(B, H, W) grey or (B, H, W, 3) colours in 0..1, as the model sees them."""
     class_names: tuple[str, ...]
+    """(B,) class of each image."""
     capacity_factors: tuple[float, ...]
+    """Capacity factors asked for, falling."""
     group_images: int
+    """How many of the images share slots."""
     kept: dict[str, Tensor]
+    """{layer name: (capacities, 2, B, h, w)} kept choices of each patch, in the order of `ORDERS`."""
 
     def shares(self, layer: str, capacity: float, batch_priority: bool) -> list[float]:
         """Of every image, the share of patches that at least one expert processed."""

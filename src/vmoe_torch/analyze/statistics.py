@@ -19,26 +19,23 @@ from vmoe_torch.layers import MoeMlp
 
 @dataclass
 class LayerRouting:
-    """What one MoE layer did with every token of a data set.
-
-    Attributes:
-        wanted: (N, E) int64, choices that tokens of a class's images made, kept or not.
-        kept: (N, E) int64, those that found a free slot.
-        gates: (K, bins) int64, histogram over 0..1 of the gates of each choice rank.
-        tokens: number of tokens.
-        unprocessed: number of tokens whose choices were all dropped.
-        slots: number of slots there were, used or not.
-        positions: (rows, columns, E) int64, choices of patches that found a slot, by the patch's place in the image;
-            None for a model without a grid of patches.
-    """
+    """What one MoE layer did with every token of a data set."""
 
     wanted: Tensor
+    """(N, E) int64, choices that tokens of a class's images made, kept or not."""
     kept: Tensor
+    """(N, E) int64, those that found a free slot."""
     gates: Tensor
+    """(K, bins) int64, histogram over 0..1 of the gates of each choice rank."""
     tokens: int = 0
+    """Number of tokens."""
     unprocessed: int = 0
+    """Number of tokens whose choices were all dropped."""
     slots: int = 0
+    """Number of slots there were, used or not."""
     positions: Tensor | None = None
+    """(rows, columns, E) int64, choices of patches that found a slot, by the patch's place in the image; None for a
+    model without a grid of patches."""
 
     @property
     def demand(self) -> Tensor:

@@ -11,25 +11,22 @@ from vmoe_torch.budget.settings import Assignment, assign
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting of all layers.
-
-    Attributes:
-        name: "present", "all layers K=2 C=0.5 BPR", "per layer, round 1".
-        settings: of each layer.
-        predicted_cost: per image, in the unit of the budget.
-        cost: the same, counted or timed on the whole model.
-        predicted_loss: from what each layer's setting alone added to the loss.
-        loss: on the calibration images.
-        top1: on the calibration images.
-    """
+    """One setting of all layers."""
 
     name: str
+    """As "present", "all layers K=2 C=0.5 BPR" or "per layer, round 1"."""
     settings: Assignment
+    """Setting of each layer, by name."""
     predicted_cost: float
+    """Cost per image, in the unit of the budget."""
     cost: float
+    """The same, counted or timed on the whole model."""
     predicted_loss: float
+    """Loss, from what each layer's setting alone added to the loss."""
     loss: float
+    """Mean loss on the calibration images, in nats."""
     top1: float
+    """Share of the calibration images that were right, in 0..1."""
 
     @property
     def alike(self) -> bool:
@@ -39,28 +36,25 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Budget:
-    """What `set_budget` chose, and from what.
-
-    Attributes:
-        unit: "FLOPs" or "seconds", per image.
-        limit: the budget in this unit.
-        share: the budget as it was asked for, as a share of the present cost.
-        images: calibration images.
-        labelled: whether they had labels. If not, `top1` is the agreement with the model as it was, and `loss` the
-            divergence from its predictions.
-        present: the model as it was.
-        chosen: what is set now.
-        candidates: everything that was verified on the whole model, the present settings first.
-    """
+    """What `set_budget` chose, and from what."""
 
     unit: str
+    """Either "FLOPs" or "seconds", per image."""
     limit: float
+    """The budget in this unit."""
     share: float
+    """The budget as it was asked for, as a share of the present cost."""
     images: int
+    """Number of calibration images."""
     labelled: bool
+    """Whether they had labels. If not, `top1` is the agreement with the model as it was, and `loss` the divergence from
+    its predictions."""
     present: Candidate
+    """The model as it was."""
     chosen: Candidate
+    """What is set now."""
     candidates: tuple[Candidate, ...]
+    """Everything that was verified on the whole model, the present settings first."""
 
     def best_global(self) -> Candidate | None:
         """Of the candidates within the budget that set all layers alike, that of the least loss."""

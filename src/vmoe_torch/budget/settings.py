@@ -16,8 +16,11 @@ class LayerSetting:
     """K, the capacity factor in eval mode, and the order of one MoE layer."""
 
     num_selected_experts: int
+    """K, in 1..E."""
     eval_capacity_factor: float
+    """Slots per expert in eval mode, as a multiple of the balanced load; above 0."""
     batch_priority: bool = True
+    """Batch Priority Routing, or position order."""
 
     def __str__(self) -> str:
         order = "BPR" if self.batch_priority else "vanilla"

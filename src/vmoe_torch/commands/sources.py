@@ -42,23 +42,20 @@ DATA_HELP = (
 
 @dataclass(frozen=True)
 class Source:
-    """A model to use.
-
-    Attributes:
-        model: in eval mode, on the device.
-        transform: for evaluation, PIL image -> (C, H, W) float32.
-        mode: PIL mode of the images that it takes, "RGB" or "L".
-        class_names: by label, where they are known; those of ImageNet are WordNet's numbers ("n01440764").
-        config: of the run that trained it, for a model of `vmoe train`.
-        about: in a few words, which weights were taken and what told the model.
-    """
+    """A model to use."""
 
     model: nn.Module
+    """The model in eval mode, on the device."""
     transform: Callable[[Image.Image], Tensor]
+    """Transform for evaluation, PIL image -> (C, H, W) float32."""
     mode: str
+    """PIL mode of the images that it takes, "RGB" or "L"."""
     class_names: tuple[str, ...] | None
+    """Names of the classes by label, where they are known; those of ImageNet are WordNet's numbers ("n01440764")."""
     config: Config | None
+    """Configuration of the run that trained it, for a model of `vmoe train`."""
     about: str = ""
+    """In a few words, which weights were taken and what told the model."""
 
 
 def open_model(name: str | Path, device: str | torch.device = "cpu", *, average: bool | None = None) -> Source:

@@ -51,21 +51,18 @@ def subfolders(folder: Path) -> list[str]:
 
 @dataclass
 class Scan:
-    """What lies below class folders.
-
-    Attributes:
-        images: (path, class) of each image, by path; a class is the first folder below the one that was read.
-        classes: names of the class folders.
-        loose: an image that lies in no class folder, if there is one.
-        passed_over: how many files have an ending that no image has, by ending.
-        repeated: links to folders that were read already, or that hold the one that was read.
-    """
+    """What lies below class folders."""
 
     images: list[tuple[str, str]] = field(default_factory=list)
+    """(path, class) of each image, by path; a class is the first folder below the one that was read."""
     classes: set[str] = field(default_factory=set)
+    """Names of the class folders."""
     loose: str | None = None
+    """An image that lies in no class folder, if there is one."""
     passed_over: Counter = field(default_factory=Counter)
+    """How many files have an ending that no image has, by ending."""
     repeated: list[str] = field(default_factory=list)
+    """Links to folders that were read already, or that hold the one that was read."""
 
     def notices(self) -> list[str]:
         """What was passed over, for people."""

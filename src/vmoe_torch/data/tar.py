@@ -42,7 +42,7 @@ def tar_files(path: Path, links: bool = False) -> Iterator[tuple[str, int, memor
                 raise ValueError(
                     f"{shown(path)} must be a whole tar file without compression, got no header at byte {at}"
                 )
-            size, kind, first = _number(header[124:136]), header[156:157], at + BLOCK
+            size, kind, first = read_number(header[124:136]), header[156:157], at + BLOCK
             if kind == LONG_NAME:
                 long_name = data[first : first + size].partition(b"\0")[0]
             elif kind in PAX:
@@ -98,12 +98,12 @@ def _decimal(value: bytes, path: Path, at: int) -> int:
 
 def _is_header(header: bytes) -> bool:
     """Whether it is whole, its size is a number, and its checksum, which counts itself as spaces, is right."""
-    if len(header) < BLOCK or _number(header[124:136]) is None:
+    if len(header) < BLOCK or read_number(header[124:136]) is None:
         return False
-    return sum(header) - sum(header[148:156]) + 8 * ord(" ") == _number(header[148:156])
+    return sum(header) - sum(header[148:156]) + 8 * ord(" ") == read_number(header[148:156])
 
 
-def _number(field: bytes) -> int | None:
+def read_number(field: bytes) -> int | None:
     """Octal digits, or GNU's binary for sizes from 8 GiB; None if it is neither."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")

@@ -18,30 +18,26 @@ from vmoe_torch.layers import MoeMlp
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model reached at one routing setting.
-
-    Attributes:
-        setting: what was asked for.
-        images: number of images.
-        top1: share of images whose label scored highest.
-        top5: share of images whose label was among the five highest (all, with fewer classes).
-        loss: mean cross-entropy, in nats.
-        capacity_factor: slots there were, over choices made: the asked one after the rounding of the capacity; NaN for
-            a dense model.
-        dropped: share of choices that found their expert full.
-        unprocessed: share of tokens that no expert processed.
-        flops: FLOPs per image of the first batch.
-    """
+    """What a model reached at one routing setting."""
 
     setting: RoutingSetting
+    """What was asked for."""
     images: int
+    """Number of images."""
     top1: float
+    """Share of images whose label scored highest, in 0..1."""
     top5: float
+    """Share of images whose label was among the five highest (all, with fewer classes)."""
     loss: float
+    """Mean cross-entropy, in nats."""
     capacity_factor: float
+    """Slots there were, over choices made: the asked one after the rounding of the capacity; NaN for a dense model."""
     dropped: float
+    """Share of choices that found their expert full, in 0..1."""
     unprocessed: float
+    """Share of tokens that no expert processed, in 0..1."""
     flops: Flops
+    """FLOPs per image of the first batch."""
 
 
 class _Sums:

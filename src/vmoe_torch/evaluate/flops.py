@@ -22,10 +22,11 @@ class Flops:
     """
 
     total: float
-    # The same model with one MLP of an expert's size in place of each MoE layer.
+    """FLOPs of the whole model."""
     dense: float
-    # Of each MoE layer, its router included.
+    """FLOPs of the same model with one MLP of an expert's size in place of each MoE layer."""
     layers: dict[str, float] = field(default_factory=dict, hash=False)
+    """FLOPs of each MoE layer by name, its router included."""
 
     @property
     def relative(self) -> float:

@@ -13,8 +13,11 @@ class RoutingSetting:
     """One way to run the MoE layers of a model; None leaves every layer its own value."""
 
     capacity_factor: float | None = None
+    """Slots per expert, as a multiple of the balanced load; above 0."""
     num_selected_experts: int | None = None
+    """K, in 1..E of every layer."""
     batch_priority: bool | None = None
+    """Batch Priority Routing, or position order."""
 
     def changes(self) -> dict:
         """Keyword arguments for `vmoe_torch.routing`."""

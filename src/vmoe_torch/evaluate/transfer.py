@@ -23,42 +23,36 @@ STRENGTHS = tuple(2.0**power for power in range(-10, 20))
 
 @dataclass(frozen=True)
 class Task:
-    """A data set to transfer to.
-
-    Attributes:
-        name: of the data set.
-        train: items (PIL image, label), of which shots are taken.
-        labels: (N,) int64, those of `train`.
-        test: items (PIL image, label), all of which are classified.
-        num_classes: C; labels are in 0..C-1.
-    """
+    """A data set to transfer to."""
 
     name: str
+    """Name of the data set."""
     train: Dataset
+    """Items (PIL image, label), of which shots are taken."""
     labels: np.ndarray
+    """(N,) int64, those of `train`."""
     test: Dataset
+    """Items (PIL image, label), all of which are classified."""
     num_classes: int
+    """C; labels are in 0..C-1."""
 
 
 @dataclass(frozen=True)
 class FewShot:
-    """The accuracy of one data set, number of shots and choice of images.
-
-    Attributes:
-        data: name of the data set.
-        shots: training images per class.
-        seed: of the choice of images.
-        l2: strength of the regularisation, one for all data sets and seeds.
-        accuracy: share of the test images.
-        test_images: their number.
-    """
+    """The accuracy of one data set, number of shots and choice of images."""
 
     data: str
+    """Name of the data set."""
     shots: int
+    """Training images per class."""
     seed: int
+    """Seed of the choice of images."""
     l2: float
+    """Strength of the regularisation, one for all data sets and seeds."""
     accuracy: float
+    """Share of the test images that were right, in 0..1."""
     test_images: int
+    """Number of test images."""
 
 
 def fewshot(

@@ -33,13 +33,13 @@ def check_file(path: Path | str, model: nn.Module, shape: tuple[int, int, int, i
         ValueError: if they differ by more than rounding does (TOLERANCE, BFLOAT16_TOLERANCE) in each of DRAWS draws of
             images, or all logits are equal, so that nothing could be compared.
     """
-    return _compare(str(path), _onnx(path) if Path(path).suffix == ".onnx" else _pt2(path), model, shape)
+    return compare_logits(str(path), _onnx(path) if Path(path).suffix == ".onnx" else _pt2(path), model, shape)
 
 
 def check_compiled(model: nn.Module, shape: tuple[int, int, int, int]) -> float:
     """The same of `torch.compile(model, fullgraph=True)`; what that raises is not caught."""
     with eval_mode(model):
-        return _compare("torch.compile", torch.compile(model, fullgraph=True), model, shape)
+        return compare_logits("torch.compile", torch.compile(model, fullgraph=True), model, shape)
 
 
 def _onnx(path: Path | str) -> Callable[[Tensor], Tensor]:
@@ -56,7 +56,7 @@ def _pt2(path: Path | str) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def _compare(name: str, other: Callable[[Tensor], Tensor], model: nn.Module, shape: tuple[int, ...]) -> float:
+def compare_logits(name: str, other: Callable[[Tensor], Tensor], model: nn.Module, shape: tuple[int, ...]) -> float:
     rounded = any(layer.dispatch_dtype == torch.bfloat16 for layer in moe_layers(model).values())
     tolerance = BFLOAT16_TOLERANCE if rounded else TOLERANCE
     parameter = next(model.parameters())

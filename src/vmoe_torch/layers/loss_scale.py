@@ -51,7 +51,7 @@ class _Recomputation:
         pass
 
 
-_buffers: dict[torch.device, _Buffers] = {}
+BUFFERS: dict[torch.device, _Buffers] = {}
 _local = threading.local()
 # Whether a loop set the scale of unfollowed losses by hand, and so knows of it.
 _is_set_by_hand = False
@@ -62,9 +62,9 @@ def buffers(device: torch.device) -> _Buffers:
     if device.index is None and device.type != "cpu":
         # "cuda" is the current one; tensors name theirs by number.
         device = torch.empty(0, device=device).device
-    if device not in _buffers:
-        _buffers[device] = _Buffers(*(torch.ones((), device=device, dtype=_UNIT) for _ in _Buffers._fields))
-    return _buffers[device]
+    if device not in BUFFERS:
+        BUFFERS[device] = _Buffers(*(torch.ones((), device=device, dtype=_UNIT) for _ in _Buffers._fields))
+    return BUFFERS[device]
 
 
 def auxiliary_gradient_scale(device: torch.device) -> Tensor:
@@ -93,7 +93,7 @@ class _Follower:
     """The hook on a loss. Weak references: the graph must not hold itself."""
 
     def __init__(self, loss: Tensor, weight: float):
-        self.nodes = [weakref.ref(node) for node in _beneath(loss.grad_fn) if isinstance(node, BackwardCFunction)]
+        self.nodes = [weakref.ref(node) for node in nodes_beneath(loss.grad_fn) if isinstance(node, BackwardCFunction)]
         self.weight = weight
         self.version = loss._version
 
@@ -108,13 +108,13 @@ class _Follower:
             if node is not None:
                 node.vmoe_scale = scale
         buffers(gradient.device)
-        for _, running in list(_buffers.values()):
+        for _, running in list(BUFFERS.values()):
             running.zero_() if value is None else running.copy_(value, non_blocking=True)
         Variable._execution_engine.queue_callback(_end)
 
 
 def _end() -> None:
-    for unfollowed, running in list(_buffers.values()):
+    for unfollowed, running in list(BUFFERS.values()):
         running.copy_(unfollowed)
 
 
@@ -164,7 +164,7 @@ def note_recomputation() -> None:
     if node is None:
         return
     owner, task = owner_of(node)
-    known = _outer()
+    known = outer_recomputation()
     if known is None or known.owner is not owner or known.task != task:
         recomputation = _Recomputation(owner, task)
         Variable._execution_engine.queue_callback(recomputation)
@@ -174,11 +174,11 @@ def note_recomputation() -> None:
 def owner_of(node: Node) -> tuple[Node, int]:
     """The node of the outermost backward that this one runs for, and that backward's number."""
     task = torch._C._current_graph_task_id()
-    outer = _outer()
+    outer = outer_recomputation()
     return (node, task) if outer is None or outer.task == task else (outer.owner, outer.task)
 
 
-def _outer() -> _Recomputation | None:
+def outer_recomputation() -> _Recomputation | None:
     reference = getattr(_local, "outer", None)
     return None if reference is None else reference()
 
@@ -205,7 +205,7 @@ def has_parameter(root: Node) -> bool:
 
 
 def _parameters(root: Node) -> Iterator[Node]:
-    return (node for node in _beneath(root) if isinstance(getattr(node, "variable", None), nn.Parameter))
+    return (node for node in nodes_beneath(root) if isinstance(getattr(node, "variable", None), nn.Parameter))
 
 
 def is_computed(node: Node) -> bool:
@@ -217,7 +217,7 @@ def is_computed(node: Node) -> bool:
         return True
 
 
-def _beneath(root: Node | None) -> Iterator[Node]:
+def nodes_beneath(root: Node | None) -> Iterator[Node]:
     """The nodes of a graph from its root, nearest first."""
     queue = deque([root])
     seen = {None, root}

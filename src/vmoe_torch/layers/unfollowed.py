@@ -47,7 +47,7 @@ class _Seen:
         return self.is_stepped or after[1] == 0 or (before is not None and after == (before[0], before[1] + 1))
 
 
-_seen = WeakTensorKeyDictionary()
+SEEN = WeakTensorKeyDictionary()
 # The last backward in which a loop was told: its model's other layers keep quiet.
 _told_in = -1
 
@@ -60,7 +60,7 @@ def note_unfollowed(parameter: nn.Parameter, task: int) -> None:
         task: number of the backward.
     """
     global _told_in
-    seen = _seen.setdefault(parameter, _Seen())
+    seen = SEEN.setdefault(parameter, _Seen())
     if seen.is_told or seen.task == task or is_set_by_hand():
         return
     accumulates = seen.accumulates(parameter)

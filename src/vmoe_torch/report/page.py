@@ -51,38 +51,32 @@ a { color: #00558a; }
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture of a report.
-
-    Attributes:
-        name: file name without ending.
-        canvas: what to draw, or the bytes of a GIF.
-        caption: what one sees.
-        alt: a short description for those who do not see it.
-    """
+    """A picture of a report."""
 
     name: str
+    """File name without ending."""
     canvas: Canvas | bytes
+    """What to draw, or the bytes of a GIF."""
     caption: str
+    """What one sees."""
     alt: str
+    """A short description for those who do not see it."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a report: numbers, right-aligned, behind a first column of words.
-
-    Attributes:
-        header: of the columns.
-        rows: of cells.
-        best: (row, column) cells to set in bold.
-        breaks: rows that begin a new part.
-        words: whether every column has words.
-    """
+    """A table of a report: numbers, right-aligned, behind a first column of words."""
 
     header: Sequence[str]
+    """Title of each column."""
     rows: Sequence[Sequence[str]]
+    """Text of the cells of each row."""
     best: frozenset[tuple[int, int]] = frozenset()
+    """(row, column) cells to set in bold."""
     breaks: frozenset[int] = frozenset()
+    """Rows that begin a new part."""
     words: bool = False
+    """Whether every column has words."""
 
 
 @dataclass
@@ -90,14 +84,19 @@ class Section:
     """A heading with any of paragraphs, facts, a table, figures and links."""
 
     heading: str
+    """Title of the section."""
     paragraphs: Sequence[str] = ()
+    """Plain text, first."""
     facts: dict[str, str] = field(default_factory=dict)
+    """Name -> value, below the paragraphs."""
     table: Table | None = None
+    """A table below the facts."""
     figures: Sequence[Figure] = ()
-    # One figure a line instead of as many as fit.
+    """Pictures below the table."""
     wide: bool = False
-    # Text -> path relative to the report.
+    """One figure a line instead of as many as fit."""
     links: dict[str, str] = field(default_factory=dict)
+    """Text -> path relative to the report."""
 
 
 @dataclass
@@ -105,8 +104,11 @@ class Report:
     """A page: a title, a summary, sections."""
 
     title: str
+    """Title of the page."""
     summary: Sequence[str]
+    """Paragraphs at the top."""
     sections: Sequence[Section]
+    """Parts of the page, in order."""
 
 
 def write_report(

@@ -33,8 +33,11 @@ class Data:
     """Training and validation images, and the names of their classes."""
 
     train: Dataset
+    """Training images."""
     val: Dataset
+    """Validation images."""
     class_names: tuple[str, ...]
+    """Names of the classes, by label."""
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """Of each split, how many images and classes it has, and a digest of its list of images."""

@@ -54,15 +54,19 @@ class TrainResult:
     """What a run gives back."""
 
     model: nn.Module
-    # The moving average of the weights, where optim.ema_decay asks for one.
+    """The model after the last update."""
     ema: nn.Module | None
+    """The moving average of the weights, where optim.ema_decay asks for one."""
     class_names: tuple[str, ...]
+    """Names of the classes, by label."""
     updates: int
-    # False if the run stopped early, by run.max_updates or SIGTERM.
+    """Finished updates."""
     finished: bool
+    """False if the run stopped early, by run.max_updates or SIGTERM."""
     best_accuracy: float
-    # A row per epoch run here, with the columns of metrics.csv.
+    """Highest validation accuracy so far, in 0..1."""
     history: list[dict[str, Any]] = field(default_factory=list)
+    """A row per epoch run here, with the columns of metrics.csv."""
 
 
 def train(config: Config, resume: bool = False) -> TrainResult:

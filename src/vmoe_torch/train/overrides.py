@@ -6,6 +6,7 @@ import math
 import types
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -15,6 +16,30 @@ class Text(str):
     """A value as typed on the command line, to be parsed by the type of its key."""
 
     __slots__ = ()
+
+
+def read_object(path: Path | str) -> dict[str, Any]:
+    """The JSON object in a configuration's file.
+
+    Raises:
+        ValueError: if the file cannot be read, holds something else, or has a key twice.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"config file {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config file {path} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; JSON itself would take the last of two values."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"every key must be there once, got {', '.join(twice)} twice")
+    return dict(pairs)
 
 
 def changed(config: Any, values: Any, path: str = "", root: type | None = None) -> Any:

@@ -23,8 +23,11 @@ class Processes:
     """This process among the others."""
 
     rank: int
+    """Number of this process, in 0..world_size-1."""
     world_size: int
+    """Number of processes."""
     device: torch.device
+    """Device that this process computes on."""
 
     @property
     def is_first(self) -> bool:

@@ -20,12 +20,17 @@ class Number:
     """A number between bounds, which belong to it unless they are open."""
 
     low: float = -math.inf
+    """Least value."""
     high: float = math.inf
+    """Largest value."""
     open_low: bool = False
+    """Whether `low` itself is refused."""
     open_high: bool = False
+    """Whether `high` itself is refused."""
     finite: bool = True
-    # Of its own, where null has a meaning that an error should offer.
+    """Whether infinities and NaN are refused."""
     or_null: bool = False
+    """Whether null has a meaning of its own, which an error should offer."""
 
     def holds(self, value: float) -> bool:
         if self.finite and not math.isfinite(value):
@@ -53,7 +58,9 @@ class Each:
     """Several values that keep one rule, in ascending order where that is asked for."""
 
     rule: Rule
+    """What each of them keeps."""
     ascending: bool = False
+    """Whether the smaller must come first."""
 
     def holds(self, value: tuple) -> bool:
         ordered = not self.ascending or tuple(sorted(value)) == value
@@ -68,6 +75,7 @@ class OneOf:
     """One of some words or numbers."""
 
     choices: tuple[Any, ...]
+    """All that are allowed."""
 
     def holds(self, value: Any) -> bool:
         return value in self.choices
@@ -81,7 +89,9 @@ class Matches:
     """Text that a pattern describes whole."""
 
     pattern: str
+    """Regular expression."""
     words: str
+    """What an error says of it."""
 
     def holds(self, value: str) -> bool:
         return re.fullmatch(self.pattern, value) is not None

@@ -30,19 +30,25 @@ class RunState:
     """All that changes while a run trains, beside the random generators."""
 
     model: nn.Module
+    """The model that trains."""
     optimizer: torch.optim.Optimizer
-    # The moving average of the weights, where optim.ema_decay asks for one.
+    """The optimiser of its parameters."""
     ema: ModelEmaV3 | None
+    """The moving average of the weights, where optim.ema_decay asks for one."""
     scaler: torch.amp.GradScaler
+    """Scaler of the loss; it does something in float16 only."""
     meter: Meter
+    """Sums since the last log point."""
     class_names: tuple[str, ...]
-    # Of each split: images, classes and a digest of the list of images.
+    """Names of the classes, by label."""
     data: dict[str, dict[str, Any]]
-    # Finished updates.
+    """Of each split: images, classes and a digest of the list of images."""
     update: int = 0
+    """Finished updates."""
     best_accuracy: float = 0.0
-    # Whether the epoch that ended with this update is still to be validated.
+    """Highest validation accuracy so far, in 0..1."""
     pending: bool = False
+    """Whether the epoch that ended with this update is still to be validated."""
 
 
 class RunCheckpoints:

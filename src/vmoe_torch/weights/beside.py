@@ -15,15 +15,12 @@ TIMM_FILES = ("model_best.pth.tar", "last.pth.tar", "checkpoint-*.pth.tar", "rec
 
 @dataclass(frozen=True)
 class TimmRun:
-    """A run of timm's train.py.
-
-    Attributes:
-        name: of the model, as `timm.create_model` takes it.
-        args: every argument of the script.
-    """
+    """A run of timm's train.py."""
 
     name: str
+    """Name of the model, as `timm.create_model` takes it."""
     args: dict[str, Any]
+    """Every argument of the script."""
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -46,15 +43,12 @@ class TimmRun:
 
 @dataclass(frozen=True)
 class HubFolder:
-    """A folder of timm's `save_for_hf`.
-
-    Attributes:
-        folder: that `timm.create_model("local-dir:FOLDER")` takes.
-        config: what config.json holds.
-    """
+    """A folder of timm's `save_for_hf`."""
 
     folder: Path
+    """What `timm.create_model("local-dir:FOLDER")` takes as FOLDER."""
     config: dict[str, Any]
+    """What config.json holds."""
 
     @property
     def image_size(self) -> tuple[int, int] | None:

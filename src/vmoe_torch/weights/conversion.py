@@ -30,19 +30,16 @@ _BESIDE = ".vmoe_torch.json"
 
 @dataclass
 class Origin:
-    """What the original's layout has and a state dict has not.
-
-    Attributes:
-        num_heads: attention heads.
-        ensemble_size: M, where routers are (D, M, E / M); 1 elsewhere.
-        root: "params/" in a train state, "" where the parameters stand alone.
-        empty: nodes of the tree without arrays.
-    """
+    """What the original's layout has and a state dict has not."""
 
     num_heads: int
+    """Number of attention heads."""
     ensemble_size: int = 1
+    """M, where routers are (D, M, E / M); 1 elsewhere."""
     root: str = ""
+    """What the parameters' paths begin with: "params/" in a train state, "" where they stand alone."""
     empty: dict[str, dict | None] = field(default_factory=dict)
+    """Nodes of the tree without arrays."""
 
 
 def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -70,8 +70,8 @@ def download(url: str, path: str | os.PathLike, *, progress: bool = False, tries
     part = path.with_name(path.name + ".part")
     for attempt in range(1, tries + 1):
         try:
-            fetch = _fetch_http if _public(url).startswith(("http://", "https://")) else _fetch_fsspec
-            fetch(_public(url), part, progress)
+            fetch = _fetch_http if public_url(url).startswith(("http://", "https://")) else _fetch_fsspec
+            fetch(public_url(url), part, progress)
             break
         except urllib.error.HTTPError as error:
             if error.code < 500 or attempt == tries:
@@ -86,14 +86,14 @@ def download(url: str, path: str | os.PathLike, *, progress: bool = False, tries
                 ) from None
         time.sleep(0.1 * 4**attempt if attempt > 1 else 0)
     os.replace(part, path)
-    _tag(part).unlink(missing_ok=True)
+    tag_file(part).unlink(missing_ok=True)
 
 
-def _tag(part: Path) -> Path:
+def tag_file(part: Path) -> Path:
     return part.with_name(part.name + ".tag")
 
 
-def _public(url: str) -> str:
+def public_url(url: str) -> str:
     """Public objects of gs:// are served over https; gcsfs, where installed, knows the user's credentials."""
     if url.startswith("gs://") and find_spec("gcsfs") is None:
         return "https://storage.googleapis.com/" + url.removeprefix("gs://")
@@ -101,7 +101,7 @@ def _public(url: str) -> str:
 
 
 def _fetch_http(url: str, part: Path, progress: bool) -> None:
-    tag = _tag(part)
+    tag = tag_file(part)
     have = part.stat().st_size if part.exists() and tag.exists() else 0
     # The length counts, so nothing may be compressed on the way.
     headers = {"Accept-Encoding": "identity"}

@@ -46,27 +46,24 @@ _ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "_sharding", "c
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights, and what is known of the model that they are of.
-
-    Attributes:
-        source: the name that was read, for errors.
-        state: names as timm's models have; the metadata says what our models' state dicts say.
-        origin: of the original's weights.
-        name: of the timm model, where the user told it.
-        run: everything in a checkpoint of `vmoe train`.
-        timm: of a run of timm's train.py.
-        hub: of a folder of timm's `save_for_hf`.
-        average: whether the weights are a moving average.
-    """
+    """Weights, and what is known of the model that they are of."""
 
     source: str
+    """The name that was read, for errors."""
     state: Mapping[str, Tensor] = field(repr=False)
+    """Tensors by the names that timm's models have; the metadata says what our models' state dicts say."""
     origin: Origin | None = None
+    """What the original's layout says beside its weights."""
     name: str | None = None
+    """Name of the timm model, where the user told it."""
     run: dict[str, Any] | None = field(default=None, repr=False)
+    """Everything in a checkpoint of `vmoe train`."""
     timm: TimmRun | None = None
+    """What a run of timm's train.py says beside its weights."""
     hub: HubFolder | None = None
+    """What a folder of timm's `save_for_hf` says beside its weights."""
     average: bool = False
+    """Whether the weights are a moving average."""
 
     @property
     def grid(self) -> tuple[int, int] | None:

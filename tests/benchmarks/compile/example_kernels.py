@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.compile.capture import Launch, record
+from benchmarks.compile.launches import Launch, record
 
 
 @triton.jit

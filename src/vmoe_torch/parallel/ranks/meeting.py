@@ -32,7 +32,7 @@ def join(backend: str, timeout: float = 600.0) -> None:
     wait = datetime.timedelta(seconds=timeout)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
     store = dist.PrefixStore("vmoe", store)
-    name = _welcome(store, world_size, timeout) if rank == 0 else _hello(store, rank, timeout)
+    name = welcome(store, world_size, timeout) if rank == 0 else hello(store, rank, timeout)
     dist.init_process_group(
         backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world_size, timeout=wait
     )
@@ -45,7 +45,7 @@ def wait_for_all() -> None:
     dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
 
-def _hello(store: dist.Store, rank: int, timeout: float) -> str:
+def hello(store: dist.Store, rank: int, timeout: float) -> str:
     """Says that this rank is here, under a word of its own; the name to meet under is the answer to that word."""
     word = uuid.uuid4().hex
     store.set(f"hello/{rank}", word)
@@ -58,7 +58,7 @@ def _hello(store: dist.Store, rank: int, timeout: float) -> str:
     return name
 
 
-def _welcome(store: dist.Store, world_size: int, timeout: float) -> str:
+def welcome(store: dist.Store, world_size: int, timeout: float) -> str:
     """Answers every rank's word with a fresh name until all have it; words of dead processes are answered in vain."""
     name = uuid.uuid4().hex
     answered = {}

@@ -19,10 +19,13 @@ class Alarm:
     """Something that a person should look at."""
 
     update: int
+    """Finished updates when it sounded."""
     kind: str
-    # The MoE layer, or empty.
+    """One of "loss spike", "collapse" and "dead experts"."""
     layer: str
+    """The MoE layer, or empty."""
     message: str
+    """What was seen, and the limit."""
 
 
 class Alarms:

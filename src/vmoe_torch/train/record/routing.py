@@ -11,22 +11,19 @@ from vmoe_torch.control import moe_layers, routing_stats
 
 @dataclass(frozen=True)
 class LayerSample:
-    """The last forward of a MoE layer in this process.
-
-    Attributes:
-        load: (E,) share of the kept choices that each expert processed.
-        assigned: (E,) share of all choices that wanted each expert; None where experts choose.
-        importance_cv: coefficient of variation of the experts' summed gates, whose square the importance loss is;
-            None where experts choose.
-        dropped: share of choices dropped; None where experts choose.
-        num_selected: K.
-    """
+    """The last forward of a MoE layer in this process."""
 
     load: list[float]
+    """(E,) share of the kept choices that each expert processed."""
     assigned: list[float] | None
+    """(E,) share of all choices that wanted each expert; None where experts choose."""
     importance_cv: float | None
+    """Coefficient of variation of the experts' summed gates, whose square the importance loss is; None where experts
+    choose."""
     dropped: float | None
+    """Share of choices dropped; None where experts choose."""
     num_selected: int
+    """K, choices per token."""
 
     @property
     def max_load(self) -> float:

@@ -52,10 +52,15 @@ class Leaf:
     """One array: where it stands in the tree, what it is, and the shard that holds each of its chunks."""
 
     path: str
+    """Place in the tree, as "params/Encoder/encoder_norm/scale"."""
     shape: tuple[int, ...]
+    """Shape of the whole array."""
     dtype: str
+    """numpy's name of the dtype."""
     boxes: tuple[Box, ...]
+    """Part of the array that each chunk is."""
     shards: tuple[int, ...]
+    """Shard that holds each chunk."""
 
     @property
     def itemsize(self) -> int:
@@ -73,9 +78,13 @@ class Index:
     """All leaves by their number, and the nodes of the tree that hold none ({} or None)."""
 
     shard_count: int
+    """Number of data shards beside the index."""
     leaves: list[Leaf]
+    """All arrays, in the order of their numbers."""
     empty: dict[str, dict | None] = field(default_factory=dict)
+    """Nodes that hold no array: path -> {} or None."""
     version: str | None = VERSION
+    """Version of the format; None in files from before there was one."""
 
 
 def box_shape(box: Box) -> tuple[int, ...]:

@@ -43,8 +43,11 @@ class Chunk:
     """One chunk of a leaf in a shard: offsets and sizes of its flat pieces, in order."""
 
     leaf: int
+    """Number of the leaf."""
     box: Box
+    """Part of the array that it is."""
     pieces: tuple[tuple[int, int], ...]
+    """(offset, size) in bytes."""
 
 
 def shard_name(prefix: str, shard: int, shard_count: int) -> str:

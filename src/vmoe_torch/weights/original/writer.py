@@ -83,7 +83,7 @@ def write_original(
         for shard in range(num_shards):
             part = stack.enter_context(replacing(shard_name(prefix, shard, num_shards)))
             with open(part, "wb") as file:
-                _write_shard(file, shard, leaves, arrays)
+                write_shard(file, shard, leaves, arrays)
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def _cut(shape: tuple[int, ...], itemsize: int, max_chunk_bytes: int | None) -> 
     return list(itertools.product(*cuts))
 
 
-def _write_shard(file, shard: int, leaves: list[Leaf], arrays: Mapping[str, Tensor]) -> None:
+def write_shard(file, shard: int, leaves: list[Leaf], arrays: Mapping[str, Tensor]) -> None:
     held = [(number, leaf) for number, leaf in enumerate(leaves) if shard in leaf.shards]
     file.write(map_header(1 + len(held)) + pack(CHUNKS_KEY) + pack(True))
     for number, leaf in held:

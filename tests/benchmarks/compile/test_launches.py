@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from triton.runtime.jit import JITFunction
 
 import vmoe_kernels
-from benchmarks.compile.capture import CALLS, CAPABILITIES, capture, record
+from benchmarks.compile.launches import CALLS, CAPABILITIES, capture, record
 from tests.benchmarks.compile.example_kernels import product_case, sums_case
 from vmoe_kernels.common import launch
 
