@@ -9,24 +9,23 @@ from benchmarks.harness import bars, plots
 from benchmarks.harness.protocol import exponent
 from benchmarks.harness.results import as_dicts, environment, from_dicts, heading, machine_name, table, write
 from benchmarks.harness.session import Session
-from benchmarks.layer import on_cpu as bench_moe_layer
+from benchmarks.layer import on_cpu
 from benchmarks.layer.on_cpu import Bar, layer_table
-from benchmarks.models import speed as bench_model
-from benchmarks.models import train_step as bench_train_step
+from benchmarks.models import speed, train_step
 
 CPU = torch.device("cpu")
 # The layer's own benchmark comes first and is left out here. Models are last, since compiling takes longest.
 SHARES = (("models.scaling", 0.25), ("models.ranks", 0.15), ("models.train_step", 0.15), ("models.speed", 0.45))
 LAYER_SHARE = 0.15
 SECONDS_PER_VARIANT = 3.0
-MODEL_OPS = (bench_model.OP, bench_train_step.OP)
+MODEL_OPS = (speed.OP, train_step.OP)
 
 
 def run(results: Path, seconds: float) -> int:
     """Measures for about so many seconds and writes results/<cpu>/{bench_moe_layer,report}.{json,md} and plots."""
     folder = results / machine_name(CPU)
     threads = str(torch.get_num_threads())
-    bench_moe_layer.main(["--folder", str(results), "--seconds", str(LAYER_SHARE * seconds), "--threads", threads])
+    on_cpu.main(["--folder", str(results), "--seconds", str(LAYER_SHARE * seconds), "--threads", threads])
     layer = json.loads((folder / "bench_moe_layer.json").read_text())
     session = Session(
         CPU,
