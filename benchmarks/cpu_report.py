@@ -22,11 +22,11 @@ MODEL_OPS = (speed.OP, train_step.OP)
 
 
 def run(results: Path, seconds: float) -> int:
-    """Measures for about so many seconds and writes results/<cpu>/{bench_moe_layer,report}.{json,md} and plots."""
+    """Measures for about so many seconds and writes results/<cpu>/{layer_on_cpu,report}.{json,md} and plots."""
     folder = results / machine_name(CPU)
     threads = str(torch.get_num_threads())
     on_cpu.main(["--folder", str(results), "--seconds", str(LAYER_SHARE * seconds), "--threads", threads])
-    layer = json.loads((folder / "bench_moe_layer.json").read_text())
+    layer = json.loads((folder / "layer_on_cpu.json").read_text())
     session = Session(
         CPU,
         torch.float32,
@@ -43,7 +43,7 @@ def run(results: Path, seconds: float) -> int:
 
 
 def write_report(session: Session, layer: dict, folder: Path, complete: bool = False) -> Path:
-    """Writes what there is so far; `layer` is the content of bench_moe_layer.json."""
+    """Writes what there is so far; `layer` is the content of layer_on_cpu.json."""
     made = environment(CPU)
     results = [bar.result(session) for bar in bars.CPU_BARS]
     drawn = []
@@ -69,7 +69,7 @@ def write_report(session: Session, layer: dict, folder: Path, complete: bool = F
         "",
         *bars.lines(results),
         "",
-        "The MoE layer ([bench_moe_layer.md](bench_moe_layer.md)):",
+        "The MoE layer ([layer_on_cpu.md](layer_on_cpu.md)):",
         "",
         *layer_table([Bar(**bar) for bar in layer["bars"]]),
         "",
