@@ -9,25 +9,24 @@ from benchmarks.harness import bars, plots
 from benchmarks.harness.protocol import exponent
 from benchmarks.harness.results import as_dicts, environment, from_dicts, heading, machine_name, table, write
 from benchmarks.harness.session import Session
-from benchmarks.layer import on_cpu as bench_moe_layer
+from benchmarks.layer import on_cpu
 from benchmarks.layer.on_cpu import Bar, layer_table
-from benchmarks.models import speed as bench_model
-from benchmarks.models import train_step as bench_train_step
+from benchmarks.models import speed, train_step
 
 CPU = torch.device("cpu")
 # The layer's own benchmark comes first and is left out here. Models are last, since compiling takes longest.
 SHARES = (("models.scaling", 0.25), ("models.ranks", 0.15), ("models.train_step", 0.15), ("models.speed", 0.45))
 LAYER_SHARE = 0.15
 SECONDS_PER_VARIANT = 3.0
-MODEL_OPS = (bench_model.OP, bench_train_step.OP)
+MODEL_OPS = (speed.OP, train_step.OP)
 
 
 def run(results: Path, seconds: float) -> int:
-    """Measures for about so many seconds and writes results/<cpu>/{bench_moe_layer,report}.{json,md} and plots."""
+    """Measures for about so many seconds and writes results/<cpu>/{layer_on_cpu,report}.{json,md} and plots."""
     folder = results / machine_name(CPU)
     threads = str(torch.get_num_threads())
-    bench_moe_layer.main(["--folder", str(results), "--seconds", str(LAYER_SHARE * seconds), "--threads", threads])
-    layer = json.loads((folder / "bench_moe_layer.json").read_text())
+    on_cpu.main(["--folder", str(results), "--seconds", str(LAYER_SHARE * seconds), "--threads", threads])
+    layer = json.loads((folder / "layer_on_cpu.json").read_text())
     session = Session(
         CPU,
         torch.float32,
@@ -44,7 +43,7 @@ def run(results: Path, seconds: float) -> int:
 
 
 def write_report(session: Session, layer: dict, folder: Path, complete: bool = False) -> Path:
-    """Writes what there is so far; `layer` is the content of bench_moe_layer.json."""
+    """Writes what there is so far; `layer` is the content of layer_on_cpu.json."""
     made = environment(CPU)
     results = [bar.result(session) for bar in bars.CPU_BARS]
     drawn = []
@@ -70,7 +69,7 @@ def write_report(session: Session, layer: dict, folder: Path, complete: bool = F
         "",
         *bars.lines(results),
         "",
-        "The MoE layer ([bench_moe_layer.md](bench_moe_layer.md)):",
+        "The MoE layer ([layer_on_cpu.md](layer_on_cpu.md)):",
         "",
         *layer_table([Bar(**bar) for bar in layer["bars"]]),
         "",

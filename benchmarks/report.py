@@ -47,7 +47,7 @@ def write_measured(session: Session, folder: Path, complete: bool = False) -> Pa
         "complete": complete,
         "seconds": session.elapsed,
         "bars": results,
-        "harness.ceilings": session.ceilings,
+        "ceilings": session.ceilings,
         "peak_memory": [
             {"case": case, "variant": variant, "bytes": peak} for (case, variant), peak in session.memory.items()
         ],

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from tests.browser import browser_test, check_page
+from tests.helpers.browser import browser_test, check_page
 from vmoe_torch import demo
 from vmoe_torch.analyze import analysis
 

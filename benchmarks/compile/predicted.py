@@ -1,9 +1,9 @@
 """What an H200 should need for each op and kernel, from counted work over measured ceilings, beside empty columns.
 
-Written where there is no GPU, so that the first measurement is a comparison.
+Written where there is no GPU, so that the first measurement is a comparison. A quantity has one prediction: what is
+bound by copies or products by these, the slots and the noise by latency.
 """
 
-import importlib
 import json
 from pathlib import Path
 
@@ -13,9 +13,26 @@ from benchmarks.harness import bars, work
 from benchmarks.harness.cases import LAYERS, Case
 from benchmarks.harness.results import RESULTS, environment, heading, write
 from benchmarks.harness.session import Session
+from vmoe_kernels.common.flops import linear_flops
 
 # The Triton that the measured machines have.
 COMPILE_REPORT = RESULTS / "compile_report" / "triton-3.6.json"
+
+# Launches, MB read and written, and us of assigning slots at T=25,088, E=32, S=1,568, and of what noise adds. A launch
+# takes 3 us (5 us each for the two kernels of PyTorch's sort), memory moves 4.3 TB/s and L2 about 8 TB/s. By selection:
+# 512 programs in one wave of 4 warps, each with 3 dependent reads (2 us), 32 counts of about 150 cycles (3 us) and
+# K + 1 scans (1 us). By sorting: keys, sort, count, scan, place.
+LATENCIES = {
+    "slots/select/bpr/K1": (1, 9.7, 9.0),
+    "slots/select/bpr/K2": (1, 16.2, 11.0),
+    "slots/select/vanilla/K1": (1, 3.3, 5.0),
+    "slots/select/vanilla/K2": (1, 6.6, 6.0),
+    "slots/sort/bpr/K1": (6, 1.7, 28.0),
+    "slots/sort/bpr/K2": (6, 2.4, 30.0),
+    "slots/sort/vanilla/K1": (3, 0.5, 10.0),
+    "slots/sort/vanilla/K2": (3, 0.9, 11.0),
+    "router/noise": (0, 0.0, 7.0),
+}
 
 
 def predictions(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
@@ -25,6 +42,10 @@ def predictions(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
         for op, count in work.OPS.items():
             for direction, least in count(case).items():
                 copies, products = least.bytes / work.H200_COPY, least.flops / work.H200_MATMUL
+                bound, microseconds = "products" if products > copies else "copies", least.seconds() * 1e6
+                if op == "slots":
+                    # As many programs as fit at once, whichever the case.
+                    bound, microseconds = "latency", LATENCIES[f"slots/select/bpr/K{case.num_selected}"][2]
                 found.append(
                     {
                         "op": op,
@@ -32,12 +53,45 @@ def predictions(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
                         "case": case.name,
                         "bytes": least.bytes,
                         "flops": least.flops,
-                        "predicted_us": least.seconds() * 1e6,
-                        "bound": "products" if products > copies else "copies",
+                        "predicted_us": microseconds,
+                        "bound": bound,
                         "measured_us": None,
                     }
                 )
     return found
+
+
+def moe_mlp_costs(
+    num_tokens: int, num_choices: int, num_rows: int, num_experts: int, width: int, hidden: int, itemsize: int
+) -> dict[str, tuple[int, int]]:
+    """What each kernel of a layer's experts must do at least, at full capacity.
+
+    Args:
+        num_tokens: T.
+        num_choices: K.
+        num_rows: N, rows of all experts.
+        num_experts: E.
+        width: D, in and out.
+        hidden: H.
+        itemsize: bytes of an element of the data and weights.
+
+    Returns:
+        Kernel to (FLOPs, bytes), each operand and result counted once, forward kernels first.
+    """
+    gemm = linear_flops(num_rows, (hidden, width))
+    tokens, rows, acts = num_tokens * width, num_rows * width, num_rows * hidden
+    weight = num_experts * width * hidden
+    return {
+        "expert_up": (gemm, (tokens + weight + 2 * acts) * itemsize),
+        "expert_down": (gemm, (acts + weight + rows) * itemsize),
+        "combine": (0, work.combine_bytes(num_tokens, num_choices, width, itemsize)),
+        "expert_d_hidden": (gemm, (tokens + weight + 3 * acts) * itemsize),
+        "output_bias": (0, tokens * itemsize),
+        "expert_d_fc2": (gemm, (tokens + acts + weight) * itemsize),
+        "expert_d_fc1": (gemm, (tokens + acts + weight) * itemsize),
+        "expert_d_rows": (gemm, (acts + weight + rows) * itemsize),
+        "dispatch_backward": (0, work.dispatch_backward_bytes(num_tokens, num_choices, width, itemsize)),
+    }
 
 
 def layer_kernels(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
@@ -45,8 +99,6 @@ def layer_kernels(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
 
     Costs are counted at full capacity; the occupancy is that of the first config in the compile report.
     """
-    from vmoe_kernels.experts.triton_moe_mlp import moe_mlp_costs
-
     resident: dict[str, int] = {}
     for row in occupancy():
         if "/bf16/" in row["name"]:
@@ -69,19 +121,6 @@ def layer_kernels(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
     return found
 
 
-def kernel_predictions() -> list[dict]:
-    """What the kernels' own files predict (PREDICTED_MICROSECONDS: a name, or a tuple of names and sizes, to us)."""
-    from benchmarks.compile.report import triton_modules
-
-    found = []
-    for module in triton_modules():
-        predicted = getattr(importlib.import_module(module), "PREDICTED_MICROSECONDS", {})
-        for key, microseconds in predicted.items():
-            name = " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
-            found.append({"module": module, "kernel": name, "predicted_us": microseconds, "measured_us": None})
-    return found
-
-
 def occupancy(capability: int = 90) -> list[dict]:
     """Registers, shared memory and resident blocks of every shipped config, from the compile report."""
     if not COMPILE_REPORT.exists():
@@ -95,7 +134,11 @@ def write_predicted(folder: Path) -> Path:
     """Writes the bars with an empty measured column, and the predictions beside an empty one."""
     made = environment(torch.device("cpu"))
     results = [bar.result(Session(torch.device("cpu"))) for bar in bars.BARS]
-    least, kernels, own, resident = predictions(), layer_kernels(), kernel_predictions(), occupancy()
+    least, kernels, resident = predictions(), layer_kernels(), occupancy()
+    own = [
+        {"kernel": name, "launches": launches, "megabytes": size, "predicted_us": time, "measured_us": None}
+        for name, (launches, size, time) in LATENCIES.items()
+    ]
     ceiling_text = f"{work.H200_MATMUL * 1e-12:.0f} TFLOP/s in bf16 and {work.H200_COPY * 1e-12:.1f} TB/s"
     lines = [
         *heading("Kernels, predicted: nothing here was measured on a GPU", made),
@@ -104,7 +147,7 @@ def write_predicted(folder: Path) -> Path:
         *bars.lines(results),
         "",
         f"Predicted is the least time on an H200: the larger of FLOPs and bytes over {ceiling_text}, inputs read once",
-        "and outputs written once; launches come on top.",
+        "and outputs written once; launches come on top. Slots wait for latency, launches included.",
         "",
         "| op | direction | case | MB | GFLOP | bound by | predicted us | measured us |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -126,9 +169,11 @@ def write_predicted(folder: Path) -> Path:
         f"| {each['blocks_per_sm']} | {each['predicted_us']:.1f} | |"
         for each in kernels
     ]
-    if own:
-        lines += ["", "| the kernel files' own predictions | predicted us | measured us |", "| --- | --- | --- |"]
-        lines += [f"| {each['kernel']} | {each['predicted_us']:.1f} | |" for each in own]
+    lines += ["", "| bound by latency | launches | MB | predicted us | measured us |", "| --- " * 5 + "|"]
+    lines += [
+        f"| {each['kernel']} | {each['launches']} | {each['megabytes']:.1f} | {each['predicted_us']:.1f} | |"
+        for each in own
+    ]
     if resident:
         lines += [
             "",

@@ -1,21 +1,18 @@
-"""Compiles every shipped kernel config for sm_80, sm_90 and sm_100 without a GPU, and reads what came out.
+"""Compiles what the ops launch on sm_80, sm_90 and sm_100, as launches.py records it without a GPU, and reads it.
 
     python -m benchmarks.compile.report            writes benchmarks/results/compile_report/triton-<version>.{json,md}
     python -m benchmarks.compile.report --check    writes nothing; exit code 1 on any defect, or if a report is stale
 
 A defect is stack use, local-memory instructions (spills), more shared memory than the chip has, a matrix product
 without tensor-core instructions (a float32 product in full precision, "ieee", has none to use and is excepted), or a
-tensor descriptor that is not read by TMA. Each Triton file of vmoe_kernels exports the cases as COMPILE_CASES. Each
-Triton version has a report of its own.
+tensor descriptor that is not read by TMA. Each Triton version has a report of its own.
 """
 
 import argparse
 import dataclasses
-import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -27,8 +24,8 @@ from pathlib import Path
 import torch
 import triton
 
-import vmoe_kernels
-from vmoe_kernels.common.launch import CompileCase, triton_version
+from benchmarks.compile.launches import CAPABILITIES, Launch, capture
+from vmoe_kernels.common.launch import triton_version
 
 REPORTS = Path(__file__).parents[1] / "results" / "compile_report"
 # Bytes of shared memory a block may use, and a multiprocessor has (CUDA programming guide, compute capabilities).
@@ -102,51 +99,36 @@ class Compiled:
         return [f"{self.name} on sm_{self.capability} {problem}" for problem in found]
 
 
-def triton_modules() -> list[str]:
-    """Names of the files of vmoe_kernels that hold Triton kernels."""
-    names = (module.name for module in pkgutil.walk_packages(vmoe_kernels.__path__, "vmoe_kernels."))
-    return sorted(name for name in names if name.rpartition(".")[2].startswith("triton_"))
-
-
-def collect(modules: list[str]) -> list[tuple[str, int, CompileCase]]:
-    """(module, index, case) of every case; a duplicate name or a file without cases is an error."""
-    found, names = [], set()
+def collect(modules: list[str]) -> list[tuple[Launch, int]]:
+    """Every captured launch and its chip, or those of the kernels of some modules, each of which must have one."""
+    jobs = [(each, chip) for chip in CAPABILITIES for each in capture(chip)]
+    if modules:
+        jobs = [job for job in jobs if job[0].module in modules]
     for module in modules:
-        cases = getattr(importlib.import_module(module), "COMPILE_CASES", None)
-        if not cases:
-            raise ValueError(f"{module} must export COMPILE_CASES, got {cases!r}")
-        for index, case in enumerate(cases):
-            if case.name in names:
-                raise ValueError(f"the name of a compile case must be unique, got {case.name!r} twice")
-            names.add(case.name)
-            found.append((module, index, case))
-    return found
+        if all(each.module != module for each, _ in jobs):
+            raise ValueError(f"{module} must hold a kernel that the ops launch, got none")
+    return sorted(jobs, key=lambda job: (job[0].name, job[1]))
 
 
-def compile_case(case: CompileCase, capability: int) -> Compiled:
-    """Compiles a case for a chip and reads the result.
+def compile_case(case: Launch, capability: int) -> Compiled:
+    """Compiles a launch for a chip and reads the result.
 
     Raises:
         RuntimeError: under Triton's interpreter, which leaves nothing to compile.
-        ValueError: if the case names arguments that the kernel lacks, or lacks some that it has.
+        ValueError: if the launch names arguments that the kernel lacks, or lacks some that it has.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels compile only where TRITON_INTERPRET is not set")
-    names = case.kernel.arg_names
+    names = case.function.arg_names
     given = {**case.signature, **case.constexprs}
     if set(given) != set(names):
         raise ValueError(f"{case.name}: signature and constexprs must name {sorted(names)}, got {sorted(given)}")
     signature = {name: case.signature.get(name, "constexpr") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in case.divisible]
-    source = ASTSource(
-        case.kernel,
-        signature,
-        dict(case.constexprs),
-        {(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+    source = ASTSource(case.function, signature, dict(case.constexprs), divisible)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.max_registers}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack, local = machine_code(binary.asm["cubin"])
@@ -204,17 +186,11 @@ def blocks_per_sm(capability: int, registers: int, shared: int, num_warps: int) 
     return min(by_registers, by_shared, WARPS_PER_SM // num_warps, BLOCKS_PER_SM)
 
 
-def _compile_one(job: tuple[str, int, int]) -> Compiled:
-    module, index, capability = job
-    return compile_case(importlib.import_module(module).COMPILE_CASES[index], capability)
-
-
 def compile_all(modules: list[str], processes: int) -> list[Compiled]:
-    """Compiles every case of the modules for every chip it ships for."""
-    jobs = [(module, index, chip) for module, index, case in collect(modules) for chip in case.capabilities]
+    """Compiles all captured launches, or those of the kernels of some modules."""
     # Spawned, so that no worker inherits the threads of the parent's torch.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_compile_one, jobs))
+        return list(pool.map(compile_case, *zip(*collect(modules))))
 
 
 def versions() -> dict[str, str]:
@@ -270,9 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail on any defect or a stale report")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
-    parser.add_argument("modules", nargs="*", help="modules with COMPILE_CASES (default: all of vmoe_kernels)")
+    parser.add_argument("modules", nargs="*", help="modules whose kernels are compiled (default: all)")
     options = parser.parse_args(arguments)
-    rows = compile_all(options.modules or triton_modules(), options.processes)
+    rows = compile_all(options.modules, options.processes)
     problems = [problem for row in rows for problem in row.problems()]
     if options.check:
         problems += staleness(rows) if not options.modules else []

@@ -8,7 +8,6 @@ config, and is timed in turn with it. Writes benchmarks/results/<gpu>/tune.json.
 
 import argparse
 import dataclasses
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -182,10 +181,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("python -m benchmarks.compile.tune needs a CUDA device", file=sys.stderr)
         return 1
-    from benchmarks.compile.report import triton_modules
-
-    for module in triton_modules():
-        importlib.import_module(module)
     unknown = sorted(set(options.ops) - set(launch.registered_ops()))
     if unknown:
         print(f"OP must be among {launch.registered_ops()}, got {unknown}", file=sys.stderr)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import vmoe_kernels as kernels
+from vmoe_kernels.common import flops
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Case:
     @property
     def mlp_flops(self) -> int:
         """Of both GEMMs at every row of the buffer; a backward costs twice that."""
-        return 4 * self.num_rows * self.width * self.hidden
+        return flops.mlp_flops(self.num_rows, (self.hidden, self.width), (self.width, self.hidden))
 
 
 # The headline shape first: what time is left goes to the others.

@@ -1,12 +1,13 @@
 """The fewest bytes and FLOPs of each op, and the time that a chip's ceilings allow for them.
 
-Inputs count as read once and outputs as written once; a matrix product counts 2 FLOPs per multiply-add.
+Inputs count as read once and outputs as written once.
 Dims: T tokens, K choices, D width, H hidden width, E experts, N rows of the expert buffer.
 """
 
 from dataclasses import dataclass
 
 from benchmarks.harness.cases import Case
+from vmoe_kernels.common.flops import linear_flops
 
 # An H200's, for predictions: bf16 products at 8192^3 and a device-to-device copy, reads and writes counted.
 H200_MATMUL, H200_COPY = 790e12, 4.3e12
@@ -32,7 +33,7 @@ def router(case: Case, element: int = 2) -> dict[str, Work]:
     """x and the router weight in; logits, gates and experts out; the backward reads them and writes d_x."""
     tokens, experts = case.num_tokens * case.width * element, case.num_experts * case.width * element
     logits, chosen = case.num_tokens * case.num_experts * 4, case.num_tokens * case.num_selected * INDEX_BYTES
-    flops = 2 * case.num_tokens * case.width * case.num_experts
+    flops = linear_flops(case.num_tokens, (case.num_experts, case.width))
     return {
         "forward": Work(tokens + experts + logits + 2 * chosen, flops),
         "backward": Work(2 * tokens + 2 * experts + logits + 2 * chosen, 2 * flops),
@@ -45,18 +46,48 @@ def slots(case: Case) -> dict[str, Work]:
     return {"forward": Work(2 * chosen + case.num_tokens * 4)}
 
 
+def dispatch_bytes(num_tokens: int, num_choices: int, num_rows: int, width: int, itemsize: int) -> int:
+    """Of a dispatch without drops: x once, the buffer once, the slots, and the map filled, written and read."""
+    return (num_tokens + num_rows) * width * itemsize + num_tokens * num_choices * INDEX_BYTES + map_bytes(num_rows)
+
+
+def dispatch_backward_bytes(num_tokens: int, num_choices: int, width: int, itemsize: int) -> int:
+    """Of dispatch's backward without drops: the held rows once, d_x once, the slots."""
+    return num_tokens * ((num_choices + 1) * width * itemsize + num_choices * INDEX_BYTES)
+
+
+def combine_bytes(num_tokens: int, num_choices: int, width: int, itemsize: int) -> int:
+    """Of a combine without drops: the held rows once, y once, slots and gates."""
+    return num_tokens * ((num_choices + 1) * width * itemsize + 2 * num_choices * INDEX_BYTES)
+
+
+def combine_backward_bytes(num_tokens: int, num_choices: int, num_rows: int, width: int, itemsize: int) -> int:
+    """Of combine's backward without drops: d_y, the held rows, d_buffer, slots, map, gates and d_gates once."""
+    rows = (num_tokens * (num_choices + 1) + num_rows) * width * itemsize
+    return rows + 3 * num_tokens * num_choices * INDEX_BYTES + map_bytes(num_rows)
+
+
+def map_bytes(num_rows: int) -> int:
+    """Of the map from rows to the choices that hold them: filled, written, read."""
+    return 3 * num_rows * INDEX_BYTES
+
+
 def dispatch(case: Case, element: int = 2) -> dict[str, Work]:
     """Tokens and slots in, the buffer out; the backward the other way round."""
-    tokens, buffer = case.num_tokens * case.width * element, case.num_rows * case.width * element
-    index = case.num_tokens * case.num_selected * INDEX_BYTES
-    return {"forward": Work(tokens + buffer + index), "backward": Work(tokens + buffer + index)}
+    tokens, chosen = case.num_tokens, case.num_selected
+    return {
+        "forward": Work(dispatch_bytes(tokens, chosen, case.num_rows, case.width, element)),
+        "backward": Work(dispatch_backward_bytes(tokens, chosen, case.width, element)),
+    }
 
 
 def combine(case: Case, element: int = 2) -> dict[str, Work]:
     """Buffer, slots and gates in, tokens out; the backward reads d_y and the buffer, writes d_buffer and d_gates."""
-    tokens, buffer = case.num_tokens * case.width * element, case.num_rows * case.width * element
-    index = case.num_tokens * case.num_selected * INDEX_BYTES
-    return {"forward": Work(buffer + tokens + 2 * index), "backward": Work(tokens + 2 * buffer + 3 * index)}
+    tokens, chosen = case.num_tokens, case.num_selected
+    return {
+        "forward": Work(combine_bytes(tokens, chosen, case.width, element)),
+        "backward": Work(combine_backward_bytes(tokens, chosen, case.num_rows, case.width, element)),
+    }
 
 
 def expert_mlp(case: Case, element: int = 2) -> dict[str, Work]:

@@ -3,7 +3,7 @@
     python -m benchmarks.layer.on_cpu [--seconds 60] [--threads 2]
 
 float32, x (64, 50, 512), G=8, E=8, K=2, C=1.05, H=2048: the shape at which the original JAX code was timed. Variants
-run in turn, so a ratio compares neighbours in time. Writes benchmarks/results/<machine>/bench_moe_layer.{json,md}.
+run in turn, so a ratio compares neighbours in time. Writes benchmarks/results/<machine>/layer_on_cpu.{json,md}.
 """
 
 import argparse
@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     content, lines = run_cpu(CPU_LAYER, options.seconds)
-    path = write(options.folder / machine_name(CPU), "bench_moe_layer", content, lines)
+    path = write(options.folder / machine_name(CPU), "layer_on_cpu", content, lines)
     print("\n".join(lines))
     print(f"\nwritten to {path}")
     return 0

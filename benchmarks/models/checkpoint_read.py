@@ -7,7 +7,7 @@ states: "cold", dropped from the page cache before each run (posix_fadvise; a di
 reach), which gives the disk's rate and has the bar; and "warm", all in the page cache, where one variant reuses 8 MB of
 memory and the other has to be given 1.2 GB. Before each run as much memory as a run takes is touched and freed: on a
 virtual machine the first touch of memory that its host took back can cost ten times what reading costs. What a run
-returns is freed after its time is taken. Writes benchmarks/results/<machine>/bench_checkpoint_read.{json,md}.
+returns is freed after its time is taken. Writes benchmarks/results/<machine>/models_checkpoint_read.{json,md}.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def main() -> None:
         lines.append(f"| {case} | {bar} | {ratio:.2f} | {met} |")
     content = {"environment": made, "rows": as_dicts(rows), "ratios": ratios, "bar": BAR}
     print("\n".join(lines))
-    print(write(RESULTS / machine_name(cpu), "bench_checkpoint_read", content, lines))
+    print(write(RESULTS / machine_name(cpu), "models_checkpoint_read", content, lines))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Bare is forward, loss, backward, clipping and the optimiser's step on images tha
 demo's model, optimiser and batch, with synthetic images, which need no decoding and no augmentation. A round has some
 updates of each, in turn; a log point falls into every round. Both loops first have to end with the same weights after
 the same batches. Then the demo trains on its own images, augmented, and what it waits for them is timed. Writes
-benchmarks/results/<machine>/bench_train_loop.{json,md}.
+benchmarks/results/<machine>/models_train_loop.{json,md}.
 """
 
 import argparse
@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> Path:
     device = torch.device(options.device)
     content, lines = run(CONFIG, device, options.rounds, options.updates)
     print("\n".join(lines))
-    return write(options.out / machine_name(device), "bench_train_loop", content, lines)
+    return write(options.out / machine_name(device), "models_train_loop", content, lines)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ images, loaded by one process, and its updates are timed after the first ones. R
 and then busy, and a variant that has not made its updates in time counts as that time for each. "default" is torch's,
 "passive" what the commands and the demo choose (`vmoe_torch.cores`), "one thread" leaves a core to the loader, and
 "short spins" are libgomp's for 1,000 turns before a thread sleeps. Writes
-benchmarks/results/<machine>/bench_waiting.{json,md}; how busy the machine is otherwise stands in them.
+benchmarks/results/<machine>/models_waiting.{json,md}; how busy the machine is otherwise stands in them.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> Path | None:
         return None
     content, lines = run(options.rounds, options.updates, options.most_seconds)
     print("\n".join(lines))
-    return write(options.out / machine_name(torch.device("cpu")), "bench_waiting", content, lines)
+    return write(options.out / machine_name(torch.device("cpu")), "models_waiting", content, lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `bench_budget` found: the tables and the figure."""
+"""What the study of budgets found: the tables and the figure."""
 
 from matplotlib.figure import Figure
 

@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the four IDX files (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (%(default)s)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/bench_fashion_mnist"), help="(%(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/studies_fashion_mnist"), help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "fashion_mnist", help="folder of the results")
     options = parser.parse_args(arguments)
     # Before hours of work, so that a commit made meanwhile is not taken for the one that ran.

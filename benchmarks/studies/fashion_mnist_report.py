@@ -1,4 +1,4 @@
-"""What `bench_fashion_mnist` found, over its seeds: numbers, sentences, and the figure."""
+"""What the study of Fashion-MNIST found, over its seeds: numbers, sentences, and the figure."""
 
 import statistics
 from collections.abc import Sequence

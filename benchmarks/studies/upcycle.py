@@ -6,7 +6,7 @@ A dense ViT (4 blocks of width 64, patches of 7 x 7) is trained on the Fashion-M
 Then the dense model goes on for some epochs, and its upcycled copy (8 experts in every other block, K=2, C=1.05, gates
 renormalised, moments copied) for as many updates as cost the same FLOPs: fewer, as its updates cost more. Both see the
 images in the same order and have a learning rate that begins and ends alike. Writes
-benchmarks/results/<machine>/bench_upcycle.{json,md}.
+benchmarks/results/<machine>/studies_upcycle.{json,md}.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def main() -> None:
         results.append(compare(seed, options.epochs, options.more, *data))
         lines = [*heading("Upcycled against dense at equal training FLOPs", made), *report(results, options)]
         content = {"environment": made, "epochs": options.epochs, "more": options.more, "results": results}
-        path = write(RESULTS / machine_name(torch.device("cpu")), "bench_upcycle", content, lines)
+        path = write(RESULTS / machine_name(torch.device("cpu")), "studies_upcycle", content, lines)
     print("\n".join(lines), path, sep="\n")
 
 

@@ -13,6 +13,7 @@ from math import prod
 from torch import Size, nn
 
 from vmoe_kernels import num_groups, rows_per_expert
+from vmoe_kernels.common.flops import linear_flops, mlp_flops
 from vmoe_torch.layers import MoeMlp
 
 MASTER = 4  # bytes of a parameter, of its gradient, and of each of AdamW's two moments: float32
@@ -231,19 +232,18 @@ def forward_flops(model: nn.Module, images: int) -> int:
     patches = images * model.patch_embed.num_patches
     length = model.patch_embed.num_patches + model.num_prefix_tokens
     tokens = images * length
-    flops = 2 * patches * model.patch_embed.proj.weight.numel()
+    flops = linear_flops(patches, model.patch_embed.proj.weight.flatten(1).shape)
     for part in (*model.pre_logits.modules(), model.head):
-        flops += 2 * images * part.weight.numel() if isinstance(part, nn.Linear) else 0
-    width = model.embed_dim
+        flops += linear_flops(images, part.weight.shape) if isinstance(part, nn.Linear) else 0
     for block in model.blocks:
-        flops += 2 * tokens * (block.attn.qkv.weight.numel() + block.attn.proj.weight.numel())
-        flops += 4 * images * length * length * width
-        mlp = block.mlp
+        flops += mlp_flops(tokens, block.attn.qkv.weight.shape, block.attn.proj.weight.shape)
+        # Scores, and what they weigh.
+        flops += 2 * linear_flops(tokens, (length, model.embed_dim))
+        mlp, rows = block.mlp, tokens
         if isinstance(mlp, MoeMlp):
-            flops += 2 * tokens * mlp.router.weight.numel()
-            flops += 2 * _rows(mlp, images, tokens) * (mlp.fc1.weight.numel() + mlp.fc2.weight.numel())
-        else:
-            flops += 2 * tokens * (mlp.fc1.weight.numel() + mlp.fc2.weight.numel())
+            flops += linear_flops(tokens, mlp.router.weight.shape)
+            rows = mlp.num_experts * _rows(mlp, images, tokens)
+        flops += mlp_flops(rows, mlp.fc1.weight.shape, mlp.fc2.weight.shape)
     return flops
 
 

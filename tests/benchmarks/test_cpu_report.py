@@ -11,11 +11,9 @@ from benchmarks.harness import bars, pairs, protocol
 from benchmarks.harness.pairs import TINY, check_compiled, check_models, make_models
 from benchmarks.harness.protocol import Samples, exponent
 from benchmarks.harness.session import Session
-from benchmarks.layer import on_cpu as bench_moe_layer
+from benchmarks.layer import on_cpu
 from benchmarks.layer.on_cpu import CPU_LAYER
-from benchmarks.models import ranks as bench_ranks
-from benchmarks.models import scaling as bench_scaling
-from benchmarks.models import speed as bench_model
+from benchmarks.models import ranks, scaling, speed
 
 CPU = torch.device("cpu")
 SMALL = replace(CPU_LAYER, images=8, tokens_per_image=16, group_images=2, width=64, hidden=32)
@@ -28,10 +26,10 @@ def session(**options) -> Session:
 
 def test_the_report_has_every_number_and_picture(monkeypatch, tmp_path):
     monkeypatch.setitem(pairs.PAIRS, "cpu", TINY)
-    for bench in (bench_moe_layer, bench_scaling, bench_ranks):
-        monkeypatch.setattr(bench, "CPU_LAYER", SMALL)
-    monkeypatch.setattr(bench_ranks, "RANKS", (2,))
-    monkeypatch.setattr(bench_ranks, "ROUNDS", 2)
+    for benchmark in (on_cpu, scaling, ranks):
+        monkeypatch.setattr(benchmark, "CPU_LAYER", SMALL)
+    monkeypatch.setattr(ranks, "RANKS", (2,))
+    monkeypatch.setattr(ranks, "ROUNDS", 2)
     monkeypatch.setattr(cpu_report, "LAYER_SHARE", 0.0)
     monkeypatch.setattr(cpu_report, "Session", lambda *_, on_row, **__: session(on_row=on_row))
     assert cpu_report.run(tmp_path, 600.0) == 0
@@ -54,7 +52,7 @@ def test_no_model_is_timed_that_is_wrong(monkeypatch):
         models["ours"].blocks[1].mlp.register_forward_hook(lambda layer, x, y: y * 1.01 if layer.impl == "auto" else y)
         return models, x
 
-    monkeypatch.setattr(bench_model, "make_models", wrong)
+    monkeypatch.setattr(speed, "make_models", wrong)
     measured = session()
     measured.run_all((("models.speed", 1.0),))
     assert measured.rows == []
@@ -80,9 +78,9 @@ def test_a_compiled_model_must_agree_with_the_eager_one():
 
 def test_even_loads_fill_every_slot():
     """Only so is E varied at equal rows."""
-    sweep = next(each for each in bench_scaling.sweeps(SMALL) if each.even)
+    sweep = next(each for each in scaling.sweeps(SMALL) if each.even)
     for experts, case in sweep.cases.items():
-        layer, x = bench_scaling.layer_of(case, session(), even=True)
+        layer, x = scaling.layer_of(case, session(), even=True)
         with torch.no_grad():
             layer(x)
         assert (layer.record.slots >= 0).all()
@@ -90,10 +88,10 @@ def test_even_loads_fill_every_slot():
 
 
 def test_sweeps_time_nothing_that_is_wrong(monkeypatch):
-    monkeypatch.setitem(bench_scaling.TOLERANCES, torch.float32, -1.0)
+    monkeypatch.setitem(scaling.TOLERANCES, torch.float32, -1.0)
     measured = session()
     with pytest.raises(RuntimeError, match="T=32: output must be within"):
-        bench_scaling.run(measured, SMALL)
+        scaling.run(measured, SMALL)
     assert measured.rows == []
 
 

@@ -15,7 +15,7 @@ from benchmarks.harness.cases import LAYERS, Case
 from benchmarks.harness.pairs import TINY
 from benchmarks.harness.protocol import Samples
 from benchmarks.harness.session import Session
-from benchmarks.models import scaling as bench_scaling
+from benchmarks.models import scaling
 
 CPU = torch.device("cpu")
 SMALL = Case(images=4, tokens_per_image=6, group_images=2, width=16, hidden=32, num_experts=4)
@@ -29,7 +29,7 @@ def session(**options) -> Session:
 
 def test_every_benchmark_measures_every_variant(monkeypatch, tmp_path):
     monkeypatch.setitem(pairs.PAIRS, "cpu", TINY)
-    monkeypatch.setattr(bench_scaling, "CPU_LAYER", SMALL)
+    monkeypatch.setattr(scaling, "CPU_LAYER", SMALL)
     measured = session()
     measured.run_all(report.SHARES)
     (note,) = measured.notes
@@ -93,13 +93,13 @@ def test_a_failing_benchmark_costs_the_others_nothing(monkeypatch):
         raise RuntimeError("out of memory")
 
     seen = []
-    for name, run in (("bench_failing", failing), ("bench_following", seen.append)):
+    for name, run in (("ops.failing", failing), ("ops.following", seen.append)):
         monkeypatch.setitem(sys.modules, f"benchmarks.{name}", SimpleNamespace(run=run))
     measured = session()
-    measured.run_all((("bench_failing", 0.3), ("bench_of_nothing", 0.3), ("bench_following", 0.4)))
+    measured.run_all((("ops.failing", 0.3), ("ops.nothing", 0.3), ("ops.following", 0.4)))
     assert measured.notes == [
-        "bench_failing stopped: RuntimeError: out of memory",
-        "bench_of_nothing stopped: ModuleNotFoundError: No module named 'benchmarks.bench_of_nothing'",
+        "ops.failing stopped: RuntimeError: out of memory",
+        "ops.nothing stopped: ModuleNotFoundError: No module named 'benchmarks.ops.nothing'",
     ]
     assert seen == [measured]
 
@@ -111,11 +111,12 @@ def test_kernels_are_measured_with_pytorch_and_triton_alone():
         "import sys",
         *(f"sys.modules[{name!r}] = None" for name in missing),
         "import importlib",
-        "from benchmarks import predicted, report, sanitize, tune",
-        "of_models = ('bench_model', 'bench_train_step', 'bench_scaling')",
+        "from benchmarks import report",
+        "from benchmarks.compile import predicted, sanitize, tune",
+        "of_models = ('models.speed', 'models.train_step', 'models.scaling')",
         "of_kernels = [name for name, _ in report.SHARES if name not in of_models]",
         "print(len([importlib.import_module(f'benchmarks.{name}').run for name in of_kernels]))",
-        "predicted.kernel_predictions()",
+        "predicted.predictions()",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "7"), done.stderr
@@ -130,7 +131,7 @@ def test_an_opponent_that_does_not_compile_costs_ours_nothing():
 
     measured = session(compiler=broken)
     measured.ceilings["copy"] = 1e9
-    measured.run_all((("bench_slots", 0.5), ("bench_gpu_layer", 0.5)))
+    measured.run_all((("ops.slots", 0.5), ("layer.on_gpu", 0.5)))
     variants = {row.variant for row in measured.rows if row.op == "moe_layer"}
     # All others route by the compiled reference.
     assert variants == {"ours", "eager", "our expert MLP alone"}
@@ -167,7 +168,11 @@ def test_predictions_are_never_called_measured(tmp_path):
     assert {each["kernel"] for each in content["layer_kernels"]} >= {"expert_up", "expert_d_fc1", "combine"}
     assert all(each["blocks_per_sm"] >= 1 for each in content["layer_kernels"])
     names = {each["kernel"] for each in content["kernel_predictions"]}
-    assert names >= {"router_forward/K2", "slots/select/bpr/K1", "dispatch 2"}
+    assert names >= {"router/noise", "slots/select/bpr/K1", "slots/sort/vanilla/K2"}
+    # One prediction for a quantity: the bound where an op is bound, else its latency.
+    slots = {each["predicted_us"] for each in content["predictions"] if each["op"] == "slots"}
+    by_name = {each["kernel"]: each["predicted_us"] for each in content["kernel_predictions"]}
+    assert slots == {by_name["slots/select/bpr/K1"], by_name["slots/select/bpr/K2"]}
     assert "nothing here was measured on a GPU" in path.read_text()
 
 

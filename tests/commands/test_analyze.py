@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import vmoe_torch
-from tests.browser import browser_test, check_page
 from tests.commands.conftest import small_run
+from tests.helpers.browser import browser_test, check_page
 from vmoe_torch.analyze import analyze, sample
 from vmoe_torch.cli import main
 from vmoe_torch.commands.images import open_images

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vmoe_kernels as vk
-from tests.routing_checks import ROUTER_SIZES, check_router, eager_router, router_inputs, run_router
+from tests.helpers.routing import ROUTER_SIZES, check_router, eager_router, router_inputs, run_router
 from vmoe_kernels.testing import forbidden_synchronisation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

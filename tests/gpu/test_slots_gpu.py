@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vmoe_kernels as vk
-from tests.routing_checks import check_slots, make_choices
+from tests.helpers.routing import check_slots, make_choices
 from vmoe_kernels.common.launch import Config, override
 from vmoe_kernels.testing import forbidden_synchronisation
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import vmoe_torch
-from tests.auxiliary_checks import assert_multiplier_is_one, batches, multipliers, no_loss, reference, tiny
+from tests.helpers.auxiliary import assert_multiplier_is_one, batches, multipliers, no_loss, reference, tiny
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: it is in the extra `interop`")
 

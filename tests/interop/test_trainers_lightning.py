@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import vmoe_torch
-from tests.auxiliary_checks import assert_multiplier_is_one, batches, multipliers, no_loss, reference, tiny
+from tests.helpers.auxiliary import assert_multiplier_is_one, batches, multipliers, no_loss, reference, tiny
 
 lightning = pytest.importorskip("lightning", reason="lightning is not installed: it is in the extra `interop`")
 

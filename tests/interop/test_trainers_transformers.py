@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import vmoe_torch
-from tests.auxiliary_checks import assert_multiplier_is_one, batches, multipliers, reference, tiny
+from tests.helpers.auxiliary import assert_multiplier_is_one, batches, multipliers, reference, tiny
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: it is in the extra `interop`")
 pytest.importorskip("accelerate", reason="accelerate is not installed: it is in the extra `interop`")

@@ -8,13 +8,8 @@ from torch.library import opcheck
 
 from vmoe_kernels import combine, combine_reference
 from vmoe_kernels.common import launch
-from vmoe_kernels.rows.triton_combine_backward import (
-    PREDICTED_MICROSECONDS,
-    combine_backward_bytes,
-    combine_backward_triton,
-    combine_bytes,
-)
-from vmoe_kernels.rows.triton_move import combine_triton, dispatch_backward_bytes, dispatch_bytes
+from vmoe_kernels.rows.triton_combine_backward import combine_backward_triton
+from vmoe_kernels.rows.triton_move import combine_triton
 from vmoe_kernels.testing import (
     ROUTED_SHAPES,
     ROUTINGS,
@@ -140,21 +135,3 @@ def test_combine_rejects_float64():
         combine_triton(**inputs)
     with pytest.raises(ValueError, match="buffer must be float16"):
         combine_backward_triton(torch.zeros(13, 48, dtype=torch.float64), **inputs)
-
-
-def test_bytes_count_every_tensor_once():
-    num_tokens, num_choices, width = 6, 2, 8
-    num_rows = num_tokens * num_choices
-    tokens, rows = torch.empty(num_tokens, width).nbytes, torch.empty(num_rows, width).nbytes
-    choices = torch.empty(num_tokens, num_choices).nbytes
-    assert dispatch_bytes(num_tokens, num_choices, num_rows, width, 4) == tokens + rows + 4 * choices
-    assert dispatch_backward_bytes(num_tokens, num_choices, width, 4) == tokens + rows + choices
-    assert combine_bytes(num_tokens, num_choices, width, 4) == tokens + rows + 2 * choices
-    moved = combine_backward_bytes(num_tokens, num_choices, num_rows, width, 4)
-    assert moved == tokens + 2 * rows + 6 * choices
-
-
-def test_predictions_follow_the_rows_that_move():
-    # 25,088 tokens in and 26,624 rows out, 1,536 bytes each, at 4.3 TB/s.
-    assert PREDICTED_MICROSECONDS["dispatch", 1] == pytest.approx((25_088 + 26_624) * 1536 / 4.3e6, rel=0.01)
-    assert PREDICTED_MICROSECONDS["combine", 2] == pytest.approx(3 * 25_088 * 1536 / 4.3e6, rel=0.01)

@@ -9,12 +9,13 @@ import torch
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.compile.predicted import moe_mlp_costs
 from vmoe_kernels import moe_mlp, moe_mlp_reference
 from vmoe_kernels.common import launch
 from vmoe_kernels.common.philox import philox_bits, uniform
 from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS
 from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
-from vmoe_kernels.experts.triton_moe_mlp import moe_mlp_backward_triton, moe_mlp_costs, moe_mlp_triton
+from vmoe_kernels.experts.triton_moe_mlp import moe_mlp_backward_triton, moe_mlp_triton
 from vmoe_kernels.testing import (
     ROUTINGS,
     assert_compiles_and_exports,

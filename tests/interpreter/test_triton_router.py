@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 import vmoe_kernels as vk
-from tests.routing_checks import ROUTER_SIZES, check_router, router_inputs, run_router
+from tests.helpers.routing import ROUTER_SIZES, check_router, router_inputs, run_router
 from vmoe_kernels.common.philox import philox_normal
 from vmoe_kernels.routing import triton_router
 from vmoe_kernels.testing import poisoned_memory

@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 import vmoe_kernels as vk
-from tests.routing_checks import check_slots, make_choices
+from tests.helpers.routing import check_slots, make_choices
 from vmoe_kernels.common.launch import Config, override
 from vmoe_kernels.routing import triton_slots
 from vmoe_kernels.testing import poisoned_memory

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.stride_checks import OPS, check_strides
+from tests.helpers.strides import OPS, check_strides
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
-from tests.routing_checks import router_inputs
+from tests.helpers.routing import router_inputs
 from vmoe_kernels import router
 
 

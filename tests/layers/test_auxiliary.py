@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import vmoe_torch
 import vmoe_torch.timm_train
-from tests.auxiliary_checks import (
+from tests.helpers.auxiliary import (
     assert_multiplier_is_one,
     batches,
     multipliers,

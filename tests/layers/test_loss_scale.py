@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import vmoe_torch
-from tests.auxiliary_checks import (
+from tests.helpers.auxiliary import (
     assert_multiplier_is_one,
     batches,
     multipliers,

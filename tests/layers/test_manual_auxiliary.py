@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vmoe_torch
-from tests.auxiliary_checks import assert_multiplier_is_one, batches, no_loss, reference, router_gradients, tiny
+from tests.helpers.auxiliary import assert_multiplier_is_one, batches, no_loss, reference, router_gradients, tiny
 from vmoe_torch import auxiliary_loss
 
 

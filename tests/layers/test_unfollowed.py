@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import vmoe_torch
-from tests.auxiliary_checks import batches, tiny
+from tests.helpers.auxiliary import batches, tiny
 from vmoe_torch.layers import set_auxiliary_gradient_scale
 from vmoe_torch.layers.unfollowed import SEEN
 

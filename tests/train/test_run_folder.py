@@ -7,7 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.browser import browser_test, check_page
+from tests.helpers.browser import browser_test, check_page
 from vmoe_torch.train import train
 from vmoe_torch.train.record.meter import Meter
 from vmoe_torch.train.record.summary import write_summary

@@ -9,7 +9,7 @@ import functools
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,29 +37,11 @@ class Config:
         return kwargs if self.max_registers is None else {**kwargs, "maxnreg": self.max_registers}
 
 
-@dataclass(frozen=True)
-class CompileCase:
-    """A kernel with one shipped config, as `python -m benchmarks.compile.report` compiles it without a GPU.
-
-    Pointers are taken to be 16-byte aligned, as PyTorch allocates them.
-    """
-
-    name: str  # unique, e.g. "dispatch_forward/bf16/D768"
-    kernel: Any  # the `@triton.jit` function
-    signature: Mapping[str, str]  # run-time argument to its type: "*bf16", "i32", "tensordesc<bf16[1,128,64]>"
-    constexprs: Mapping[str, Any]  # every constexpr argument, and None for absent optional pointers
-    num_warps: int = 4
-    num_stages: int = 1
-    has_dot: bool = False  # the kernel multiplies matrices, so it must use tensor cores
-    divisible: Sequence[str] = field(default=())  # integer arguments that are multiples of 16 at these constants
-    capabilities: Sequence[int] = field(default=(80, 90, 100))  # chips that this config ships for
-    max_registers: int | None = None  # as in Config
-
-
 _TABLES: dict[str, dict[Key, Config]] = {}
 _CANDIDATES: dict[str, tuple[Config, ...]] = {}
 _OVERRIDES: dict[str, Config] = {}
 _RECORDINGS: list[list[tuple[str, str]]] = []
+_PRETENDED: list[str] = []
 
 
 def register_table(op: str, table: Mapping[Key, Config], candidates: Sequence[Config] = ()) -> None:
@@ -117,13 +99,27 @@ def size_bucket(size: int, bounds: Sequence[int]) -> str:
     return f"gt{bounds[-1]}"
 
 
-@functools.cache
 def device_kind(device: torch.device) -> str:
     """ "sm80", "sm90", "sm100" (all of compute capability 10) or the chip's own number; "any" off CUDA."""
+    return _PRETENDED[-1] if _PRETENDED else _chip(device)
+
+
+@functools.cache
+def _chip(device: torch.device) -> str:
     if device.type != "cuda":
         return ANY
     major, minor = torch.cuda.get_device_capability(device)
     return "sm100" if major == 10 else f"sm{major}{minor}"
+
+
+@contextmanager
+def pretend(kind: str) -> Iterator[None]:
+    """Launches in the block are chosen as on a chip of this kind, wherever the tensors are."""
+    _PRETENDED.append(kind)
+    try:
+        yield
+    finally:
+        _PRETENDED.pop()
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vmoe_kernels import vmap
+from vmoe_kernels.common.flops import mlp_flops
 from vmoe_kernels.common.impl import (
     HAS_TRITON,
     check_floating,
@@ -135,14 +136,12 @@ _expert_mlp_op.register_vmap(vmap.expert_mlp)
 
 @register_flop_formula(torch.ops.vmoe.expert_mlp)
 def _expert_mlp_flops(x_shape, fc1_shape, b1_shape, fc2_shape, *_, **__) -> int:
-    num_experts, rows, width = x_shape
-    return 2 * num_experts * rows * fc1_shape[1] * (width + fc2_shape[1])
+    return mlp_flops(x_shape[0] * x_shape[1], fc1_shape, fc2_shape)
 
 
 @register_flop_formula(torch.ops.vmoe.expert_mlp_backward)
 def _expert_mlp_backward_flops(d_out_shape, x_shape, pre_shape, fc1_shape, b1_shape, fc2_shape, *_, **__) -> int:
-    num_experts, rows, width = x_shape
-    return 4 * num_experts * rows * fc1_shape[1] * (width + fc2_shape[1])
+    return 2 * mlp_flops(x_shape[0] * x_shape[1], fc1_shape, fc2_shape)
 
 
 def expert_mlp(

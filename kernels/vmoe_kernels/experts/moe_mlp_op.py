@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vmoe_kernels import vmap
 from vmoe_kernels.common.checks import check_integer
+from vmoe_kernels.common.flops import mlp_flops
 from vmoe_kernels.common.impl import (
     HAS_TRITON,
     accumulation_dtype,
@@ -163,15 +164,12 @@ _moe_mlp_op.register_vmap(vmap.moe_mlp)
 
 @register_flop_formula(torch.ops.vmoe.moe_mlp)
 def _moe_mlp_flops(x_shape, slots_shape, gates_shape, fc1_shape, b1_shape, fc2_shape, b2_shape, rows, *_, **__) -> int:
-    """Matrix products at full capacity, as the paper counts: every row of every buffer."""
-    num_experts, hidden, width = fc1_shape
-    return 2 * num_experts * rows * hidden * (width + fc2_shape[1])
+    return mlp_flops(fc1_shape[0] * rows, fc1_shape, fc2_shape)
 
 
 @register_flop_formula(torch.ops.vmoe.moe_mlp_backward)
 def _moe_mlp_backward_flops(dy_shape, x_shape, slots, gates, pre_shape, fc1_shape, b1, fc2_shape, b2, rows, *_, **__):
-    num_experts, hidden, width = fc1_shape
-    return 4 * num_experts * rows * hidden * (width + fc2_shape[1])
+    return 2 * mlp_flops(fc1_shape[0] * rows, fc1_shape, fc2_shape)
 
 
 def moe_mlp(

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table
+from vmoe_kernels.common.launch import ANY, Config, look_up, register_table
 from vmoe_kernels.experts.triton_epilogue import store_hidden, store_hidden_gradient, tile_mask, tile_rows
 from vmoe_kernels.experts.types import Activation
 
@@ -168,47 +168,3 @@ def activation_backward_after_gemm(
             ACTIVATION=activation.name, WIDTH=width, **config.kwargs(),
         )  # fmt: skip
     return outputs
-
-
-def compile_case(
-    name: str, kernel, arguments: dict[str, str | None], constexprs: dict, config: Config, **options
-) -> CompileCase:
-    """A case of the compile report; an argument of type None is an absent pointer."""
-    return CompileCase(
-        name,
-        kernel,
-        {argument: kind for argument, kind in arguments.items() if kind is not None},
-        {**{argument: None for argument, kind in arguments.items() if kind is None}, **constexprs, **config.constexprs},
-        config.num_warps,
-        config.num_stages,
-        max_registers=config.max_registers,
-        **options,
-    )
-
-
-def _compile_cases() -> list[CompileCase]:
-    cases = []
-    forward, backward = (look_up(op, torch.device("cpu")) for op in ("activation", "activation_backward"))
-    for dtype, activation, width, seed in (
-        ("bf16", "gelu_tanh", 3072, None),
-        ("bf16", "gelu", 5120, "*i64"),
-        ("bf16", "none", 768, None),
-        ("fp32", "gelu", 3072, None),
-    ):
-        pointer, sizes = f"*{dtype}", {"ACTIVATION": activation, "WIDTH": width}
-        routed = {"choices_ptr": "*i32", "seed_ptr": seed, "drop": "fp32", "num_rows": "i32"}
-        name = f"{dtype}/{activation}/W{width}{'/dropout' if seed else ''}"
-        data = {"raw_ptr": pointer, "bias_ptr": pointer, "pre_ptr": pointer, "out_ptr": pointer}
-        cases.append(compile_case(f"activation/{name}", _activation_kernel, {**data, **routed}, sizes, forward))
-        if activation == "none":
-            continue
-        data = {"d_hidden_ptr": pointer, "pre_ptr": pointer, "gates_ptr": "*fp32", "d_pre_ptr": pointer}
-        results = {"gated_ptr": pointer, "row_dots_ptr": "*fp32", "column_sums_ptr": "*fp32", "num_experts": "i32"}
-        arguments = {**data, **results, **routed}
-        cases.append(
-            compile_case(f"activation_backward/{name}", _activation_backward_kernel, arguments, sizes, backward)
-        )
-    return cases
-
-
-COMPILE_CASES = _compile_cases()

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from vmoe_kernels.common.checks import MAX_DRAWS, check_triton_dtypes
 from vmoe_kernels.common.impl import no_autocast
-from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table
-from vmoe_kernels.experts.triton_activation import compile_case
+from vmoe_kernels.common.launch import ANY, Config, look_up, register_table
 from vmoe_kernels.experts.triton_epilogue import tile_rows
 from vmoe_kernels.experts.triton_gemm import Buffer, Rows, linear
 from vmoe_kernels.experts.triton_gradient import hidden_gradient, weight_gradient
@@ -186,28 +185,3 @@ def experts_backward(
     d_fc1 = weight_gradient("expert_d_fc1", d_pre, x)
     d_x, _ = linear("expert_d_rows", d_pre, fc1_weight, None, transposed=True)
     return d_x, ExpertWeights(d_fc1, d_fc1_bias, d_fc2, d_fc2_bias), (row_dots, bias_dots)
-
-
-def _compile_cases() -> list[CompileCase]:
-    cases = []
-    sum_config, bias_config = (look_up(op, torch.device("cpu")) for op in ("sum_parts", "output_bias"))
-    for dtype in ("bf16", "fp32"):
-        pointer = f"*{dtype}"
-        for width, routed in ((768, True), (1280, False)):
-            arguments = {
-                "d_out_ptr": pointer,
-                "choices_ptr": "*i32" if routed else None,
-                "gates_ptr": "*fp32" if routed else None,
-                "bias_ptr": pointer,
-                "row_dots_ptr": "*fp32" if routed else None,
-                "column_sums_ptr": "*fp32",
-                "num_rows": "i32",
-            }
-            name = f"output_bias/{'routed' if routed else 'unrouted'}/{dtype}/O{width}"
-            cases.append(compile_case(name, _output_bias_kernel, arguments, {"O": width, "K": 2}, bias_config))
-        arguments = {"parts_ptr": "*fp32", "out_ptr": pointer, "num_parts": "i32"}
-        cases.append(compile_case(f"sum_parts/{dtype}", _sum_parts_kernel, arguments, {"WIDTH": 3072}, sum_config))
-    return cases
-
-
-COMPILE_CASES = _compile_cases()

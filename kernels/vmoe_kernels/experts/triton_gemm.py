@@ -5,7 +5,6 @@ are neither read nor written, and a tile without any costs a load of its map. We
 says so, by descriptors (TMA on chips that have it), which take no registers for addresses.
 
 Dims: E experts, R rows per expert, T tokens, K choices per token, IN and OUT columns of a GEMM.
-Over 400 lines: a kernel stands in one file with its launch table and its compile cases, candidates included.
 """
 
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
-from vmoe_kernels.experts.triton_activation import activation_after_gemm, compile_case
+from vmoe_kernels.common.launch import ANY, Config, look_up, register_table, size_bucket
+from vmoe_kernels.experts.triton_activation import activation_after_gemm
 from vmoe_kernels.experts.triton_epilogue import store_hidden, tile_mask, tile_rows
 from vmoe_kernels.experts.types import NO_ACTIVATION, Activation
 from vmoe_kernels.rows.triton_move import dispatch_triton
@@ -234,13 +233,6 @@ _BY_POINTERS = (
 _CANDIDATES = (*_BY_POINTERS, *_TMA, CUBLAS)
 
 
-def tile_name(config: Config) -> str:
-    """How a compile case names a candidate: "128x256x64/persistent/tma"."""
-    sizes = [str(size) for name, size in config.constexprs.items() if name.startswith("BLOCK_")]
-    flags = [name.lower() for name in ("PERSISTENT", "TMA") if config.constexprs.get(name)]
-    return "/".join(["x".join(sizes), *flags])
-
-
 LINEAR_OPS = ("expert_up", "expert_down", "expert_d_rows")
 for _op in LINEAR_OPS:
     register_table(
@@ -301,13 +293,6 @@ def _weight_block(config: Config, transposed: bool) -> list[int]:
     return [1, *(reversed(sizes) if transposed else sizes)]
 
 
-def weight_type(dtype: str, config: Config, transposed: bool) -> str:
-    """Triton's name, in a compile case, of the type of what `weight_operand` returns."""
-    if not config.constexprs["TMA"]:
-        return f"*{dtype}"
-    return f"tensordesc<{dtype}{_weight_block(config, transposed)}>".replace(" ", "")
-
-
 def linear(
     op: str,
     x: Rows,
@@ -353,60 +338,3 @@ def linear(
             ACTIVATION=activation.name, PRECISION=dot_precision(weight), **launch,
         )  # fmt: skip
     return out, pre
-
-
-def _compile_cases() -> list[CompileCase]:
-    cases = []
-
-    def add(op, variant, config, chips, activation, width_in, width_out, gather, save, dtype="bf16"):
-        pointer, biased, routed = f"*{dtype}", op != "expert_d_rows", variant != "unrouted"
-        arguments = {
-            "x_ptr": pointer,
-            "choices_ptr": "*i32" if routed else None,
-            "weight": weight_type(dtype, config, not biased),
-            "bias_ptr": pointer if biased else None,
-            "pre_ptr": pointer if save else None,
-            "out_ptr": pointer,
-            "seed_ptr": "*i64" if variant == "dropout" else None,
-            "drop": "fp32",
-            "num_experts": "i32",
-            "num_rows": "i32",
-        }
-        constexprs = {
-            "IN": width_in,
-            "OUT": width_out,
-            "K": 2,
-            "GATHER": gather,
-            "TRANSPOSED": not biased,
-            "ACTIVATION": activation,
-            "PRECISION": "ieee",
-        }
-        name = f"{op}/{variant}/{dtype}/{activation}/{width_in}x{width_out}{'/saved' if save else ''}"
-        options = {"has_dot": True, "capabilities": chips}
-        cases.append(compile_case(name, _linear_kernel, arguments, constexprs, config, **options))
-
-    chips, others = (80, 90, 100), (80, 100)
-    for activation, width_in, width_out in (("gelu_tanh", 768, 3072), ("gelu", 1280, 5120)):
-        add("expert_up", "sm90", _WIDE_SM90, (90,), activation, width_in, width_out, True, True)
-        add("expert_up", "any", _WIDE, others, activation, width_in, width_out, True, True)
-        add("expert_up", "dropout", _DROPOUT, chips, activation, width_in, width_out, True, True)
-        add("expert_down", "sm90", _WIDE_SM90, (90,), "none", width_out, width_in, False, False)
-        add("expert_down", "any", _WIDE, others, "none", width_out, width_in, False, False)
-    add("expert_up", "le64", _FEW_ROWS, chips, "gelu_tanh", 768, 3072, True, True)
-    add("expert_up", "sm90", _WIDE_SM90, (90,), "gelu_tanh", 768, 3072, True, False)
-    add("expert_up", "unrouted", _WIDE, chips, "gelu_tanh", 768, 3072, False, True)
-    add("expert_down", "le64", _FEW_ROWS, chips, "none", 3072, 768, False, False)
-    add("expert_d_rows", "sm90", _WIDE_SM90, (90,), "none", 3072, 768, False, False)
-    add("expert_d_rows", "any", _WIDE, others, "none", 3072, 768, False, False)
-    # What `benchmarks.compile.tune` may choose; the wide tiles by pointers are for sm_90.
-    for config in (*_BY_POINTERS, *_TMA):
-        variant, fits = tile_name(config), (90, 100) if config in _TMA else (90,)
-        add("expert_up", variant, config, fits, "gelu_tanh", 768, 3072, True, True)
-        add("expert_down", variant, config, fits, "none", 3072, 768, False, False)
-        add("expert_d_rows", variant, config, fits, "none", 3072, 768, False, False)
-    add("expert_up", "fp32", _FLOAT32, chips, "gelu", 768, 3072, True, True, "fp32")
-    add("expert_d_rows", "fp32", _FLOAT32, chips, "none", 3072, 768, False, False, "fp32")
-    return cases
-
-
-COMPILE_CASES = _compile_cases()

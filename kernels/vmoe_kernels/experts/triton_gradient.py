@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe_kernels.common.launch import ANY, CompileCase, Config, register_table
+from vmoe_kernels.common.launch import ANY, Config, register_table
 from vmoe_kernels.experts.triton_activation import (
     activation_backward_after_gemm,
-    compile_case,
     hidden_gradient_outputs,
 )
 from vmoe_kernels.experts.triton_epilogue import store_hidden_gradient, tile_rows
@@ -26,10 +25,8 @@ from vmoe_kernels.experts.triton_gemm import (
     gemm_tile,
     product,
     programs,
-    tile_name,
     tile_of,
     weight_operand,
-    weight_type,
 )
 from vmoe_kernels.experts.types import Activation
 
@@ -257,71 +254,3 @@ def weight_gradient(op: str, a: Rows, b: Rows) -> Tensor:
             PRECISION=dot_precision(a.data), **config.kwargs(),
         )  # fmt: skip
     return out
-
-
-def _compile_cases() -> list[CompileCase]:
-    cases = []
-
-    def add_hidden(variant, config, chips, dtype, activation, width, hidden):
-        pointer, routed = f"*{dtype}", variant != "unrouted"
-        arguments = {
-            "d_out_ptr": pointer,
-            "choices_ptr": "*i32" if routed else None,
-            "gates_ptr": "*fp32" if routed else None,
-            "weight": weight_type(dtype, config, transposed=True),
-            "pre_ptr": pointer,
-            "d_pre_ptr": pointer,
-            "gated_ptr": pointer,
-            "row_dots_ptr": "*fp32" if routed else None,
-            "column_sums_ptr": "*fp32",
-            "seed_ptr": "*i64" if variant == "dropout" else None,
-            "drop": "fp32",
-            "num_experts": "i32",
-            "num_rows": "i32",
-        }
-        sizes = {"IN": width, "OUT": hidden, "K": 2, "GATHER": routed}
-        constexprs = {**sizes, "ACTIVATION": activation, "PRECISION": "ieee"}
-        name = f"expert_d_hidden/{variant}/{dtype}/{activation}/{width}x{hidden}"
-        options = {"has_dot": True, "capabilities": chips}
-        cases.append(compile_case(name, _hidden_gradient_kernel, arguments, constexprs, config, **options))
-
-    def add_weight(op, variant, config, chips, dtype, m, n, gather):
-        pointer = f"*{dtype}"
-        arguments = {
-            "a_ptr": pointer,
-            "b_ptr": pointer,
-            "choices_ptr": "*i32" if gather else None,
-            "out_ptr": pointer,
-            "num_rows": "i32",
-        }
-        constexprs = {"M": m, "N": n, "K": 2, "GATHER_A": gather == "a", "GATHER_B": gather == "b"}
-        constexprs["PRECISION"] = "ieee"
-        options = {"has_dot": True, "capabilities": chips}
-        name = f"{op}/{variant}/{dtype}/{m}x{n}"
-        cases.append(compile_case(name, _weight_gradient_kernel, arguments, constexprs, config, **options))
-
-    chips = (80, 90, 100)
-    for dtype, config in (("bf16", _D_HIDDEN), ("fp32", _D_HIDDEN_FLOAT32)):
-        add_hidden("routed", config, chips, dtype, "gelu_tanh", 768, 3072)
-        add_hidden("routed", config, chips, dtype, "gelu", 1280, 5120)
-        add_hidden("dropout", config, chips, dtype, "gelu", 768, 3072)
-        add_hidden("unrouted", config, chips, dtype, "gelu", 768, 3072)
-    for variant, dtype, config, fits in (
-        ("any", "bf16", _WEIGHT, (80,)),
-        ("sm90", "bf16", _WEIGHT_SM90, (90, 100)),
-        ("any", "fp32", _WEIGHT_FLOAT32, chips),
-    ):
-        add_weight("expert_d_fc1/routed", variant, config, fits, dtype, 3072, 768, "b")
-        add_weight("expert_d_fc2/routed", variant, config, fits, dtype, 768, 3072, "a")
-        add_weight("expert_d_fc1/unrouted", variant, config, fits, dtype, 5120, 1280, "")
-    # What `benchmarks.compile.tune` may choose; those by pointers are for sm_90.
-    for config in _D_HIDDEN_CANDIDATES:
-        add_hidden(tile_name(config), config, (90,), "bf16", "gelu_tanh", 768, 3072)
-    add_hidden(tile_name(_D_HIDDEN_TMA), _D_HIDDEN_TMA, (90, 100), "bf16", "gelu_tanh", 768, 3072)
-    for config in _WEIGHT_CANDIDATES:
-        add_weight("expert_d_fc1/routed", tile_name(config), config, (90, 100), "bf16", 3072, 768, "b")
-        add_weight("expert_d_fc2/routed", tile_name(config), config, (90, 100), "bf16", 768, 3072, "a")
-    return cases
-
-
-COMPILE_CASES = _compile_cases()

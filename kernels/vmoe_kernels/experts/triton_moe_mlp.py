@@ -3,15 +3,13 @@
 Dims: T tokens, K choices per token, E experts, R rows per expert, N = E * R, D width in, H hidden width, O width out.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vmoe_kernels.common.checks import check_triton_dtypes
 from vmoe_kernels.common.impl import no_autocast
-from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table
-from vmoe_kernels.experts.triton_activation import compile_case
+from vmoe_kernels.common.launch import ANY, Config, look_up, register_table
 from vmoe_kernels.experts.triton_expert_mlp import check_sizes, experts_backward, run_experts
 from vmoe_kernels.experts.triton_gemm import Buffer, Rows
 from vmoe_kernels.experts.types import ExpertWeights, bundle
@@ -99,58 +97,3 @@ def moe_mlp_backward_triton(
     d_rows, gradients, dots = experts_backward(d_y, x, pre, gates, weights, activation)
     d_x = sum_rows("dispatch_backward", d_rows.flatten(0, 1), slots, None)
     return d_x, gate_gradient(*dots, slots, gates), *gradients
-
-
-def moe_mlp_costs(
-    num_tokens: int, num_choices: int, num_rows: int, num_experts: int, width: int, hidden: int, itemsize: int
-) -> dict[str, tuple[int, int]]:
-    """What each kernel of a layer must do at least, at full capacity.
-
-    A predicted time is the larger of FLOPs over the peak rate and bytes over the peak bandwidth.
-
-    Args:
-        num_tokens: T.
-        num_choices: K.
-        num_rows: N, rows of all experts.
-        num_experts: E.
-        width: D, in and out.
-        hidden: H.
-        itemsize: bytes of an element of the data and weights.
-
-    Returns:
-        Kernel to (FLOPs, bytes), each operand and result counted once, forward kernels first.
-    """
-    gemm = 2 * num_rows * width * hidden
-    tokens, rows, acts = num_tokens * width, num_rows * width, num_rows * hidden
-    weight = num_experts * width * hidden
-    elements = {
-        "expert_up": (gemm, tokens + weight + 2 * acts),
-        "expert_down": (gemm, acts + weight + rows),
-        "combine": (0, num_choices * tokens + tokens),
-        "expert_d_hidden": (gemm, tokens + weight + 3 * acts),
-        "output_bias": (0, tokens),
-        "expert_d_fc2": (gemm, tokens + acts + weight),
-        "expert_d_fc1": (gemm, tokens + acts + weight),
-        "expert_d_rows": (gemm, acts + weight + rows),
-        "dispatch_backward": (0, num_choices * tokens + tokens),
-    }
-    return {kernel: (flops, count * itemsize) for kernel, (flops, count) in elements.items()}
-
-
-def _compile_cases() -> list[CompileCase]:
-    config = look_up("gate_gradient", torch.device("cpu"))
-    cases = []
-    for parts, biased in ((24, True), (40, False)):
-        arguments = {
-            "row_dots_ptr": "*fp32",
-            "bias_dots_ptr": "*fp32" if biased else None,
-            "slots_ptr": "*i32",
-            "d_gates_ptr": "*fp32",
-            "num_choices": "i32",
-            "num_rows": "i32",
-        }
-        cases.append(compile_case(f"gate_gradient/{parts}", _gate_gradient_kernel, arguments, {"PARTS": parts}, config))
-    return cases
-
-
-COMPILE_CASES = _compile_cases()

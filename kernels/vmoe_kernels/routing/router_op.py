@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vmoe_kernels import vmap
 from vmoe_kernels.common.checks import check_draws, check_integer, check_number, check_seed, check_selected
+from vmoe_kernels.common.flops import linear_flops
 from vmoe_kernels.common.groups import group_mean, group_sizes, group_sum, num_groups
 from vmoe_kernels.common.impl import (
     HAS_TRITON,
@@ -223,12 +224,12 @@ _router_op.register_vmap(vmap.router)
 
 @register_flop_formula(torch.ops.vmoe.router)
 def _router_flops(x_shape, weight_shape, *_, **__) -> int:
-    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+    return linear_flops(x_shape[0], weight_shape)
 
 
 @register_flop_formula(torch.ops.vmoe.router_backward)
 def _router_backward_flops(x_shape, weight_shape, *_, **__) -> int:
-    return 4 * x_shape[0] * weight_shape[0] * weight_shape[1]
+    return 2 * linear_flops(x_shape[0], weight_shape)
 
 
 def router(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vmoe_kernels.common.checks import check_triton_dtypes, check_triton_routing
 from vmoe_kernels.common.groups import num_groups
-from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
+from vmoe_kernels.common.launch import ANY, Config, look_up, register_table, size_bucket
 
 EXPERT_BOUNDS = (32, 64, 128)
 
@@ -290,46 +290,3 @@ def router_triton(
         num_warps=4,
     )
     return gates, experts, logits, *sums
-
-
-# Triton's names in compile cases.
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def _forward_case(x: str, weight: str, width: int, num_experts: int, selected: int, noise: bool) -> CompileCase:
-    config = _FORWARD[_bucket_of(DTYPES[x], DTYPES[weight], num_experts)]
-    integers = ("num_tokens", "group_size", "blocks_per_group", "num_blocks")
-    signature = {"x_ptr": f"*{x}", "weight_ptr": f"*{weight}"}
-    constexprs = {"D": width, "E": num_experts, "K": selected, "BLOCK_E": expert_block(num_experts)}
-    if noise:
-        signature["seed_ptr"] = "*i64"
-    else:
-        constexprs["seed_ptr"] = None
-    signature |= {"gates_ptr": "*fp32", "experts_ptr": "*i32", "logits_ptr": "*fp32", "partials_ptr": "*fp32"}
-    signature |= dict.fromkeys(integers, "i32") | {"noise_scale": "fp32", "inverse_noise_scale": "fp32"}
-    return CompileCase(
-        name=f"router_forward/{x}x{weight}/D{width}/E{num_experts}/K{selected}{'/noise' if noise else ''}",
-        kernel=_router_kernel,
-        signature=signature,
-        constexprs=constexprs | dict(config.constexprs),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        has_dot=True,
-    )
-
-
-COMPILE_CASES = [
-    _forward_case("bf16", "bf16", 768, 32, 2, False),
-    _forward_case("bf16", "fp32", 768, 32, 2, True),
-    _forward_case("bf16", "fp32", 768, 8, 1, True),
-    *(_forward_case("bf16", "fp32", 1280, num_experts, 2, True) for num_experts in (64, 128, 256)),
-    *(_forward_case("fp32", "fp32", 768, num_experts, 2, True) for num_experts in (32, 64, 128, 256)),
-    CompileCase(
-        name="router_sums/E32",
-        kernel=_router_sums_kernel,
-        signature=dict.fromkeys(("partials_ptr", "importance_ptr", "load_ptr", "mean_gates_ptr"), "*fp32")
-        | {"top1_share_ptr": "*fp32"}
-        | dict.fromkeys(("num_tokens", "group_size", "blocks_per_group", "num_blocks"), "i32"),
-        constexprs={"E": 32, "BLOCK_B": _SUMS_BLOCK_B, "BLOCK_E": _SUMS_BLOCK_E},
-    ),
-]

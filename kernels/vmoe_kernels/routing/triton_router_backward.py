@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vmoe_kernels.common.checks import check_triton_dtypes, check_triton_routing
-from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
+from vmoe_kernels.common.launch import ANY, Config, look_up, register_table, size_bucket
 from vmoe_kernels.routing.triton_router import (
-    DTYPES,
     EXPERT_BOUNDS,
     add_noise,
     dot_fp32,
@@ -278,46 +277,3 @@ def router_backward_triton(
         **config,
     )
     return d_x, partials.sum(0).to(weight.dtype)
-
-
-def _tokens_case(x: str, weight: str, width: int, num_experts: int, selected: int, losses: bool) -> CompileCase:
-    config = _TOKENS[_bucket_of(DTYPES[x], num_experts)]
-    optional = {"seed_ptr": "*i64", "d_importance_ptr": "*fp32", "d_load_ptr": "*fp32", "d_mean_gates_ptr": "*fp32"}
-    signature = {"weight_ptr": f"*{weight}", "logits_ptr": "*fp32", "experts_ptr": "*i32", "d_gates_ptr": "*fp32"}
-    signature |= {"grad_ptr": "*fp32", "d_x_ptr": f"*{x}", "num_tokens": "i32", "group_size": "i32"}
-    signature |= {"noise_scale": "fp32", "inverse_noise_scale": "fp32"} | (optional if losses else {})
-    constexprs = {"D": width, "E": num_experts, "K": selected, "BLOCK_E": expert_block(num_experts)}
-    constexprs |= {"d_logits_ptr": None} | ({} if losses else dict.fromkeys(optional))
-    return CompileCase(
-        name=f"router_backward_tokens/{x}x{weight}/D{width}/E{num_experts}/K{selected}{'/losses' if losses else ''}",
-        kernel=_router_tokens_kernel,
-        signature=signature,
-        constexprs=constexprs | dict(config.constexprs),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        has_dot=True,
-    )
-
-
-def _weight_case(x: str, width: int, num_experts: int) -> CompileCase:
-    block_e = min(expert_block(num_experts), _WEIGHT_EXPERTS)
-    config = _WEIGHT[_bucket_of(DTYPES[x], block_e)]
-    return CompileCase(
-        name=f"router_backward_weight/{x}/D{width}/E{num_experts}",
-        kernel=_router_weight_kernel,
-        signature={"x_ptr": f"*{x}", "grad_ptr": "*fp32", "partials_ptr": "*fp32"}
-        | {"num_tokens": "i32", "tokens_per_split": "i32"},
-        constexprs={"D": width, "E": num_experts, "BLOCK_E": block_e} | dict(config.constexprs),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        has_dot=True,
-    )
-
-
-COMPILE_CASES = [
-    _tokens_case("bf16", "bf16", 768, 32, 2, False),
-    *(_tokens_case("bf16", "fp32", 1280, num_experts, 2, True) for num_experts in (8, 64, 128, 256)),
-    *(_tokens_case("fp32", "fp32", 768, num_experts, 2, True) for num_experts in (32, 64, 128, 256)),
-    *(_weight_case("bf16", 768, num_experts) for num_experts in (8, 32, 64, 128, 256)),
-    *(_weight_case("fp32", 768, num_experts) for num_experts in (32, 64, 128, 256)),
-]

@@ -8,8 +8,6 @@ group whichever their experts are, so a group whose tokens all want one expert t
 inside an expert's part of the buffer differs and means nothing.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from vmoe_kernels.common.checks import check_rows, check_triton_dtypes, check_triton_routing
 from vmoe_kernels.common.groups import num_groups, rows_per_expert
-from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
+from vmoe_kernels.common.launch import ANY, Config, look_up, register_table, size_bucket
 from vmoe_kernels.routing.triton_slots_sort import priority_keys, sort_slots
 
 # Above this, 16 keys a thread and what is made of them spill registers: 16 warps leave a thread 128.
@@ -26,7 +24,7 @@ _BOUNDS = (63, MAX_SELECT_GROUP)
 
 _SORT = Config({"DESIGN": "sort"}, num_warps=4)
 _SELECT = Config({"DESIGN": "select"}, num_warps=4)
-# Predicted, not measured (`PREDICTIONS`): one launch beats five to eight while a group fits in a program. Tiny groups
+# Predicted, not measured: one launch beats five to eight while a group fits in a program. Tiny groups
 # leave a program per expert and group too little to do. Deterministic mode takes the design that fits every size.
 register_table(
     "slots",
@@ -190,57 +188,3 @@ def assign_slots_triton(
     else:
         _claim_kernel[(groups, num_experts)](experts, slots, *shape, **launch)
     return slots
-
-
-_SCALARS = dict.fromkeys(("num_tokens", "group_size", "capacity", "last_capacity", "rows_per_expert"), "i32")
-
-
-def _case(block: int, selected: int, batch_priority: bool) -> CompileCase:
-    gates = {"gates_ptr": "*fp32"} if batch_priority else {}
-    return CompileCase(
-        name=f"slots_select/{'bpr' if batch_priority else 'vanilla'}/S{block}/K{selected}",
-        kernel=_select_kernel if batch_priority else _claim_kernel,
-        signature={"experts_ptr": "*i32", "slots_ptr": "*i32"} | gates | _SCALARS,
-        constexprs={"K": selected, "BLOCK_S": block} | ({"SUM": True} if batch_priority else {}),
-        num_warps=_select_warps(block, selected),
-    )
-
-
-COMPILE_CASES = [
-    _case(block, selected, batch_priority)
-    for block, selected in ((256, 2), (2048, 1), (2048, 2), (2048, 8), (4096, 2))
-    for batch_priority in (True, False)
-]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a launcher should take on an H200; predicted from counts, never measured."""
-
-    launches: int
-    megabytes: float  # read and written in device memory or L2
-    microseconds: float  # predicted
-
-
-# Predicted, not measured, at T=25,088, D=768, E=32, S=1,568 (groups of 8 images of 196 tokens), bfloat16 tokens and
-# float32 router weight. A launch takes 3 us (5 us each for the kernels of PyTorch's sort); memory moves 4.3 TB/s, L2
-# about 8 TB/s. Router forward: one read of x, 38.5 MB, beside 1.2 GFLOP in three TF32 products; backward: one read of
-# x, one write of d_x, and the (T, E) gradient twice. Slots by selection: 512 programs in one wave of 4 warps, each
-# with 3 dependent reads (2 us), 32 counts of about 150 cycles (3 us) and K + 1 scans (1 us); by sorting: keys, sort
-# (2 kernels), count, scan, place.
-PREDICTIONS = {
-    "router_forward/K1": Prediction(2, 42.0, 17.0),
-    "router_forward/K2": Prediction(2, 42.2, 17.0),
-    "router_forward/K2/noise": Prediction(2, 42.2, 24.0),
-    "router_backward/K1": Prediction(3, 105.0, 38.0),
-    "router_backward/K2": Prediction(3, 105.0, 38.0),
-    "slots/select/bpr/K1": Prediction(1, 9.7, 9.0),
-    "slots/select/bpr/K2": Prediction(1, 16.2, 11.0),
-    "slots/select/vanilla/K1": Prediction(1, 3.3, 5.0),
-    "slots/select/vanilla/K2": Prediction(1, 6.6, 6.0),
-    "slots/sort/bpr/K1": Prediction(6, 1.7, 28.0),
-    "slots/sort/bpr/K2": Prediction(6, 2.4, 30.0),
-    "slots/sort/vanilla/K1": Prediction(3, 0.5, 10.0),
-    "slots/sort/vanilla/K2": Prediction(3, 0.9, 11.0),
-}
-PREDICTED_MICROSECONDS = {name: each.microseconds for name, each in PREDICTIONS.items()}

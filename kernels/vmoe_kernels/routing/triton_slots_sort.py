@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from vmoe_kernels.common.groups import num_groups, split_groups
-from vmoe_kernels.common.launch import CompileCase
 
 _BLOCK_KEYS, _BLOCK_N, _BLOCK_ROWS, _BLOCK_E = 1024, 128, 64, 32
 
@@ -204,42 +203,3 @@ def sort_slots(
         **shape,
     )
     return slots
-
-
-def _case(kernel, name: str, signature: dict[str, str], **constexprs) -> CompileCase:
-    return CompileCase(name=f"slots_sort/{name}", kernel=kernel, signature=signature, constexprs=constexprs)
-
-
-def _queue_cases(order: str | None, num_experts: int, selected: int) -> list[CompileCase]:
-    name = f"{'bpr' if order else 'vanilla'}/E{num_experts}/K{selected}"
-    common = {"E": num_experts, "K": selected, "BLOCK_N": _BLOCK_N} | ({} if order else {"order_ptr": None})
-    pointers = {"experts_ptr": "*i32", "counts_ptr": "*i32"} | ({"order_ptr": order} if order else {})
-    pointers |= dict.fromkeys(("num_tokens", "group_size", "blocks_per_group"), "i32")
-    more = {"slots_ptr": "*i32"} | dict.fromkeys(("capacity", "last_capacity", "rows_per_expert"), "i32")
-    return [
-        _case(_count_kernel, f"count/{name}", pointers, BLOCK_E=num_experts, **common),
-        _case(_place_kernel, f"place/{name}", pointers | more, **common),
-    ]
-
-
-COMPILE_CASES = [
-    _case(
-        _sort_keys_kernel,
-        "keys/K2",
-        {"gates_ptr": "*fp32", "keys_ptr": "*i32", "num_tokens": "i32"},
-        K=2,
-        SUM=True,
-        BLOCK=_BLOCK_KEYS,
-    ),
-    _case(
-        _scan_kernel,
-        "scan/E32",
-        {"counts_ptr": "*i32", "rows_per_group": "i32"},
-        E=32,
-        BLOCK_ROWS=_BLOCK_ROWS,
-        BLOCK_E=_BLOCK_E,
-    ),
-    *_queue_cases(None, 32, 2),
-    *_queue_cases("*i64", 32, 2),
-    *_queue_cases("*i64", 256, 8),
-]

@@ -1,24 +1,19 @@
 """Triton kernel of combine's backward.
 
-Dims: T tokens, K choices per token, N rows of the buffer, D width.
 It owns rows of the buffer rather than tokens: d_y, the buffer and d_buffer then pass once for both gradients, and a
 gate's gradient is complete in the program that owns its row.
+
+Dims: T tokens, K choices per token, N rows of the buffer, D width.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vmoe_kernels.common.checks import check_triton_dtypes
-from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table
+from vmoe_kernels.common.launch import ANY, Config, look_up, register_table
 from vmoe_kernels.rows.triton_move import (
-    COMPILED_SHAPES,
-    POINTER_TYPES,
     choice_of_row_triton,
-    dispatch_backward_bytes,
-    dispatch_bytes,
-    sum_rows_case,
     width_bucket,
 )
 
@@ -96,74 +91,3 @@ def combine_backward_triton(d_y: Tensor, buffer: Tensor, slots: Tensor, gates: T
         **config.kwargs(),
     )
     return d_buffer, d_gates
-
-
-def combine_bytes(num_tokens: int, num_choices: int, width: int, itemsize: int) -> int:
-    """Bytes that a combine without drops must move: the held rows once, y once, slots and float32 gates."""
-    return num_tokens * ((num_choices + 1) * width * itemsize + num_choices * 8)
-
-
-def combine_backward_bytes(num_tokens: int, num_choices: int, num_rows: int, width: int, itemsize: int) -> int:
-    """Bytes that combine's backward without drops must move: d_y, the held rows and d_buffer once.
-
-    Slots, the map from rows to choices (filled, written, read), float32 gates and their gradients count once each.
-    """
-    rows = (num_tokens * (num_choices + 1) + num_rows) * width * itemsize
-    return rows + num_tokens * num_choices * 12 + 3 * num_rows * 4
-
-
-def _predicted_microseconds() -> dict[tuple[str, int], float]:
-    predicted = {}
-    tokens, width, itemsize = 25_088, 768, 2
-    # E * R rows of 32 experts at capacity factor 1.05, in groups of 8 images.
-    for num_choices, num_rows in ((1, 26_624), (2, 53_248)):
-        moved = {
-            "dispatch": dispatch_bytes(tokens, num_choices, num_rows, width, itemsize),
-            "dispatch_backward": dispatch_backward_bytes(tokens, num_choices, width, itemsize),
-            "combine": combine_bytes(tokens, num_choices, width, itemsize),
-            "combine_backward": combine_backward_bytes(tokens, num_choices, num_rows, width, itemsize),
-        }
-        predicted |= {(op, num_choices): size / H200_BYTES_PER_MICROSECOND for op, size in moved.items()}
-    return predicted
-
-
-# A large copy's rate on the H200, 4.3 TB/s.
-H200_BYTES_PER_MICROSECOND = 4.3e6
-# Predicted, not measured: least time of each (op, K) on an H200, bfloat16, T=25,088, D=768, no choice dropped. Launches
-# (dispatch and combine's backward have three: fill, invert, move) come on top.
-PREDICTED_MICROSECONDS = _predicted_microseconds()
-
-
-def _compile_cases() -> list[CompileCase]:
-    cases = []
-    for dtype in POINTER_TYPES:
-        pointer = f"*{dtype}"
-        for width, num_choices in COMPILED_SHAPES:
-            shape = {"K": num_choices, "D": width}
-            suffix = f"{dtype}/D{width}/K{num_choices}"
-            cases.append(sum_rows_case("combine", suffix, pointer, "*fp32", shape))
-            config = look_up("combine_backward", torch.device("cpu"), width_bucket(width))
-            signature = {
-                "d_y_ptr": pointer,
-                "buffer_ptr": pointer,
-                "gates_ptr": "*fp32",
-                "choices_ptr": "*i32",
-                "d_buffer_ptr": pointer,
-                "d_gates_ptr": "*fp32",
-                "num_rows": "i32",
-            }
-            constexprs = {**shape, **config.constexprs}
-            cases.append(
-                CompileCase(
-                    f"combine_backward/{suffix}",
-                    _combine_backward_kernel,
-                    signature,
-                    constexprs,
-                    config.num_warps,
-                    config.num_stages,
-                )
-            )
-    return cases
-
-
-COMPILE_CASES = _compile_cases()

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vmoe_kernels.common.checks import check_choices, check_triton_dtypes
-from vmoe_kernels.common.launch import ANY, CompileCase, Config, look_up, register_table, size_bucket
+from vmoe_kernels.common.launch import ANY, Config, look_up, register_table, size_bucket
 
 BLOCK_CHOICES = 1024
 
@@ -219,78 +219,3 @@ def combine_triton(buffer: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
     """Launcher of `vmoe::combine`."""
     check_triton_dtypes(buffer=buffer)
     return sum_rows("combine", buffer, slots, gates)
-
-
-def dispatch_bytes(num_tokens: int, num_choices: int, num_rows: int, width: int, itemsize: int) -> int:
-    """Bytes that a dispatch without drops must move: x once, the buffer once, the slots, and the map there and back."""
-    return (num_tokens + num_rows) * width * itemsize + num_tokens * num_choices * 4 + 3 * num_rows * 4
-
-
-def dispatch_backward_bytes(num_tokens: int, num_choices: int, width: int, itemsize: int) -> int:
-    """Bytes that dispatch's backward without drops must move: the held rows once, d_x once, the slots."""
-    return num_tokens * ((num_choices + 1) * width * itemsize + num_choices * 4)
-
-
-POINTER_TYPES = ("bf16", "fp32")
-# (D, K) of V-MoE-B, whose layers select one or two experts, of V-MoE-H, and of a width that takes the tall tile.
-COMPILED_SHAPES = ((768, 1), (768, 2), (1280, 2), (48, 2))
-
-
-def _compile_cases() -> list[CompileCase]:
-    cases = [
-        CompileCase(
-            "choice_of_row",
-            _choice_of_row_kernel,
-            {"slots_ptr": "*i32", "choices_ptr": "*i32", "num_choices": "i32", "num_rows": "i32"},
-            {"dropped_ptr": None, "BLOCK": BLOCK_CHOICES},
-        ),
-        CompileCase(
-            "choice_of_row/zero_dropped",
-            _choice_of_row_kernel,
-            {
-                "slots_ptr": "*i32",
-                "choices_ptr": "*i32",
-                "dropped_ptr": "*fp32",
-                "num_choices": "i32",
-                "num_rows": "i32",
-            },
-            {"BLOCK": BLOCK_CHOICES},
-        ),
-    ]
-    for dtype in POINTER_TYPES:
-        pointer = f"*{dtype}"
-        for width, num_choices in COMPILED_SHAPES:
-            shape = {"K": num_choices, "D": width}
-            suffix = f"{dtype}/D{width}/K{num_choices}"
-            config = look_up("dispatch", torch.device("cpu"), width_bucket(width))
-            cases.append(
-                CompileCase(
-                    f"dispatch/{suffix}",
-                    _dispatch_kernel,
-                    {"x_ptr": pointer, "choices_ptr": "*i32", "buffer_ptr": pointer, "num_rows": "i32"},
-                    {**shape, **config.constexprs},
-                    config.num_warps,
-                    config.num_stages,
-                )
-            )
-            cases.append(sum_rows_case("dispatch_backward", suffix, pointer, None, shape))
-    return cases
-
-
-def sum_rows_case(op: str, suffix: str, rows: str, gates: str | None, shape: dict[str, int]) -> CompileCase:
-    """How `sum_rows` compiles for a launch table, pointer types and {"K", "D"}."""
-    config = look_up(op, torch.device("cpu"), width_bucket(shape["D"]))
-    signature = {"rows_ptr": rows, "slots_ptr": "*i32", "gates_ptr": gates, "y_ptr": rows}
-    absent = {name: None for name, kind in signature.items() if kind is None}
-    signature = {name: kind for name, kind in signature.items() if kind is not None}
-    return CompileCase(
-        f"{op}/{suffix}",
-        _sum_rows_kernel,
-        {**signature, "num_tokens": "i32", "num_rows": "i32"},
-        {**absent, **shape, **config.constexprs},
-        config.num_warps,
-        config.num_stages,
-    )
-
-
-COMPILE_CASES = _compile_cases()

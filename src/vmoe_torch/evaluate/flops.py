@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from vmoe_kernels.common.flops import linear_flops, mlp_flops
 from vmoe_torch.control import moe_layers
 from vmoe_torch.evaluate.settings import eval_mode
 from vmoe_torch.layers import MoeMlp
@@ -59,8 +60,7 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
     for name, layer in moe_layers(model).items():
         layers[name] = sum(per_module[f"{type(model).__name__}.{name}"].values())
         dense -= layers[name]
-        hidden, width = layer.fc1.weight.shape[1:]
-        dense += 2 * layer.record.slots.shape[0] * hidden * (width + layer.fc2.weight.shape[1])
+        dense += mlp_flops(layer.record.slots.shape[0], layer.fc1.weight.shape, layer.fc2.weight.shape)
     return Flops(
         total / len(images), dense / len(images), {name: count / len(images) for name, count in layers.items()}
     )
@@ -72,12 +72,8 @@ def ptflops_hooks() -> dict[type | object, Callable]:
     Returns:
         `custom_modules_hooks` of `ptflops.get_model_complexity_info`: multiply-adds, experts at full capacity.
     """
-    return {
-        MoeMlp: _count_layer,
-        torch.ops.vmoe.router: lambda inputs, _: inputs[0].shape[0] * inputs[1].numel(),
-        torch.ops.vmoe.moe_mlp: lambda inputs, _: inputs[7] * (inputs[3].numel() + inputs[5].numel()),
-        torch.ops.vmoe.expert_mlp: lambda inputs, _: inputs[0].shape[1] * (inputs[1].numel() + inputs[3].numel()),
-    }
+    ops = (torch.ops.vmoe.router, torch.ops.vmoe.moe_mlp, torch.ops.vmoe.expert_mlp)
+    return {MoeMlp: _count_layer, **{op: lambda inputs, _, op=op: flop_registry[op](*inputs) // 2 for op in ops}}
 
 
 def _count_layer(layer: MoeMlp, inputs: tuple[Tensor], _: Tensor) -> None:
@@ -86,5 +82,6 @@ def _count_layer(layer: MoeMlp, inputs: tuple[Tensor], _: Tensor) -> None:
     tokens = sizes.numel()
     group, capacity, last_capacity = layer._groups(tokens, sizes[1:].numel())
     rows = tokens // group * capacity + (last_capacity if tokens % group else 0)
-    layer.__flops__ += tokens * layer.router.weight.numel()
-    layer.__flops__ += rows * (layer.fc1.weight.numel() + layer.fc2.weight.numel())
+    flops = linear_flops(tokens, layer.router.weight.shape)
+    flops += mlp_flops(layer.num_experts * rows, layer.fc1.weight.shape, layer.fc2.weight.shape)
+    layer.__flops__ += flops // 2

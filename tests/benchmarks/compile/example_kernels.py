@@ -1,9 +1,12 @@
-"""Small kernels with known properties for the tests of the compile report."""
+"""Small kernels with known properties for the tests of the compile report, and their recorded launches."""
 
+import dataclasses
+
+import torch
 import triton
 import triton.language as tl
 
-from vmoe_kernels.common.launch import CompileCase
+from benchmarks.compile.launches import Launch, record
 
 
 @triton.jit
@@ -28,19 +31,17 @@ def running_sums(x, y, SIZE: tl.constexpr):
     tl.store(y + offsets, tl.cumsum(values, 0) * tl.max(values, 0))
 
 
-def product_case(name: str, dtype: str, precision: str = "tf32", block: int = 64, **options) -> CompileCase:
-    pointers = dict.fromkeys(("a", "b", "c"), f"*{dtype}")
-    return CompileCase(
-        name=name,
-        kernel=product,
-        signature={**pointers, "K": "i32"},
-        constexprs={"BLOCK": block, "PRECISION": precision},
-        **{"num_warps": 4, "num_stages": 2, "has_dot": True, "divisible": ("K",), **options},
-    )
+def product_case(
+    name: str, dtype: torch.dtype, precision: str = "tf32", block: int = 64, inner: int = 64, **changes
+) -> Launch:
+    a, b, c = (torch.empty(block, inner, dtype=dtype) for _ in range(3))
+    with record(90) as launches:
+        product[1, 2](a, b, c, inner, BLOCK=block, PRECISION=precision, num_stages=2)
+    return dataclasses.replace(*launches, name=name, **changes)
 
 
-def sums_case(name: str, size: int, num_warps: int) -> CompileCase:
-    return CompileCase(name, running_sums, {"x": "*fp32", "y": "*fp32"}, {"SIZE": size}, num_warps)
-
-
-COMPILE_CASES = [product_case("product/bf16", "bf16"), sums_case("running_sums/1024", 1024, 4)]
+def sums_case(name: str, size: int, num_warps: int) -> Launch:
+    x, y = torch.empty(2, size)
+    with record(90) as launches:
+        running_sums[(1,)](x, y, SIZE=size, num_warps=num_warps)
+    return dataclasses.replace(*launches, name=name)

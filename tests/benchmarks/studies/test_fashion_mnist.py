@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks.studies import fashion_mnist as bench_fashion_mnist
+from benchmarks.studies import fashion_mnist
 from benchmarks.studies.fashion_mnist import execute, forward_flops, main, plan
 from benchmarks.studies.fashion_mnist_report import differences, figure, grid, markdown, sentences
 from vmoe_torch.data import FashionMnist
@@ -91,7 +91,7 @@ def test_study_trains_evaluates_and_writes_once(root, tmp_path, monkeypatch):
     assert "settings" not in runs["dense_flops"]
 
     # What is done is not done again; in this process, which saves seconds.
-    monkeypatch.setattr(bench_fashion_mnist, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(fashion_mnist, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
     before = path.read_text()
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.pt")}
     main(arguments)

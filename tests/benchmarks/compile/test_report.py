@@ -4,20 +4,22 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
 from benchmarks.compile import report as compile_report
 from benchmarks.compile.report import blocks_per_sm, compile_case, staleness
-from tests.benchmarks.example_kernels import COMPILE_CASES, product_case, sums_case
+from tests.benchmarks.compile.example_kernels import product_case, sums_case
 from vmoe_kernels.common.launch import triton_version
 
+PRODUCT = product_case("product/bf16", torch.bfloat16)
 CLEAN = compile_report.Compiled("k", 90, 4, 1, 64, 0, 0, 4096, 4, 0, 0, 0, 1, 0, True, 0, 0, 8)
 
 
 @pytest.mark.parametrize(("capability", "field"), [(80, "mma"), (90, "wgmma"), (100, "tcgen05")])
 def test_compile_case_finds_tensor_core_instructions(capability, field):
-    row = compile_case(COMPILE_CASES[0], capability)
+    row = compile_case(PRODUCT, capability)
     counts = {name: getattr(row, name) for name in ("mma", "wgmma", "tcgen05")}
     assert counts.pop(field) > 0
     assert set(counts.values()) == {0}
@@ -35,18 +37,18 @@ def test_compile_case_reports_a_spilling_kernel():
 
 
 def test_compile_case_excepts_full_precision_products():
-    row = compile_case(product_case("product/fp32", "fp32", "ieee", block=16), 90)
+    row = compile_case(product_case("product/fp32", torch.float32, "ieee", block=16), 90)
     assert (row.dots, row.ieee_dots, row.wgmma + row.mma) == (0, 1, 0)
     assert row.problems() == []
 
 
 def test_compile_case_reports_an_undeclared_product():
-    row = compile_case(product_case("product/bf16", "bf16", has_dot=False), 90)
+    row = compile_case(product_case("product/bf16", torch.bfloat16, has_dot=False), 90)
     assert ["has_dot" in problem for problem in row.problems()] == [True]
 
 
 def test_compile_case_names_missing_arguments():
-    case = dataclasses.replace(COMPILE_CASES[0], constexprs={"BLOCK": 64})
+    case = dataclasses.replace(PRODUCT, constexprs={"BLOCK": 64})
     with pytest.raises(ValueError, match=r"product/bf16: signature and constexprs must name .*'PRECISION'"):
         compile_case(case, 90)
 
@@ -54,7 +56,7 @@ def test_compile_case_names_missing_arguments():
 def test_compile_case_refuses_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
-        compile_case(COMPILE_CASES[0], 90)
+        compile_case(PRODUCT, 90)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +78,14 @@ def test_problems_names_each_defect(change, problem):
     assert found.startswith("k on sm_90 ")
 
 
-def test_collect_rejects_duplicate_names_and_empty_files(monkeypatch):
-    with pytest.raises(ValueError, match=r"must be unique, got 'product/bf16' twice"):
-        compile_report.collect(["tests.benchmarks.example_kernels"] * 2)
-    with pytest.raises(ValueError, match="must export COMPILE_CASES"):
+def test_collect_keeps_to_the_modules_asked_for(monkeypatch):
+    sums = sums_case("running_sums/1024", 1024, 4)
+    other = dataclasses.replace(sums, name="other", kernel="another.module:kernel")
+    monkeypatch.setattr(compile_report, "capture", lambda chip: [sums, PRODUCT, other])
+    assert len(compile_report.collect([])) == 9
+    jobs = compile_report.collect(["tests.benchmarks.compile.example_kernels"])
+    assert jobs == [(case, chip) for case in (PRODUCT, sums) for chip in (80, 90, 100)]
+    with pytest.raises(ValueError, match="must hold a kernel that the ops launch"):
         compile_report.collect(["vmoe_kernels.common.launch"])
 
 

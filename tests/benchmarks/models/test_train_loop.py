@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.models import train_loop as bench_train_loop
+from benchmarks.models import train_loop
 from benchmarks.models.train_loop import CONFIG, OURS, check_loops, main, run, synthetic_images
 from vmoe_torch.train.step import Update
 
@@ -50,7 +50,7 @@ def test_loop_that_trains_otherwise_is_not_timed(small, monkeypatch):
 
 
 def test_main_writes_both_files(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_train_loop, "CONFIG", small)
+    monkeypatch.setattr(train_loop, "CONFIG", small)
     threads = torch.get_num_threads()
     try:
         path = main(["--rounds", "1", "--updates", "1", "--threads", "1", "--out", str(tmp_path)])

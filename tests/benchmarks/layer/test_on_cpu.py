@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.harness.protocol import Samples
-from benchmarks.layer import on_cpu as bench_moe_layer
+from benchmarks.layer import on_cpu
 from benchmarks.layer.on_cpu import CPU_LAYER, make_layer, memory_bars, run_cpu, speed_bars, tokens
 
 SMALL = replace(CPU_LAYER, images=8, tokens_per_image=5, width=16, hidden=32)
@@ -37,7 +37,7 @@ def test_run_cpu_times_nothing_that_is_wrong(monkeypatch):
             layer.fc1.bias.data[0, 0] += 1.0
         return layer
 
-    monkeypatch.setattr(bench_moe_layer, "make_layer", wrong)
+    monkeypatch.setattr(on_cpu, "make_layer", wrong)
     with pytest.raises(RuntimeError, match=r"out must be within 1e-5 of the eager reference, got .*: nothing is timed"):
         run_cpu(SMALL, 0.01)
 

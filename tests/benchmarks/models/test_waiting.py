@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.models import waiting as bench_waiting
+from benchmarks.models import waiting
 from benchmarks.models.waiting import BUSY, QUIET, VARIANTS, busy_cores, main, measured
 
 
@@ -18,10 +18,10 @@ def test_main_writes_both_files(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(stdout="a line of the run\n[0.25, 0.5]\n")
 
     monkeypatch.setenv("KMP_BLOCKTIME", "9")
-    monkeypatch.setattr(bench_waiting, "cores", lambda: 2)
-    monkeypatch.setattr(bench_waiting, "busy_cores", lambda count: busy_cores(0))
+    monkeypatch.setattr(waiting, "available_cores", lambda: 2)
+    monkeypatch.setattr(waiting, "busy_cores", lambda count: busy_cores(0))
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(bench_waiting, "environment", lambda device: {"machine": "test"})
+    monkeypatch.setattr(waiting, "environment", lambda device: {"machine": "test"})
     path = main(["--rounds", "1", "--updates", "2", "--out", str(tmp_path)])
     assert seen == 2 * [{"OMP_NUM_THREADS": "2", **extra} for extra in VARIANTS.values()]
     assert path.read_text(encoding="utf-8").strip() == capsys.readouterr().out.strip()

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from benchmarks.harness.results import RESULTS
-from benchmarks.studies import budget as bench_budget
 from benchmarks.studies.budget import main
 from benchmarks.studies.budget_report import figure, markdown, sentences
 from vmoe_torch.commands.sources import Source
@@ -67,8 +66,8 @@ def tiny(monkeypatch):
         pixels = torch.randint(256, (IMAGES[split], 256), dtype=torch.uint8).tolist()
         return [(Image.frombytes("L", (16, 16), bytes(own)), number % 4) for number, own in enumerate(pixels)]
 
-    monkeypatch.setattr(bench_budget, "open_model", lambda name: Source(model, transform, "L", None, None))
-    monkeypatch.setattr(bench_budget, "open_images", images)
+    monkeypatch.setattr("benchmarks.studies.budget.open_model", lambda name: Source(model, transform, "L", None, None))
+    monkeypatch.setattr("benchmarks.studies.budget.open_images", images)
 
 
 def test_study_calibrates_on_training_images_and_measures_on_test_images(tiny, tmp_path):

@@ -1,0 +1,94 @@
+"""Launches recorded from real calls: what Triton makes of their arguments, and nothing that ships left out."""
+
+import inspect
+import pkgutil
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from triton.runtime.jit import JITFunction
+
+import vmoe_kernels
+from benchmarks.compile.launches import CALLS, CAPABILITIES, capture, record
+from tests.benchmarks.compile.example_kernels import product_case, sums_case
+from vmoe_kernels.common import launch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def captured():
+    return {chip: capture(chip) for chip in CAPABILITIES}
+
+
+def test_record_keeps_types_constants_options_and_grid():
+    case = product_case("product", torch.bfloat16, inner=32)
+    assert case.signature == {"a": "*bf16", "b": "*bf16", "c": "*bf16", "K": "i32"}
+    assert case.constexprs == {"BLOCK": 64, "PRECISION": "tf32"}
+    assert case.divisible == ("a", "b", "c", "K")
+    assert (case.num_warps, case.num_stages, case.max_registers, case.grid) == (4, 2, None, (1, 2))
+    assert case.has_dot
+    assert not sums_case("sums", 64, 1).has_dot
+    odd = product_case("product", torch.float32, inner=33)
+    assert odd.divisible == ("a", "b", "c")
+    assert odd.content != case.content == product_case("other", torch.bfloat16, inner=32).content
+    # Triton makes a constant of a 1, and a pointer that is not there.
+    assert product_case("product", torch.float32, inner=1).constexprs["K"] == 1
+
+
+def test_record_leaves_triton_and_the_tables_as_they_were():
+    run, kind = JITFunction.run, launch.device_kind(CPU)
+    with record(90) as launches:
+        assert launch.device_kind(CPU) == "sm90"
+    assert launches == []
+    assert JITFunction.run is run
+    assert launch.device_kind(CPU) == kind
+
+
+def test_a_layer_launches_eight_kernels_forward_and_backward_with_those_of_the_chip():
+    run = CALLS["routed/bf16/gelu_tanh/768x3072"]
+    launches = {}
+    for chip in (80, 90):
+        with record(chip) as launches[chip]:
+            run()
+    assert [each.name for each in launches[80]] == [each.name for each in launches[90]]
+    assert [each.name for each in launches[90]] == [
+        *("choice_of_row", "expert_up", "expert_down", "combine"),
+        *("choice_of_row", "expert_d_hidden", "output_bias", "sum_parts", "sum_parts"),
+        *("expert_d_fc2", "expert_d_fc1", "expert_d_rows", "dispatch_backward", "gate_gradient"),
+    ]
+    up = {chip: next(each for each in found if each.name == "expert_up") for chip, found in launches.items()}
+    assert (up[80].max_registers, up[90].max_registers) == (None, 128)
+
+
+def test_every_kernel_and_every_table_entry_is_captured(captured):
+    kernels = set()
+    for module in pkgutil.walk_packages(vmoe_kernels.__path__, "vmoe_kernels."):
+        found = inspect.getmembers(sys.modules.get(module.name), lambda each: isinstance(each, JITFunction))
+        kernels |= {f"{each.__module__}:{name}" for name, each in found if name.endswith("_kernel")}
+    every = [each for found in captured.values() for each in found]
+    assert {each.kernel for each in every} == kernels
+    for op in launch.registered_ops():
+        entries = [launch.look_up(op, CPU)]
+        for chip in ("sm80", "sm90", "sm100"):
+            with launch.pretend(chip):
+                entries += [launch.look_up(op, CPU, bucket) for bucket in ("any", "le64")]
+        launched = [_options(each) for each in every if each.name.startswith(f"{op}/")]
+        # The slots' table names a design, not a kernel's constants.
+        for config in entries if op != "slots" else ():
+            assert any(config.kwargs().items() <= options for options in launched), (
+                f"nothing launches {op} with {config}"
+            )
+
+
+def _options(each) -> set:
+    options = {"num_warps": each.num_warps, "num_stages": each.num_stages, "maxnreg": each.max_registers}
+    return {**each.constexprs, **options}.items()
+
+
+def test_names_are_unique_and_contents_too(captured):
+    for found in captured.values():
+        assert len({each.name for each in found}) == len({each.content for each in found}) == len(found)
