@@ -133,7 +133,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
         if loss is None:
             loss = record.loss
         if loss is None and record.importance is not None and record.importance.shape[0] > 0:
-            loss = layer.auxiliary_loss(record.importance, record.load, record.mean_gates, record.top1_share)
+            loss = layer.own_router().auxiliary_loss(
+                record.importance, record.load, record.mean_gates, record.top1_share
+            )
         if loss is not None:
             total = loss if total is None else total + loss
     return torch.zeros(()) if total is None else total

@@ -83,7 +83,6 @@ def _count_layer(layer: MoeMlp, inputs: tuple[Tensor], _: Tensor) -> None:
     """ptflops' hook on a module, which adds to an attribute that ptflops has made."""
     sizes = inputs[0].shape[:-1]
     tokens = sizes.numel()
-    group, capacity, last_capacity = layer._groups(tokens, sizes[1:].numel())
-    rows = tokens // group * capacity + (last_capacity if tokens % group else 0)
+    rows = layer.groups(tokens, sizes[1:].numel()).rows
     layer.__flops__ += tokens * layer.router.weight.numel()
     layer.__flops__ += rows * (layer.fc1.weight.numel() + layer.fc2.weight.numel())

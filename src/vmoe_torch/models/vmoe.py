@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vmoe_kernels.common.checks import check_integer, check_number
 from vmoe_torch.layers import ExpertLinear, MoeMlp
 from vmoe_torch.layers import options as opt
-from vmoe_torch.layers.choice import MODEL_KEY, ROUTING
+from vmoe_torch.layers.choice import MODEL_KEY
 from vmoe_torch.models import description
 from vmoe_torch.models.options import Layer, MoeLayers, PositionEmbedding, VisionTransformerOptions, WeightInit
 from vmoe_torch.models.position import TEMPERATURE, sincos2d
@@ -186,7 +186,7 @@ class VMoE(vit.VisionTransformer):
             "renormalize_gates": renormalize_gates,
             "impl": impl,
         }
-        per_layer = {name: moe[name] for name in ROUTING if isinstance(moe[name], Mapping)}
+        per_layer = {name: value for name, value in moe.items() if isinstance(value, Mapping)}
         # Each layer gets its own below: until then any of the values.
         moe |= {name: next(iter(values.values()), None) for name, values in per_layer.items()}
         super().__init__(

@@ -95,7 +95,7 @@ def parallelize(
     for layer in layers:
         _spread_experts(layer, mesh["ep"])
         _replicate_router(layer.router, mesh)
-        layer.exchange = exchange
+        layer.exchange = layer.own_router().exchange = exchange
     for block in model.blocks:
         if recompute:
             recompute_block(block)
