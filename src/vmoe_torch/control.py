@@ -184,6 +184,7 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             assigned = count.index_add(0, experts.reshape(-1).long(), torch.ones_like(kept.reshape(-1).float()))
             layer_stats["dropped"] = 1.0 - kept.float().mean()
             layer_stats["assigned"] = assigned / assigned.sum()
+        if record.importance is not None:
             importance = record.importance.float().sum(0)
             layer_stats["importance"] = importance / importance.sum()
         stats[name] = layer_stats

@@ -7,7 +7,7 @@ Dims: B images, L tokens per image, D width, H and O widths of experts, E expert
 
 import itertools
 import math
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,15 @@ from vmoe_torch.layers.recording import is_recorded, static_sizes
 from vmoe_torch.layers.routers import ROUTERS
 from vmoe_torch.layers.routers.base import Routed, Router
 from vmoe_torch.layers.settings import activation_name, group_images, one_of
+
+# The options that are the router's to check and to keep.
+_OF_ROUTER = get_type_hints(opt.MoeOptions).keys() - {
+    "num_experts",
+    "group_size",
+    "expert_drop",
+    "router",
+    "dispatch_dtype",
+}
 
 
 class _OfRouter:
@@ -107,6 +116,8 @@ class MoeMlp(TravellingRouting):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        # Before there is any other local name.
+        given = locals()
         super().__init__()
         if norm_layer is not None:
             raise ValueError("norm_layer must be None: experts have no norm (scale_mlp_norm is not supported)")
@@ -124,25 +135,7 @@ class MoeMlp(TravellingRouting):
         dd = {"device": device, "dtype": dtype}
         self.num_experts = num_experts
         self.router_type = router
-        self.router = ROUTERS[router](
-            in_features,
-            num_experts,
-            **dd,
-            num_selected_experts=num_selected_experts,
-            capacity_factor=capacity_factor,
-            eval_capacity_factor=eval_capacity_factor,
-            capacity_rounding=capacity_rounding,
-            capacity_multiple_of=capacity_multiple_of,
-            batch_priority=batch_priority,
-            priority=priority,
-            noise_std=noise_std,
-            importance_loss_weight=importance_loss_weight,
-            load_loss_weight=load_loss_weight,
-            gshard_loss_weight=gshard_loss_weight,
-            auxiliary_mode=auxiliary_mode,
-            renormalize_gates=renormalize_gates,
-            impl=impl,
-        )
+        self.router = ROUTERS[router](in_features, num_experts, **dd, **{name: given[name] for name in _OF_ROUTER})
         # Images per group; 0 is the whole batch.
         self.group_size = images
         self._made = self.routing()

@@ -1,7 +1,7 @@
 """The layer's steps, each answered by whoever can be heard where it is called.
 
-`impl` "portable" is `layers.portable`, for tracers and ONNX; any other is one of `vmoe_kernels`' own. TorchScript, which
-compiles functions of tensors and numbers and runs in eval mode, has the registered ops.
+`impl` "portable" is `layers.portable`, for tracers and ONNX; any other is one of `vmoe_kernels`' own. TorchScript,
+which compiles functions of tensors and numbers and runs in eval mode, has the registered ops.
 """
 
 import torch

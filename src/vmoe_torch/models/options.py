@@ -6,7 +6,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import nn
 
-from vmoe_torch.layers.options import ExpertOptions
+from vmoe_torch.layers.options import MoeOptions
 
 Layer = str | Callable[..., nn.Module] | type[nn.Module]
 MoeLayers = str | int | tuple[int, ...] | list[int]
@@ -52,13 +52,11 @@ class VisionTransformerOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-class VMoEOptions(ExpertOptions, VisionTransformerOptions, total=False):
+class VMoEOptions(MoeOptions, VisionTransformerOptions, total=False):
     """What `VMoE` takes beside `depth` and `moe_layers`."""
 
-    num_experts: int
     representation_size: int | bool | None
     head_bias_init: float
-    renormalize_gates: bool
     act_layer: Layer
     fc_norm: bool | None
     pos_embed: PositionEmbedding

@@ -51,7 +51,7 @@ class Router(nn.Module):
         num_experts: E.
         device: of the weight.
         dtype: of the weight.
-        **options: those of `vmoe_torch.layers.options.RouterOptions`, all of them.
+        **options: of `vmoe_torch.layers.options.MoeOptions`, all that concern routing.
     """
 
     # What may change after training, as `set_routing` takes it.
