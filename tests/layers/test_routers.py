@@ -1,4 +1,4 @@
-"""Routers as modules: one from outside works everywhere; what a forward launches; routers in other people's wrappers."""
+"""Routers as modules: one from outside works everywhere, a wrapped one too; what a forward launches."""
 
 import copy
 from collections import Counter
@@ -88,10 +88,20 @@ def test_a_router_from_outside_gets_the_gradient_of_its_loss():
     assert (model.blocks[1].mlp.router.weight.grad - gradients[0]).abs().max() > 1e-4
 
 
-@pytest.mark.usefixtures("by_place")
 def test_a_router_says_what_it_does_not_take(monkeypatch):
-    monkeypatch.setattr(ByPlace, "ROUTING", ("capacity_factor", "eval_capacity_factor"))
-    model = _model()
+    class WithoutOrder(ByPlace):
+        ROUTING = ("capacity_factor", "eval_capacity_factor")
+        batch_priority, priority = False, "max"
+
+        def set_routing(self, *, capacity_factor, eval_capacity_factor):
+            self.capacity_factor = capacity_factor
+            self.eval_capacity_factor = eval_capacity_factor or capacity_factor
+
+    monkeypatch.setitem(ROUTERS, "by_place", WithoutOrder)
+    model = _model().eval()
+    vmoe_torch.set_routing(model, capacity_factor=1.5)
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+    assert "capacity_factor=1.5" in repr(model)
     with pytest.raises(ValueError, match="routing must be among capacity_factor, eval_capacity_factor, group_size in"):
         vmoe_torch.set_routing(model, num_selected_experts=1)
 

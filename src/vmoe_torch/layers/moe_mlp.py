@@ -307,12 +307,8 @@ class MoeMlp(TravellingRouting):
         return self.exchange.run(buffer, experts)
 
     def extra_repr(self) -> str:
-        group = self.group_size or "batch"
-        return (
-            f"num_experts={self.num_experts}, num_selected_experts={self.num_selected_experts}, "
-            f"capacity_factor={self.capacity_factor}, batch_priority={self.batch_priority}, group_size={group}, "
-            f"activation={self.activation}"
-        )
+        routing = ", ".join(f"{name}={value}" for name, value in self.routing().items())
+        return f"num_experts={self.num_experts}, {routing}, activation={self.activation}"
 
 
 def _parameters(_, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

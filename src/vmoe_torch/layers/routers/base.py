@@ -98,7 +98,7 @@ class Router(nn.Module):
         self.auxiliary_mode = auxiliary_mode
         self.renormalize_gates = check_flag("renormalize_gates", renormalize_gates)
         self.impl = impl
-        self.set_routing(**routing)
+        self.set_routing(**{name: routing[name] for name in self.ROUTING})
         # Installed from outside, as in `MoeMlp`: gives this rank's part of a weight.
         self.exchange = None
         self.weight = nn.Parameter(torch.empty(self.num_experts, dim, device=device, dtype=dtype))
