@@ -11,14 +11,15 @@ import site
 import subprocess
 import sys
 from pathlib import Path
-from typing import Unpack, get_args, get_type_hints
+from typing import Unpack, get_args, get_origin, get_type_hints
 
 import pytest
 from timm.models.vision_transformer import VisionTransformer
 
 import vmoe_torch
 from tests.test_docs import APART, PAGES, PUBLIC, blocks
-from vmoe_torch.layers import MoeMlp, moe_mlp, options, settings
+from vmoe_torch.layers import ROUTERS, MoeMlp, options, settings
+from vmoe_torch.layers.routers import base
 from vmoe_torch.models import ensemble
 from vmoe_torch.models.options import VisionTransformerOptions, VMoEOptions
 
@@ -142,8 +143,8 @@ def test_lazy_names_are_imported_for_type_checkers():
 
 def test_words_of_the_types_are_those_of_the_checks():
     for kind, words in (
-        (options.AuxiliaryMode, moe_mlp.AUXILIARY_MODES),
-        (options.RouterType, moe_mlp.ROUTERS),
+        (options.AuxiliaryMode, base.AUXILIARY_MODES),
+        (options.RouterType, tuple(ROUTERS)),
         (get_args(options.GroupSize)[1], tuple(settings.GROUP_SIZES)),
         (ensemble.EnsembleOutput, ensemble.OUTPUTS),
     ):
@@ -167,6 +168,20 @@ def test_options_are_those_of_the_layer_and_of_timm():
     timms = _parameters(VisionTransformer, "block_fn", "mlp_layer", "scale_mlp_norm")
     assert set(get_type_hints(VisionTransformerOptions)) == timms - own
     assert set(get_type_hints(VMoEOptions)) == (timms | own) - {"depth", "moe_layers"}
+
+
+def test_models_have_the_defaults_of_the_layer():
+    layer, model = (inspect.signature(each).parameters for each in (MoeMlp, vmoe_torch.VMoE))
+    described = get_type_hints(options.MoeOptions)
+    assert set(described) == {name for name in layer if name in model} - {"act_layer"}
+    assert {name: layer[name].default for name in described} == {name: model[name].default for name in described}
+
+
+def test_what_changes_after_training_may_differ_from_layer_to_layer():
+    hints = get_type_hints(vmoe_torch.VMoE.__init__)
+    for name, kind in get_type_hints(options.RoutingOptions).items():
+        (per_layer,) = [each for each in get_args(hints[name]) if get_origin(each) is dict]
+        assert hints[name] == kind | per_layer, name
 
 
 def test_set_routing_and_routing_take_the_same():

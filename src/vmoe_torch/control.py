@@ -96,7 +96,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
         if loss is None:
             loss = record.loss
         if loss is None and record.importance is not None and record.importance.shape[0] > 0:
-            loss = layer.auxiliary_loss(record.importance, record.load, record.mean_gates, record.top1_share)
+            loss = layer.own_router().auxiliary_loss(
+                record.importance, record.load, record.mean_gates, record.top1_share
+            )
         if loss is not None:
             total = loss if total is None else total + loss
     return torch.zeros(()) if total is None else total
@@ -145,6 +147,7 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             assigned = count.index_add(0, experts.reshape(-1).long(), torch.ones_like(kept.reshape(-1).float()))
             layer_stats["dropped"] = 1.0 - kept.float().mean()
             layer_stats["assigned"] = assigned / assigned.sum()
+        if record.importance is not None:
             importance = record.importance.float().sum(0)
             layer_stats["importance"] = importance / importance.sum()
         stats[name] = layer_stats

@@ -12,7 +12,7 @@ from math import prod
 
 from torch import Size, nn
 
-from vmoe_kernels import num_groups, rows_per_expert
+from vmoe_kernels import num_groups
 from vmoe_kernels.common.flops import linear_flops, mlp_flops
 from vmoe_torch.layers import MoeMlp
 
@@ -249,13 +249,11 @@ def forward_flops(model: nn.Module, images: int) -> int:
 
 def _rows(layer: MoeMlp, images: int, tokens: int) -> int:
     """R of a training forward."""
-    group = min(layer.group_size * (tokens // images), tokens) if layer.group_size else tokens
-    mode = layer.training
-    layer.training = True
-    capacity, rest = layer.capacity(group), tokens % group
-    last = layer.capacity(rest) if rest else capacity
-    layer.training = mode
-    return rows_per_expert(tokens, group, capacity, last)
+    router = layer.own_router()
+    mode, router.training = router.training, True
+    rows = layer.groups(tokens, tokens // images).rows
+    router.training = mode
+    return rows
 
 
 def _routing_bytes(mlp: nn.Module, tokens: int) -> int:

@@ -34,7 +34,7 @@ def images():
 
 
 def _choices(model):
-    return [layer.choices for layer in vmoe_torch.moe_layers(model).values()]
+    return [layer.router.choices for layer in vmoe_torch.moe_layers(model).values()]
 
 
 def _records(model):

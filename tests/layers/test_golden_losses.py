@@ -73,7 +73,7 @@ def test_router_metrics_equal_original(case, impl, golden_noise):
         impl=impl,
     )
     assert relative_error(cv_squared(out.importance), want["metrics/importance_loss"]) <= 1e-5
-    loss = layer.auxiliary_loss(out.importance, out.load, out.mean_gates, out.top1_share)
+    loss = layer.router.auxiliary_loss(out.importance, out.load, out.mean_gates, out.top1_share)
     assert relative_error(loss, want["metrics/auxiliary_loss"].mean()) <= 1e-5
     if not config["deterministic"]:
         assert relative_error(cv_squared(out.load), want["metrics/load_loss"]) <= 1e-5

@@ -127,14 +127,14 @@ def _routers_are_not_rounded():
     model = _model()
     want = model.blocks[1].mlp.router.weight.detach().clone()
     parallelize(model, build_mesh(1, 2, "cpu"), param_dtype=torch.bfloat16)
-    routed, seen = vmoe_kernels.route, []
+    router, seen = vmoe_kernels.router, []
 
-    def route(tokens, weight, **kwargs):
+    def scored(tokens, weight, **kwargs):
         seen.append((tokens.dtype, weight.detach().clone()))
-        return routed(tokens, weight, **kwargs)
+        return router(tokens, weight, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vmoe_kernels, "route", route)
+        patch.setattr(vmoe_kernels, "router", scored)
         F.cross_entropy(model(torch.randn(2, 3, 16, 16)).float(), torch.zeros(2, dtype=torch.long)).backward()
     ((dtype, weight),) = seen
     assert dtype == torch.bfloat16

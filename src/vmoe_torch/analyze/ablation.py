@@ -61,14 +61,14 @@ def random_routers(model: nn.Module, layers: Sequence[str] | None = None, seed: 
         raise ValueError(f"layers must be among {', '.join(found)}, got {', '.join(unknown)}")
     chosen = [found[name] for name in (found if layers is None else layers)]
     generator = torch.Generator().manual_seed(seed)
-    before = [layer.choices for layer in chosen]
+    before = [layer.own_router().choices for layer in chosen]
     try:
         for layer in chosen:
-            layer.choices = _RandomChoices(layer.num_experts, generator)
+            layer.own_router().choices = _RandomChoices(layer.num_experts, generator)
         yield model
     finally:
         for layer, choices in zip(chosen, before):
-            layer.choices = choices
+            layer.own_router().choices = choices
 
 
 @torch.no_grad()

@@ -78,12 +78,8 @@ class _Sums:
 
 
 def slots_of(layer: MoeMlp) -> int:
-    """Slots that a layer's experts had in its last forward, used or not; the layer is in the mode it ran in."""
-    tokens = len(layer.record.slots)
-    group = layer.record.group_tokens or tokens
-    rest = tokens % group
-    rows = tokens // group * layer.capacity(group) + (layer.capacity(rest) if rest else 0)
-    return rows * layer.num_experts
+    """Slots that a layer's experts had in its last forward, used or not."""
+    return layer.record.groups.rows * layer.num_experts
 
 
 def _routed(model: nn.Module, setting: RoutingSetting) -> AbstractContextManager:

@@ -80,8 +80,7 @@ def _count_layer(layer: MoeMlp, inputs: tuple[Tensor], _: Tensor) -> None:
     """ptflops' hook on a module, which adds to an attribute that ptflops has made."""
     sizes = inputs[0].shape[:-1]
     tokens = sizes.numel()
-    group, capacity, last_capacity = layer._groups(tokens, sizes[1:].numel())
-    rows = tokens // group * capacity + (last_capacity if tokens % group else 0)
+    rows = layer.groups(tokens, sizes[1:].numel()).rows
     flops = linear_flops(tokens, layer.router.weight.shape)
     flops += mlp_flops(layer.num_experts * rows, layer.fc1.weight.shape, layer.fc2.weight.shape)
     layer.__flops__ += flops // 2

@@ -2,15 +2,24 @@
 
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
 from vmoe_torch.layers.experts import ExpertLinear
+from vmoe_torch.layers.groups import Groups
 from vmoe_torch.layers.loss_scale import auxiliary_gradient_scale, set_auxiliary_gradient_scale
 from vmoe_torch.layers.losses import cv_squared, gshard_loss, importance_loss, load_loss
 from vmoe_torch.layers.moe_mlp import MoeMlp
-from vmoe_torch.layers.routers import Router, expert_choice
+from vmoe_torch.layers.routers import ROUTERS
+from vmoe_torch.layers.routers.base import Routed, Router
+from vmoe_torch.layers.routers.experts_choose import ExpertChoice, expert_choice
+from vmoe_torch.layers.routers.top_experts import TopExperts
 
 __all__ = [
+    "ROUTERS",
+    "ExpertChoice",
     "ExpertLinear",
+    "Groups",
     "MoeMlp",
+    "Routed",
     "Router",
+    "TopExperts",
     "auxiliary_gradient_scale",
     "cv_squared",
     "expert_choice",

@@ -10,15 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What may change after a layer was made.
-ROUTING = (
-    "num_selected_experts",
-    "capacity_factor",
-    "eval_capacity_factor",
-    "batch_priority",
-    "priority",
-    "group_size",
-)
 # In the metadata of a layer, and of a model; the latter is from `models.description`.
 ROUTING_KEY = "vmoe_routing"
 MODEL_KEY = "vmoe_model"
@@ -29,7 +20,7 @@ FILE_KEY = "vmoe_torch_metadata"
 class TravellingRouting(nn.Module):
     """A layer whose chosen routing is saved and loaded with its weights.
 
-    A subclass has the attributes of `ROUTING`, and `set_routing` that checks and sets them all.
+    A subclass has `routing`, {name: value} of all that may change, and `set_routing`, which checks and sets it all.
     """
 
     # As the layer was made; None in layers that were pickled before this was kept.
@@ -41,9 +32,7 @@ class TravellingRouting(nn.Module):
 
     def routing(self) -> dict[str, Any]:
         """How the layer routes now, as `set_routing` takes it."""
-        now = {name: getattr(self, name) for name in ROUTING}
-        now["group_size"] = now["group_size"] or "batch"
-        return now
+        raise NotImplementedError
 
     def chosen_routing(self) -> dict[str, Any]:
         """The part of it that was chosen after the layer was made."""
@@ -58,12 +47,15 @@ class TravellingRouting(nn.Module):
         """Sets some of the routing for good; on an error nothing changes.
 
         Args:
-            changes: of the names in `ROUTING`.
+            changes: of the names in `routing`.
 
         Raises:
             ValueError: if a name or a value is off.
         """
-        self.set_routing(**{**self.routing(), **changes})
+        now = self.routing()
+        if unknown := sorted(changes.keys() - now.keys()):
+            raise ValueError(f"routing must be among {', '.join(now)} in this layer, got {', '.join(unknown)}")
+        self.set_routing(**{**now, **changes})
         self._chosen = self._chosen | changes.keys()
         self._before_load = _without(self._before_load, changes)
 

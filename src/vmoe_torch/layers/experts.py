@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from vmoe_torch.layers.quantised import plain
 
+# Of both layers: (E, H, D), (E, H) or none, (E, O, H), (E, O) or none.
+Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+
 
 class ExpertLinear(nn.Module):
     """One linear layer per expert: weight (E, out, in), bias (E, out) or none.

@@ -5,6 +5,12 @@ import weakref
 import torch
 from torch import Tensor
 
+from vmoe_torch.layers.groups import Groups
+from vmoe_torch.layers.routers.base import Routed
+
+# What a router may give beside gates and slots.
+_OF_ROUTERS = ("experts", "importance", "load", "mean_gates", "top1_share")
+
 
 class Record:
     """References to a layer's last routing: no computation, and empty in copies, so deepcopy, EMA and pickling work.
@@ -26,8 +32,7 @@ class Record:
         self.mean_gates: Tensor | None = None  # (G, E)
         self.top1_share: Tensor | None = None  # (G, E)
         self.loss: Tensor | None = None  # 0-dim; part of the graph in the "manual" mode
-        self.group_tokens = 0
-        self.images = 0
+        self.groups: Groups | None = None
         self.losses: list[weakref.ref[Tensor]] = []  # of the forwards that `waiting` adds up
         self.is_closed = False  # whether the next forward starts a new sum
 
@@ -53,6 +58,14 @@ class Record:
         gates = gates.view_as(gates)
         gates.register_hook(_Keeper(loss, self))
         return gates
+
+    def note(self, routed: Routed, groups: Groups) -> None:
+        """To call after `keep`: what a router did, off the graph but for a loss that waits."""
+        self.gates, self.slots, self.groups = _off_graph(routed.record.get("gates", routed.gates)), routed.slots, groups
+        for name in _OF_ROUTERS:
+            setattr(self, name, _off_graph(routed.record.get(name)))
+        self.loss = routed.record.get("loss")
+        self.leave_transforms()
 
     def waiting(self) -> Tensor | None:
         """0-dim sum of the losses that wait for a reading, or None; again the same until the next forward.
@@ -99,6 +112,10 @@ class _Keeper:
         record = self.record()
         if record is not None:
             record.is_closed = True
+
+
+def _off_graph(value: Tensor | None) -> Tensor | None:
+    return value.detach() if value is not None and value.requires_grad else value
 
 
 def _unwrapped(value: Tensor) -> Tensor:

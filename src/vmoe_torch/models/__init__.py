@@ -1,6 +1,7 @@
 """V-MoE models, registered with timm on import."""
 
+from vmoe_torch.models.blocks import MoeBlock, parse_moe_layers
 from vmoe_torch.models.ensemble import VMoEEnsemble
-from vmoe_torch.models.vmoe import MoeBlock, VMoE, parse_moe_layers
+from vmoe_torch.models.vmoe import VMoE
 
 __all__ = ["MoeBlock", "VMoE", "VMoEEnsemble", "parse_moe_layers"]

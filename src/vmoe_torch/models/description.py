@@ -1,7 +1,7 @@
 """What a model was made with, so that it can be made again: for config.json, state dicts and weight files.
 
-A routing argument (`layers.choice.ROUTING`) that was chosen after a model was made stands there with its value in every
-MoE layer: `{"blocks.1.mlp": 1, "blocks.3.mlp": 2}`. `VMoE` takes such a dict in place of one value.
+A routing argument (`MoeMlp.routing()` has them) that was chosen after a model was made stands there with its value in
+every MoE layer: `{"blocks.1.mlp": 1, "blocks.3.mlp": 2}`. `VMoE` takes such a dict in place of one value.
 """
 
 import json
@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from vmoe_torch.layers import MoeMlp
-from vmoe_torch.layers.choice import ROUTING
 
 # Of timm's factories, not of the model.
 _FACTORY = ("device", "dtype", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir")
@@ -23,7 +22,8 @@ def routing_arguments(model: nn.Module) -> dict[str, dict[str, Any]]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
     chosen = {name for layer in layers.values() for name in layer.chosen_routing()}
     now = {name: layer.routing() for name, layer in layers.items()}
-    return {name: {layer: now[layer][name] for layer in layers} for name in ROUTING if name in chosen}
+    names = dict.fromkeys(name for routing in now.values() for name in routing if name in chosen)
+    return {name: {layer: now[layer][name] for layer in layers} for name in names}
 
 
 def choose_per_layer(model: nn.Module, arguments: Mapping[str, Mapping[str, Any]]) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from vmoe_kernels.common.checks import check_integer
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.models.blocks import parse_moe_layers
 from vmoe_torch.models.options import MoeLayers, VMoEOptions
-from vmoe_torch.models.vmoe import VMoE, create_vmoe, parse_moe_layers, released_cfg
+from vmoe_torch.models.vmoe import VMoE, create_vmoe, released_cfg
 
 EnsembleOutput = Literal["probabilities", "log_probabilities", "members"]
 OUTPUTS = ("probabilities", "log_probabilities", "members")

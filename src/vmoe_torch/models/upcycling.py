@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from vmoe_torch.layers import ExpertLinear, MoeMlp
 from vmoe_torch.layers.options import ExpertOptions
 from vmoe_torch.models.architecture import open_weights
+from vmoe_torch.models.blocks import parse_moe_layers
 from vmoe_torch.models.options import MoeLayers
-from vmoe_torch.models.vmoe import parse_moe_layers
 from vmoe_torch.weights.sources import is_weights, read_weights
 
 

@@ -6,12 +6,12 @@ Over 400 lines: timm wants a function for every registered model.
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Unpack, get_type_hints
 
 import torch
-from timm.layers import AttentionPoolLatent, lecun_normal_
+from timm.layers import AttentionPoolLatent
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -26,57 +26,17 @@ from torch import Tensor, nn
 from vmoe_kernels.common.checks import check_integer, check_number
 from vmoe_torch.layers import ExpertLinear, MoeMlp
 from vmoe_torch.layers import options as opt
-from vmoe_torch.layers.choice import MODEL_KEY, ROUTING
+from vmoe_torch.layers.choice import MODEL_KEY
 from vmoe_torch.models import description
+from vmoe_torch.models.blocks import MoeBlock, parse_moe_layers
+from vmoe_torch.models.initialisation import init_module
 from vmoe_torch.models.options import Layer, MoeLayers, PositionEmbedding, VisionTransformerOptions, WeightInit
 from vmoe_torch.models.position import TEMPERATURE, sincos2d
 from vmoe_torch.weights.adapt import checkpoint_filter_fn
 
-__all__ = ["MoeBlock", "VMoE", "parse_moe_layers"]
+__all__ = ["VMoE"]
 
 register_notrace_module(MoeMlp)
-
-
-def parse_moe_layers(moe_layers: MoeLayers, depth: int) -> tuple[int, ...]:
-    """Block numbers of the MoE layers.
-
-    Args:
-        moe_layers: "everyN" (blocks N-1, 2N-1, ...), "lastN" (the last N odd blocks), or block numbers.
-        depth: number of blocks.
-
-    Returns:
-        Sorted block numbers.
-
-    Raises:
-        ValueError: if the word is unknown or a block does not exist.
-    """
-    if isinstance(moe_layers, str):
-        for word, blocks in (("every", range(depth)), ("last", range(1, depth, 2))):
-            number = moe_layers.removeprefix(word)
-            if number != moe_layers and number.isdigit() and int(number) >= 1:
-                number = int(number)
-                if word == "every":
-                    return tuple(blocks[number - 1 :: number])
-                if number <= len(blocks):
-                    return tuple(blocks[-number:])
-        raise ValueError(
-            f"moe_layers must be 'everyN', 'lastN' with N odd blocks at most, or block numbers below {depth}, "
-            f"got {moe_layers!r}"
-        )
-    blocks = moe_layers if isinstance(moe_layers, Iterable) else [moe_layers]
-    rule = f"block numbers in 0..{depth - 1}"
-    return tuple(sorted({check_integer("moe_layers", block, 0, rule, depth - 1) for block in blocks}))
-
-
-class MoeBlock(vit.Block):
-    """timm's Block, with a MoeMlp where `depth` is among `moe_layers`."""
-
-    def __init__(
-        self, *args: Any, depth: int = 0, moe_layers: tuple[int, ...] = (), moe: dict[str, Any], **kwargs: Any
-    ) -> None:
-        if depth in moe_layers:
-            kwargs["mlp_layer"] = partial(MoeMlp, **moe)
-        super().__init__(*args, depth=depth, **kwargs)
 
 
 class VMoE(vit.VisionTransformer):
@@ -84,36 +44,18 @@ class VMoE(vit.VisionTransformer):
 
     timm's `create_model` leaves out arguments that are None, so every one has another value that means none.
 
-    Takes every argument of timm's VisionTransformer except mlp_layer and scale_mlp_norm, and those below.
-    num_selected_experts, capacity_factor, eval_capacity_factor, batch_priority, priority and group_size may also be a
-    dict with one value for each MoE layer, by the names of `vmoe_torch.moe_layers`: `timm.models.save_for_hf` writes so
-    what `set_routing` and `set_budget` chose, and an argument given to `create_model` takes its place.
+    Takes every argument of timm's VisionTransformer except mlp_layer and scale_mlp_norm, those that
+    `vmoe_torch.layers.options.MoeOptions` describes, and those below. What may change after training
+    (`RoutingOptions`) may also be a dict with one value for each MoE layer, by the names of `vmoe_torch.moe_layers`:
+    `timm.models.save_for_hf` writes so what `set_routing` and `set_budget` chose, and an argument given to
+    `create_model` takes its place.
 
     Args:
         moe_layers: "every2", "last2" or block numbers.
-        num_experts: E.
-        num_selected_experts: K, in 1..E.
-        capacity_factor: slots per expert, as a multiple of the balanced load.
-        eval_capacity_factor: the same in eval mode; None is capacity_factor.
-        capacity_rounding: "ceil" or "round".
-        capacity_multiple_of: capacity goes up to a multiple of this; 1 leaves it.
-        batch_priority: Batch Priority Routing (BPR) instead of position order.
-        priority: "max" or "sum" of a token's gates, for BPR.
-        group_size: images per group that is routed on its own, "batch" or "image".
-        noise_std: router noise in training, divided by E.
-        expert_drop: dropout in the experts; None is proj_drop_rate.
-        importance_loss_weight: weight of the importance loss.
-        load_loss_weight: weight of the load loss.
-        gshard_loss_weight: weight of the GShard loss.
-        auxiliary_mode: "injected" or "manual".
-        router: "top_experts" or "expert_choice".
-        dispatch_dtype: "bfloat16" rounds what goes into and comes out of the experts; None or "float32" does not.
         representation_size: width of a tanh layer before the head; None or 0 for none, True for the model's width.
         pos_embed: timm's "learn", "none", or "sincos2d" (fixed, patches only).
         pos_embed_temperature: the longest wave length over 2 pi of "sincos2d".
         head_bias_init: what the head's bias begins with; for the sigmoid loss, -log(num_classes).
-        renormalize_gates: whether the K gates of a token are scaled to sum to 1.
-        impl: "auto", "triton" or "reference".
         block_fn: makes a block; takes `moe_layers` and `moe` beside what timm gives it, as `MoeBlock`.
     """
 
@@ -127,14 +69,14 @@ class VMoE(vit.VisionTransformer):
         *args: Any,
         moe_layers: MoeLayers = "every2",
         num_experts: int = 32,
-        num_selected_experts: int = 2,
-        capacity_factor: float = 1.05,
-        eval_capacity_factor: float | None = None,
+        num_selected_experts: int | dict[str, int] = 2,
+        capacity_factor: float | dict[str, float] = 1.05,
+        eval_capacity_factor: float | dict[str, float] | None = None,
         capacity_rounding: opt.CapacityRounding = "ceil",
         capacity_multiple_of: int | None = 4,
-        batch_priority: bool = True,
-        priority: opt.Priority = "max",
-        group_size: opt.GroupSize = 8,
+        batch_priority: bool | dict[str, bool] = True,
+        priority: opt.Priority | dict[str, opt.Priority] = "max",
+        group_size: opt.GroupSize | dict[str, opt.GroupSize] = 8,
         noise_std: float = 1.0,
         expert_drop: float | None = None,
         importance_loss_weight: float = 0.005,
@@ -156,6 +98,9 @@ class VMoE(vit.VisionTransformer):
         weight_init: WeightInit = "",
         **kwargs: Unpack[VisionTransformerOptions],
     ) -> None:
+        # Before there is any other local name.
+        given = locals()
+        moe = {name: given[name] for name in get_type_hints(opt.MoeOptions)}
         head_bias_init = check_number("head_bias_init", head_bias_init, "a number")
         if representation_size is not None and not isinstance(representation_size, bool):
             representation_size = check_integer("representation_size", representation_size, 0, "True or at least 0")
@@ -165,28 +110,7 @@ class VMoE(vit.VisionTransformer):
             raise ValueError(
                 f"pos_embed_temperature must be {TEMPERATURE} unless pos_embed is 'sincos2d', got {temperature}"
             )
-        moe = {
-            "num_experts": num_experts,
-            "num_selected_experts": num_selected_experts,
-            "capacity_factor": capacity_factor,
-            "eval_capacity_factor": eval_capacity_factor,
-            "capacity_rounding": capacity_rounding,
-            "capacity_multiple_of": capacity_multiple_of,
-            "batch_priority": batch_priority,
-            "priority": priority,
-            "group_size": group_size,
-            "noise_std": noise_std,
-            "expert_drop": expert_drop,
-            "importance_loss_weight": importance_loss_weight,
-            "load_loss_weight": load_loss_weight,
-            "gshard_loss_weight": gshard_loss_weight,
-            "auxiliary_mode": auxiliary_mode,
-            "router": router,
-            "dispatch_dtype": dispatch_dtype,
-            "renormalize_gates": renormalize_gates,
-            "impl": impl,
-        }
-        per_layer = {name: moe[name] for name in ROUTING if isinstance(moe[name], Mapping)}
+        per_layer = {name: value for name, value in moe.items() if isinstance(value, Mapping)}
         # Each layer gets its own below: until then any of the values.
         moe |= {name: next(iter(values.values()), None) for name, values in per_layer.items()}
         super().__init__(
@@ -256,7 +180,7 @@ class VMoE(vit.VisionTransformer):
             nn.init.zeros_(self.cls_token)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=1e-6)
-        named_apply(partial(_init_module_as_original, needs_reset=needs_reset), self)
+        named_apply(partial(init_module, needs_reset=needs_reset), self)
         if self.fix_init:
             self.fix_init_weight()
 
@@ -358,32 +282,6 @@ def _device_and_dtype(module: nn.Module) -> dict[str, Any]:
     """Those of a module's first parameter, as the keyword arguments of a layer that joins it."""
     parameter = next(module.parameters())
     return {"device": parameter.device, "dtype": parameter.dtype}
-
-
-def _init_module_as_original(module: nn.Module, name: str = "", needs_reset: bool = True) -> None:
-    """Flax's defaults and the original's choices, per module."""
-    if isinstance(module, nn.Linear):
-        if name == "head":
-            nn.init.zeros_(module.weight)
-        elif name.startswith("pre_logits"):
-            lecun_normal_(module.weight)
-        else:
-            # Fused projections are separate matrices in the original.
-            parts = {"qkv": 3, "kv": 2}.get(name.rpartition(".")[2], 1)
-            fan_out, fan_in = module.weight.shape[0] // parts, module.weight.shape[1]
-            bound = math.sqrt(6.0 / (fan_out + fan_in))
-            nn.init.uniform_(module.weight, -bound, bound)
-        if module.bias is not None:
-            nn.init.normal_(module.bias, std=1e-6) if ".mlp." in f".{name}" else nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        lecun_normal_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif name == "attn_pool":
-        bound = math.sqrt(6.0 / (1 + module.latent.shape[-1]))
-        nn.init.uniform_(module.latent, -bound, bound)
-    elif needs_reset and hasattr(module, "reset_parameters"):
-        module.reset_parameters()
 
 
 def vmoe_cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:

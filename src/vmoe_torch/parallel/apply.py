@@ -94,7 +94,7 @@ def parallelize(
     for layer in layers:
         _spread_experts(layer, mesh["ep"])
         _replicate_router(layer.router, mesh)
-        layer.exchange = exchange
+        layer.exchange = layer.own_router().exchange = exchange
         layer.register_forward_hook(_without_base)
     for block in model.blocks:
         if recompute:

@@ -14,25 +14,17 @@ from vmoe_torch.parallel.ranks.agreement import begin_same
 
 # The exchange's splits are equal, and gradients are averaged over ranks.
 RULE = "must be the same on all ranks in every forward"
-_ROUTING = (
-    "num_selected_experts",
-    "capacity_factor",
-    "eval_capacity_factor",
-    "capacity_rounding",
-    "capacity_multiple_of",
-    "batch_priority",
-    "priority",
-    "group_size",
-    "noise_std",
-    "router_type",
-    "dispatch_dtype",
-)
+_SETTINGS = ("capacity_rounding", "capacity_multiple_of", "noise_std", "router_type", "dispatch_dtype")
 
 
 def routing_settings(model: nn.Module) -> dict[str, Any]:
     """Settings of all MoE layers by qualified name."""
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, MoeMlp))
-    return {f"{name}.{setting}": getattr(layer, setting) for name, layer in layers for setting in _ROUTING}
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoeMlp):
+            settings = {**layer.routing(), **{setting: getattr(layer, setting) for setting in _SETTINGS}}
+            found |= {f"{name}.{setting}": value for setting, value in settings.items()}
+    return found
 
 
 class Forwards:

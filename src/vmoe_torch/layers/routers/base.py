@@ -1,0 +1,207 @@
+"""What every router is: a module whose forward takes tokens and groups and says where each token goes.
+
+A router decides: noise, choice, losses, capacity and the settings that concern them are its own. `MoeMlp` groups the
+tokens and runs the experts. A new router is a file beside this one, with a subclass of `Router` that has a `route` of
+its own, and a line in `routers/__init__.py`.
+
+Dims: T tokens, D width, E experts, K choices of a token, R rows per expert.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vmoe_kernels import compute_capacity
+from vmoe_kernels.common.checks import check_flag, check_integer, check_number, check_selected
+from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
+from vmoe_torch.layers.groups import Groups
+from vmoe_torch.layers.quantised import plain
+from vmoe_torch.layers.recording import is_recorded
+from vmoe_torch.layers.scores import lecun_normal_, logits
+from vmoe_torch.layers.settings import one_of
+
+AUXILIARY_MODES = ("injected", "manual")
+# The least number above 0.
+_TINY = math.ulp(0.0)
+
+
+class Routed(NamedTuple):
+    """Where every token goes, and with what weight."""
+
+    gates: Tensor
+    """(T, K) weights of the sum that a token gets back."""
+    slots: Tensor
+    """(T, K) int32 row of each choice in the (E * R, D) buffer, or -1 where dropped."""
+    record: dict[str, Tensor]
+    """What a `Record` remembers, by its names, and what else a hook may want; "loss", 0-dim, is an auxiliary loss."""
+
+    @property
+    def logits(self) -> Tensor:
+        """(T, E) without noise."""
+        return self.record["logits"]
+
+
+class Router(nn.Module):
+    """The (E, D) weight that scores every token against every expert, and all settings of routing; no bias.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        device: of the weight.
+        dtype: of the weight.
+        **options: of `vmoe_torch.layers.options.MoeOptions`, all that concern routing.
+    """
+
+    # What may change after training, as `set_routing` takes it.
+    ROUTING: tuple[str, ...] = (
+        "num_selected_experts",
+        "capacity_factor",
+        "eval_capacity_factor",
+        "batch_priority",
+        "priority",
+    )
+    # Whether a record of it may leave the number of tokens open.
+    takes_any_batch = False
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        capacity_rounding: str,
+        capacity_multiple_of: int | None,
+        noise_std: float,
+        importance_loss_weight: float,
+        load_loss_weight: float,
+        gshard_loss_weight: float,
+        auxiliary_mode: str,
+        renormalize_gates: bool,
+        impl: str,
+        **routing: Any,
+    ):
+        super().__init__()
+        self.num_experts = check_integer("num_experts", num_experts, 1)
+        one_of("capacity_rounding", capacity_rounding, ("ceil", "round"))
+        one_of("auxiliary_mode", auxiliary_mode, AUXILIARY_MODES)
+        one_of("impl", impl, ("auto", "triton", "reference"))
+        multiple_of = 0 if capacity_multiple_of is None else capacity_multiple_of
+        self.capacity_multiple_of = check_integer("capacity_multiple_of", multiple_of, 0)
+        self.capacity_rounding = capacity_rounding
+        self.noise_std = check_number("noise_std", noise_std, "at least 0", 0.0)
+        self.importance_loss_weight = check_number("importance_loss_weight", importance_loss_weight, "at least 0", 0.0)
+        self.load_loss_weight = check_number("load_loss_weight", load_loss_weight, "at least 0", 0.0)
+        self.gshard_loss_weight = check_number("gshard_loss_weight", gshard_loss_weight, "at least 0", 0.0)
+        self.auxiliary_mode = auxiliary_mode
+        self.renormalize_gates = check_flag("renormalize_gates", renormalize_gates)
+        self.impl = impl
+        self.set_routing(**{name: routing[name] for name in self.ROUTING})
+        # Installed from outside, as in `MoeMlp`: gives this rank's part of a weight.
+        self.exchange = None
+        self.weight = nn.Parameter(torch.empty(self.num_experts, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def forward(self, x: Tensor, groups: Groups | None = None, seed: Tensor | None = None):
+        """The logits of every expert or, with groups, the routing.
+
+        Args:
+            x: (..., D) tokens; (T, D) with groups.
+            groups: of the tokens.
+            seed: 0-dim int64 key of this forward's random numbers; needed with noise.
+
+        Returns:
+            (..., E) without noise, in float32 (float64 for float64 inputs); with groups, `Routed`.
+
+        Raises:
+            ValueError: if the width of x is not D.
+        """
+        weight = plain(self.weight)
+        if groups is None:
+            if x.shape[-1:] != weight.shape[1:]:
+                raise ValueError(f"x must be (..., {weight.shape[1]}), got {tuple(x.shape)}")
+            return logits(x, weight)
+        if self.exchange is not None:
+            weight = self.exchange.local(weight)
+        routed = self.route(x, weight, groups, seed)
+        loss = routed.record.get("loss")
+        if loss is not None and self.auxiliary_mode == "injected":
+            routed.record["loss"] = loss.detach()
+            if loss.requires_grad:
+                routed = routed._replace(gates=inject_auxiliary_loss(routed.gates, loss, weight))
+        return routed
+
+    def route(self, tokens: Tensor, weight: Tensor, groups: Groups, seed: Tensor | None) -> Routed:
+        """Decides; TorchScript compiles it.
+
+        Args:
+            tokens: (T, D).
+            weight: (E, D), the parameter or what stands for it.
+            groups: of the tokens.
+            seed: as in `forward`.
+        """
+        raise NotImplementedError
+
+    def capacity(self, group_tokens: int) -> int:
+        """C for a group of so many tokens, in the current mode."""
+        return self.slots_for(group_tokens, 1)
+
+    def slots_for(self, group_tokens: int, selected: int) -> int:
+        """C for a group of so many tokens with so many choices each, in the current mode."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        return compute_capacity(
+            group_tokens,
+            self.num_experts,
+            factor,
+            num_selected_experts=selected,
+            rounding=self.capacity_rounding,
+            multiple_of=self.capacity_multiple_of,
+        )
+
+    @torch.jit.unused
+    def routing(self) -> dict[str, Any]:
+        """What is set of `ROUTING`, as `set_routing` takes it."""
+        return {name: getattr(self, name) for name in self.ROUTING}
+
+    @torch.jit.unused
+    def set_routing(
+        self,
+        *,
+        num_selected_experts: int,
+        capacity_factor: float,
+        eval_capacity_factor: float | None,
+        batch_priority: bool,
+        priority: str,
+    ) -> None:
+        """Checks and sets everything in `ROUTING`; on an error nothing changes."""
+        num_selected_experts = check_selected(num_selected_experts, self.num_experts)
+        if eval_capacity_factor is None:
+            eval_capacity_factor = capacity_factor
+        capacity_factor = check_number("capacity_factor", capacity_factor, "above 0", _TINY)
+        eval_capacity_factor = check_number("eval_capacity_factor", eval_capacity_factor, "above 0", _TINY)
+        batch_priority = check_flag("batch_priority", batch_priority)
+        one_of("priority", priority, ("max", "sum"))
+        self.num_selected_experts = num_selected_experts
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.batch_priority = batch_priority
+        self.priority = priority
+
+    def implementation(self) -> str:
+        """`impl` as it is, or what can be recorded: without noise and losses, in operators that every reader has."""
+        # Two lines, as TorchScript knows no tracers.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if is_recorded():
+                return "reference" if self.training else "portable"
+        return self.impl
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """LeCun normal, as the original: truncated at two standard deviations, variance 1 / D."""
+        lecun_normal_(self.weight, fan_in=self.weight.shape[1])
+
+    def extra_repr(self) -> str:
+        return f"dim={self.weight.shape[1]}, num_experts={self.weight.shape[0]}"
