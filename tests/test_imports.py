@@ -42,21 +42,6 @@ MAY_IMPORT = {
     "run": {"vmoe_torch"},
     "timm_train": {"vmoe_torch"},
 }
-# What is not so yet: descriptions and positions stand with the models, vmap knows the ops by private names, and tests
-# know private parts of what they test.
-STILL_ABOVE = {("weights", "models")}
-STILL_PRIVATE = {
-    ("vmoe_kernels.experts.moe_mlp_op", "_nan_gates"),
-    ("tests.interpreter.test_triton_expert_mlp", "_uniform"),
-    ("tests.interpreter.test_triton_moe_mlp", "_uniform"),
-    ("tests.interpreter.test_triton_slots", "_design"),
-    ("tests.kernels.test_golden_routing", "_top_experts"),
-    ("tests.test_cli", "_parsers"),
-    *((module, "_Run") for module in ("tests.train.test_failures", "tests.train.test_two_failures")),
-    ("benchmarks.models.train_loop", "_Run"),
-    *(("vmoe_kernels.vmap", f"_{op}_op") for op in ("router", "assign_slots", "dispatch", "combine")),
-    *(("vmoe_kernels.vmap", f"_{op}_op") for op in ("expert_mlp", "moe_mlp")),
-}
 # Lines of a file that needs no reason in its docstring.
 LONG = 400
 
@@ -127,7 +112,6 @@ def test_rooms_import_downwards_only(room):
     for module in (name for name, where in SHIPPED.items() if where == room):
         # What is no part of the package, tests and benchmarks, is imported by nobody in it.
         found = {_room(name) for name in _imported(module) if name in MODULES} - {room}
-        found = {target for target in found if (room, target) not in STILL_ABOVE}
         assert found <= MAY_IMPORT[room], f"{module} must not import {found - MAY_IMPORT[room]}"
 
 
@@ -176,7 +160,7 @@ def test_nothing_private_is_imported_from_another_module():
                 owner = ast.unparse(node.value)
                 if modules.get(owner, owner) in MODULES:
                     found.add((module, node.attr))
-    assert found <= STILL_PRIVATE
+    assert not found
 
 
 def _is_private(name: str) -> bool:

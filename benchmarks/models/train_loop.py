@@ -109,10 +109,10 @@ def run_loop(
         between: what passes on the batches of each update.
         images: (B, C, H, W) of a batch of synthetic images; None for the run's own data.
     """
-    own = loop._Run._updates
+    own = loop.TrainingRun._updates
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(mock.patch.object(loop._Run, "_updates", lambda run, stop: between(own(run, stop))))
+        stack.enter_context(mock.patch.object(loop.TrainingRun, "_updates", lambda run, stop: between(own(run, stop))))
         if images is not None:
             data = Splits(Synthetic(images, len(images) * (updates + 1)), Synthetic(images, len(images)), CLASSES)
             stack.enter_context(mock.patch.object(loop, "build_data", return_value=data))

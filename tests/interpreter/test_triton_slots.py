@@ -134,9 +134,9 @@ def test_sorted_slots_of_many_experts():
 def test_slots_table_chooses_a_design_that_holds_the_group():
     device = torch.device("cpu")
     sizes = {1: "sort", 63: "sort", 64: "select", 1576: "select", 4096: "select", 4097: "sort", 200_000: "sort"}
-    assert {size: triton_slots._design(10**6, size, device) for size in sizes} == sizes
+    assert {size: triton_slots.choose_design(10**6, size, device) for size in sizes} == sizes
     # A group size beyond the tokens is a group of all tokens.
-    assert triton_slots._design(100, 10**6, device) == "select"
+    assert triton_slots.choose_design(100, 10**6, device) == "select"
 
 
 def test_slots_refuse_what_the_kernels_cannot_hold():

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from vmoe_torch.data.loader import SeededDataset
 from vmoe_torch.train import read_checkpoint, train
-from vmoe_torch.train.loop import _Run
+from vmoe_torch.train.loop import TrainingRun
 from vmoe_torch.train.record.table import CsvTable, read_table
 from vmoe_torch.train.step import Update
 
@@ -108,14 +108,14 @@ def test_signal_is_obeyed_while_a_worker_hangs(tiny, monkeypatch):
         return item(self, epoch, index)
 
     monkeypatch.setattr(SeededDataset, "_item", hangs)
-    epoch, killers = _Run._end_epoch, []
+    epoch, killers = TrainingRun._end_epoch, []
 
     def end_epoch(self, *arguments):
         row = epoch(self, *arguments)
         killers.append(subprocess.Popen(["sh", "-c", f"sleep 1; kill -TERM {os.getpid()}"]))
         return row
 
-    monkeypatch.setattr(_Run, "_end_epoch", end_epoch)
+    monkeypatch.setattr(TrainingRun, "_end_epoch", end_epoch)
     began = time.monotonic()
     result = train(tiny.override("data.workers=1"))
     assert [killer.wait() for killer in killers] == [0]

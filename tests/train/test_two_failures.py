@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tests.parallel.processes import run
 from vmoe_torch.parallel import ShardedCheckpoints
 from vmoe_torch.train import train
-from vmoe_torch.train.loop import _Run
+from vmoe_torch.train.loop import TrainingRun
 from vmoe_torch.train.step import Update
 from vmoe_torch.weights.files import cannot_write
 
@@ -43,7 +43,7 @@ def _nan_in_one_expert(config):
 
 
 def _images_of_one_process(config):
-    original = _Run._updates
+    original = TrainingRun._updates
 
     def updates(self, *args):
         for number, batches in enumerate(original(self, *args), start=self.state.update):
@@ -52,7 +52,7 @@ def _images_of_one_process(config):
             yield batches
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Run, "_updates", updates)
+        patch.setattr(TrainingRun, "_updates", updates)
         _fails(config, FloatingPointError, "got NaN or Inf in update 2: its images are not finite")
 
 

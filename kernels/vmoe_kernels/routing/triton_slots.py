@@ -129,7 +129,7 @@ def _select_warps(block: int, num_choices: int) -> int:
     return max(1, block // (256 if num_choices > 4 else 512))
 
 
-def _design(num_tokens: int, group_size: int, device: torch.device) -> str:
+def choose_design(num_tokens: int, group_size: int, device: torch.device) -> str:
     size = min(group_size, num_tokens)
     design = look_up("slots", device, size_bucket(size, _BOUNDS)).constexprs["DESIGN"]
     if design == "select" and size > MAX_SELECT_GROUP:
@@ -175,7 +175,7 @@ def assign_slots_triton(
         return experts.new_empty(experts.shape)
     experts, gates = experts.contiguous(), gates.contiguous()
     use_sum = priority == "sum"
-    if _design(num_tokens, group_size, experts.device) == "sort":
+    if choose_design(num_tokens, group_size, experts.device) == "sort":
         limits = (capacity, last_capacity, rows)
         return sort_slots(experts, gates, num_experts, group_size, *limits, batch_priority, use_sum)
     slots = torch.empty_like(experts)

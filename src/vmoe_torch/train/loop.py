@@ -100,7 +100,7 @@ def train(config: Config, resume: bool = False) -> TrainResult:
     ):
         try:
             with StopSignals() as stop:
-                return _Run(config, group, resume).run(stop)
+                return TrainingRun(config, group, resume).run(stop)
         except NonFiniteError as error:
             update = error.update
         # Nothing refers to the failed run any more, so there is room for another.
@@ -114,7 +114,7 @@ def _explain_not_finite(config: Config, group: Processes, update: int) -> str:
     if config.alarms.find_not_finite:
         # A compiled model has no modules to watch.
         again = replace(config, run=replace(config.run, compile=False))
-        found = _Run(again, group, resume=True).find_not_finite(update)
+        found = TrainingRun(again, group, resume=True).find_not_finite(update)
         reasons = [reason for reason in group.gather(found) if reason is not None]
         message += f": {reasons[0] if reasons else 'it did not repeat when trained again'}"
     if group.is_first:
@@ -142,7 +142,7 @@ def _compared(config: Config) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in free}
 
 
-class _Run:
+class TrainingRun:
     """Everything a run needs, built and checked; then its epochs."""
 
     def __init__(self, config: Config, group: Processes, resume: bool):
