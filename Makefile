@@ -39,8 +39,8 @@ docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict
 
 lint: $(STAMP)
-	$(BIN)/ruff check src kernels tests benchmarks docs/make_figures.py setup.py
-	$(BIN)/ruff format --check src kernels tests benchmarks docs/make_figures.py setup.py
+	$(BIN)/ruff check src kernels tests benchmarks docs/*.py setup.py
+	$(BIN)/ruff format --check src kernels tests benchmarks docs/*.py setup.py
 
 clean:
 	rm -rf $(VENV) site build dist *.egg-info src/*.egg-info

@@ -145,6 +145,31 @@ def test_every_block_is_of_a_kind_that_is_checked():
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_code_fits_the_page(page):
+    """What is longer is hidden behind a scroll bar."""
+    lines = [line for block in blocks(PAGES[page].read_text(encoding="utf-8")) for line in block.code.splitlines()]
+    assert [line for line in lines if len(line) > 85] == []
+
+
+@pytest.mark.slow
+def test_tables_of_models_are_what_the_code_says():
+    path = ROOT / "docs" / "make_tables.py"
+    spec = importlib.util.spec_from_file_location("make_tables", path)
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    assert tables.with_tables(text) == text, f"python {path.relative_to(ROOT)} writes them anew"
+
+
+def test_pages_open_with_what_an_expert_is():
+    """K, C and BPR are said before they are used, in the same words."""
+    for page in ("README.md", "docs/index.md"):
+        text = PAGES[page].read_text(encoding="utf-8")
+        said = text.index("hold many small networks, the **experts**")
+        assert said < min(text.index(word) for word in ("K", "capacity", "BPR", "choosing.md"))
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", PAGES[page].read_text(encoding="utf-8")):
         assert (PAGES[page].parent / link).exists(), link

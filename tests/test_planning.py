@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vmoe_torch
 from tests.parallel.processes import run
 from vmoe_torch.cli import main
-from vmoe_torch.parallel import Settings, build_mesh, changes_that_fit, describe, parallelize, plan
+from vmoe_torch.parallel import PlannedRun, build_mesh, changes_that_fit, describe, parallelize, plan
 
 IMAGES, CAPACITY = 4, 0.7
 
@@ -70,7 +70,7 @@ def _compare(dtype, chunks, kwargs, autocast=False):
     rank, world = dist.get_rank(), dist.get_world_size()
     model = _model(**kwargs)
     size = torch.empty((), dtype=dtype).element_size()
-    settings = Settings(world, world, IMAGES * world, compute_bytes=size, wire_bytes=2, autocast=autocast)
+    settings = PlannedRun(world, world, IMAGES * world, compute_bytes=size, wire_bytes=2, autocast=autocast)
     want = plan(model, settings)
     # Gathered parameters stay, so that what autograd keeps of them can be told from activations.
     options = {"wire_dtype": torch.bfloat16, "chunks": chunks, "reshard_after_forward": False}
@@ -130,7 +130,7 @@ def large():
 def test_plan_of_15b_is_what_64_ranks_hold(fake_ranks, dp, ep):
     with torch.device("meta"):
         model = timm.create_model("vmoe_15b")
-    want = plan(model, Settings(64, ep, 1024))
+    want = plan(model, PlannedRun(64, ep, 1024))
     parallelize(model, build_mesh(dp, ep, "cpu"))
     held = sum(parameter.to_local().numel() * 4 for parameter in model.parameters())
     assert all(parameter.to_local().is_meta for parameter in model.parameters())
@@ -142,12 +142,12 @@ def test_plan_counts_the_matrix_products_of_a_forward():
     model = _model(representation_size=True, noise_std=0.0)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.randn(IMAGES, 3, 32, 32))
-    planned = plan(model, Settings(1, 1, IMAGES)).flops_per_step
+    planned = plan(model, PlannedRun(1, 1, IMAGES)).flops_per_step
     assert planned == 3 * counter.get_total_flops()
 
 
 def test_plan_names_changes_that_fit(large):
-    tight = Settings(8, 8, 1024, gpu="a100")
+    tight = PlannedRun(8, 8, 1024, gpu="a100")
     result = plan(large, tight)
     assert not result.fits
     changes = changes_that_fit(large, tight)
@@ -156,31 +156,31 @@ def test_plan_names_changes_that_fit(large):
     text = describe(result, changes)
     assert "does not fit" in text
     assert all(name in text for name, _ in changes)
-    loose = plan(large, Settings(64, 32, 1024))
+    loose = plan(large, PlannedRun(64, 32, 1024))
     assert loose.fits
     assert "fits:" in describe(loose, [])
 
 
 def test_plan_command_prints_the_table(capsys):
-    assert main(["plan", "--model", "vmoe_15b", "--gpus", "64", "--ep", "32", "--gpu", "h200", "--batch", "1024"]) == 0
+    assert main(["plan", "vmoe_15b", "--gpus", "64", "--ep", "32", "--gpu", "h200", "--batch-size", "1024"]) == 0
     out = capsys.readouterr().out
     assert "64 x h200, dp=2, ep=32" in out
     assert "all-to-all per layer" in out
-    assert main(["plan", "--model", "vmoe_15b", "--gpus", "64", "--ep", "48", "--batch", "1024"]) == 2
+    assert main(["plan", "vmoe_15b", "--gpus", "64", "--ep", "48", "--batch-size", "1024"]) == 2
     assert "ep must divide" in capsys.readouterr().err
     for other in ("resnet18", "vit_base_patch16_224", "beit_base_patch16_224"):
-        assert main(["plan", "--model", other, "--gpus", "8", "--ep", "8", "--batch", "1024"]) == 2
+        assert main(["plan", other, "--gpus", "8", "--ep", "8", "--batch-size", "1024"]) == 2
         assert "the model must be a VMoE, got" in capsys.readouterr().err
-    assert main(["plan", "--model", "vmoe_99b", "--gpus", "8", "--ep", "8", "--batch", "1024"]) == 2
+    assert main(["plan", "vmoe_99b", "--gpus", "8", "--ep", "8", "--batch-size", "1024"]) == 2
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Settings(64, 48, 1024), "ep must divide the number of GPUs, got ep=48 and gpus=64"),
-        (Settings(64, 64, 1024), "ep must divide num_experts=32, got ep=64"),
-        (Settings(64, 32, 1000), "batch must be a positive multiple of gpus=64, got 1000"),
-        (Settings(64, 32, 1024, gpu="v100"), "gpu must be one of a100, h100, h200, b200, got 'v100'"),
+        (PlannedRun(64, 48, 1024), "ep must divide the number of GPUs, got ep=48 and gpus=64"),
+        (PlannedRun(64, 64, 1024), "ep must divide num_experts=32, got ep=64"),
+        (PlannedRun(64, 32, 1000), "batch must be a positive multiple of gpus=64, got 1000"),
+        (PlannedRun(64, 32, 1024, gpu="v100"), "gpu must be one of a100, h100, h200, b200, got 'v100'"),
     ],
 )
 def test_plan_refuses_what_cannot_run(large, settings, message):

@@ -11,7 +11,7 @@ import site
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Unpack, get_args, get_type_hints
 
 import pytest
 from timm.models.vision_transformer import VisionTransformer
@@ -162,7 +162,7 @@ def test_options_are_those_of_the_layer_and_of_timm():
     layer = _parameters(MoeMlp, "in_features", "hidden_features", "out_features", "act_layer", "norm_layer", "bias")
     passed_on = layer - {"drop", "num_experts", "renormalize_gates", "device", "dtype"}
     assert set(get_type_hints(options.ExpertOptions)) == passed_on
-    assert set(get_type_hints(options.RoutingOptions)) == _parameters(vmoe_torch.routing, "model", "layers")
+    assert get_type_hints(vmoe_torch.routing, include_extras=True)["changes"] == Unpack[options.RoutingOptions]
     own = _parameters(vmoe_torch.VMoE)
     timms = _parameters(VisionTransformer, "block_fn", "mlp_layer", "scale_mlp_norm")
     assert set(get_type_hints(VisionTransformerOptions)) == timms - own

@@ -39,7 +39,7 @@ from benchmarks.harness.results import (
 from vmoe_torch.control import auxiliary_loss
 from vmoe_torch.demo import CONFIG
 from vmoe_torch.train import Config, TrainResult, build_model, loop
-from vmoe_torch.train.build import Data, build_loss
+from vmoe_torch.train.build import Splits, build_loss
 from vmoe_torch.train.determinism import seed_everything
 from vmoe_torch.train.optimizer import build_optimizer
 
@@ -122,7 +122,7 @@ def run_loop(
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(mock.patch.object(loop._Run, "_updates", lambda run, stop: between(own(run, stop))))
         if images is not None:
-            data = Data(Synthetic(images, len(images) * (updates + 1)), Synthetic(images, len(images)), CLASSES)
+            data = Splits(Synthetic(images, len(images) * (updates + 1)), Synthetic(images, len(images)), CLASSES)
             stack.enter_context(mock.patch.object(loop, "build_data", return_value=data))
             stack.enter_context(mock.patch.object(loop, "build_transforms", return_value=(_as_it_is, _as_it_is)))
             config = config.override("data.workers=0")

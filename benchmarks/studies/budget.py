@@ -19,7 +19,8 @@ from benchmarks.studies.fashion_mnist import FIGURES, ROOT
 from vmoe_torch.budget import LayerSetting, set_budget
 from vmoe_torch.budget.quality import Quality
 from vmoe_torch.budget.settings import Assignment, current_settings
-from vmoe_torch.commands.sources import Source, open_images, open_model
+from vmoe_torch.commands.images import open_images
+from vmoe_torch.commands.sources import Source, open_model
 from vmoe_torch.control import routing
 from vmoe_torch.data import evaluation_loader
 

@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    from vmoe_torch.commands.options import check_names, check_options
+
     whole, commands = _parsers()
+    check_names(arguments)
     if arguments and arguments[0] in commands:
         # Options and the rest in any order: argparse knows that for one parser, not for one inside another.
         options = commands[arguments[0]].parse_intermixed_args(arguments[1:])
@@ -56,7 +59,6 @@ def _run(arguments: list[str]) -> int:
     if options.traceback:
         os.environ["VMOE_TRACEBACK"] = "1"
     from vmoe_torch import cores
-    from vmoe_torch.commands.options import check_options
 
     check_options(options)
     cores.share(getattr(options, "workers", 0))

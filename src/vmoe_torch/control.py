@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from vmoe_torch.layers.moe_mlp import MoeMlp
-from vmoe_torch.layers.options import GroupSize, Priority
-
-_UNSET: Any = object()
+from vmoe_torch.layers.options import RoutingOptions
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoeMlp]:
@@ -18,17 +16,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoeMlp]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
 
 
-def set_routing(
-    model: nn.Module,
-    *,
-    layers: Iterable[str] | None = None,
-    num_selected_experts: int = _UNSET,
-    capacity_factor: float = _UNSET,
-    eval_capacity_factor: float | None = _UNSET,
-    batch_priority: bool = _UNSET,
-    priority: Priority = _UNSET,
-    group_size: GroupSize = _UNSET,
-) -> None:
+def set_routing(model: nn.Module, *, layers: Iterable[str] | None = None, **changes: Unpack[RoutingOptions]) -> None:
     """Changes the routing of every MoE layer, or of some, for good; what is not given stays.
 
     What was chosen so goes where the model's weights go: into state dicts, checkpoints and folders for the Hub.
@@ -36,28 +24,20 @@ def set_routing(
     Args:
         model: any module with MoE layers.
         layers: names of the layers to change, as `moe_layers` has them; None is all.
-        num_selected_experts: K, in 1..E of every layer.
-        capacity_factor: in training and, unless eval_capacity_factor is given too, in eval mode.
-        eval_capacity_factor: in eval mode only; None is capacity_factor.
-        batch_priority: Batch Priority Routing or position order.
-        priority: "max" or "sum" of a token's gates.
-        group_size: images per group, "batch" or "image".
+        **changes: num_selected_experts, K, in 1..E of every layer; capacity_factor, in training and, unless
+            eval_capacity_factor is given too, in eval mode; eval_capacity_factor, in eval mode only (None is
+            capacity_factor); batch_priority, Batch Priority Routing or position order; priority, "max" or "sum" of a
+            token's gates; group_size, images per group, "batch" or "image".
 
     Raises:
+        TypeError: if there is no such setting.
         ValueError: if the model has no MoE layer, or a name or a value is off; then nothing has changed.
     """
-    given = {
-        name: value
-        for name, value in (
-            ("num_selected_experts", num_selected_experts),
-            ("capacity_factor", capacity_factor),
-            ("eval_capacity_factor", eval_capacity_factor),
-            ("batch_priority", batch_priority),
-            ("priority", priority),
-            ("group_size", group_size),
-        )
-        if value is not _UNSET
-    }
+    unknown = changes.keys() - RoutingOptions.__annotations__.keys()
+    if unknown:
+        known = ", ".join(RoutingOptions.__annotations__)
+        raise TypeError(f"routing must be of {known}, got {', '.join(sorted(unknown))}")
+    given = dict(changes)
     if "capacity_factor" in given:
         given.setdefault("eval_capacity_factor", None)
     found = moe_layers(model)
@@ -79,31 +59,14 @@ def set_routing(
 
 @contextmanager
 def routing(
-    model: nn.Module,
-    *,
-    layers: Iterable[str] | None = None,
-    num_selected_experts: int = _UNSET,
-    capacity_factor: float = _UNSET,
-    eval_capacity_factor: float | None = _UNSET,
-    batch_priority: bool = _UNSET,
-    priority: Priority = _UNSET,
-    group_size: GroupSize = _UNSET,
+    model: nn.Module, *, layers: Iterable[str] | None = None, **changes: Unpack[RoutingOptions]
 ) -> Iterator[nn.Module]:
     """`set_routing` for the length of a `with` block; what was set before comes back, also after an error.
 
     Whatever sets the routing inside the block is undone too, so without changes it guards `set_budget` and the like.
     """
     before = [(layer, layer.routing_state()) for layer in moe_layers(model).values()]
-    set_routing(
-        model,
-        layers=layers,
-        num_selected_experts=num_selected_experts,
-        capacity_factor=capacity_factor,
-        eval_capacity_factor=eval_capacity_factor,
-        batch_priority=batch_priority,
-        priority=priority,
-        group_size=group_size,
-    )
+    set_routing(model, layers=layers, **changes)
     try:
         yield model
     finally:

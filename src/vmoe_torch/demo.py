@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vmoe_torch import cores
 from vmoe_torch.analyze import Section, analyze, describe_model
-from vmoe_torch.data import FashionMnist
+from vmoe_torch.data import open_data
 from vmoe_torch.evaluate import format_table
 from vmoe_torch.recipes import load_recipe
 from vmoe_torch.train import Config, build_transforms, train
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> Path:
     if not result.finished and options.max_updates is None:
         raise SystemExit(f"stopped after {result.updates} updates; run again to go on")
     model = result.model
-    dataset = FashionMnist("test")
+    dataset = open_data("fashion_mnist", split="test", mode="L")
     if options.test_images is not None:
         dataset = Subset(dataset, range(min(options.test_images, len(dataset))))
 
@@ -107,12 +107,13 @@ def _progress(text: str):
 def _training_section(
     config: Config, model: nn.Module, routing: str, updates: int, seconds: float, test_images: int
 ) -> Section:
+    train_images = len(open_data("fashion_mnist", split="train"))
     return Section(
         "What was trained",
         facts={
             "Model": describe_model(model),
             "Routing": f"{routing}, in groups of {GROUP_IMAGES} images; the capacity is rounded up to whole slots only",
-            "Data": f"the Fashion-MNIST subset that ships with the package: {len(FashionMnist('train')):,} training "
+            "Data": f"the Fashion-MNIST subset that ships with the package: {train_images:,} training "
             f"images, {test_images:,} test images here",
             "Training": f"{updates:,} updates of {config.data.batch_size} images with {config.optim.name}, "
             f"learning rate {config.optim.lr:g}, {config.schedule.name} schedule over {config.schedule.epochs} epochs",

@@ -50,7 +50,7 @@ GPUS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class PlannedRun:
     """A run to plan."""
 
     gpus: int
@@ -97,10 +97,10 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedStep:
     """Per rank (the first, which never holds less than another): bytes held, bytes sent per step, seconds per step."""
 
-    settings: Settings
+    settings: PlannedRun
     """The run."""
     parameters: int
     """Bytes of the parameters."""
@@ -152,7 +152,7 @@ class Plan:
         return max(self.compute_seconds, self.shards_seconds) + self.exchange_seconds
 
 
-def plan(model: nn.Module, settings: Settings) -> Plan:
+def plan(model: nn.Module, settings: PlannedRun) -> PlannedStep:
     """Plans a training step with AdamW in float32 and compute in `settings.compute_bytes`, without dropout.
 
     Args:
@@ -188,7 +188,7 @@ def plan(model: nn.Module, settings: Settings) -> Plan:
     routers = sum(layer.router.weight.numel() for layer in layers)
     shards += int(2 * MASTER * routers * (settings.gpus - 1) / settings.gpus)
     flops = (4 if settings.recompute else 3) * forward_flops(model, images)
-    return Plan(
+    return PlannedStep(
         settings=settings,
         parameters=parameters,
         gradients=parameters,
@@ -206,7 +206,7 @@ def plan(model: nn.Module, settings: Settings) -> Plan:
     )
 
 
-def changes_that_fit(model: nn.Module, settings: Settings) -> list[tuple[str, Plan]]:
+def changes_that_fit(model: nn.Module, settings: PlannedRun) -> list[tuple[str, PlannedStep]]:
     """The smallest change of each kind with which the run fits, and its plan."""
     experts = [block.mlp.num_experts for block in model.blocks if isinstance(block.mlp, MoeMlp)]
     kinds = [[("recompute the activations", replace(settings, recompute=True))]]
@@ -265,7 +265,7 @@ def _routing_bytes(mlp: nn.Module, tokens: int) -> int:
     return LABEL * tokens * (mlp.num_experts + 3 * mlp.num_selected_experts)
 
 
-def _block_activations(block: nn.Module, images: int, tokens: int, settings: Settings) -> int:
+def _block_activations(block: nn.Module, images: int, tokens: int, settings: PlannedRun) -> int:
     """Bytes that autograd keeps of one block: each tensor once, however many ops keep it."""
     width, heads = block.norm1.weight.shape[0], block.attn.num_heads
     a, stream = settings.compute_bytes, settings.stream_bytes
@@ -296,7 +296,7 @@ def _block_activations(block: nn.Module, images: int, tokens: int, settings: Set
     return kept + _routing_bytes(mlp, tokens)
 
 
-def _ends_activations(model: nn.Module, images: int, tokens: int, settings: Settings) -> int:
+def _ends_activations(model: nn.Module, images: int, tokens: int, settings: PlannedRun) -> int:
     """Images, the last norm's input and output, and the log-probabilities of the loss in float32."""
     a = settings.compute_bytes
     pixels = model.patch_embed.proj.weight[0].numel() * model.patch_embed.num_patches
@@ -315,7 +315,7 @@ def _part(shape: Size, dim: int, ranks: int) -> int:
     return prod(shape) // max(shape[dim], 1) * -(-shape[dim] // ranks)
 
 
-def _local_parameters(model: nn.Module, settings: Settings) -> int:
+def _local_parameters(model: nn.Module, settings: PlannedRun) -> int:
     """Numbers of all parameters that the first rank keeps, as `parallelize` shards them."""
     layers = [module for module in model.modules() if isinstance(module, MoeMlp)]
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -330,7 +330,7 @@ def _local_parameters(model: nn.Module, settings: Settings) -> int:
     return total
 
 
-def _unit_sizes(model: nn.Module, settings: Settings) -> list[tuple[int, int]]:
+def _unit_sizes(model: nn.Module, settings: PlannedRun) -> list[tuple[int, int]]:
     """Numbers of parameters that each FSDP unit gathers on a rank, and over how many ranks."""
     units, rest = [], sum(parameter.numel() for parameter in model.parameters())
     for block in model.blocks:
@@ -345,7 +345,7 @@ def _unit_sizes(model: nn.Module, settings: Settings) -> list[tuple[int, int]]:
     return [*units, (rest, settings.gpus)]
 
 
-def _seconds_per_byte(settings: Settings) -> float:
+def _seconds_per_byte(settings: PlannedRun) -> float:
     """Of a byte of a rank's buffers: both kinds of links work at once, and the rank's own share stays."""
     gpu, ep = GPUS[settings.gpu], settings.ep
     near = min(ep, gpu.per_node)
@@ -353,7 +353,7 @@ def _seconds_per_byte(settings: Settings) -> float:
     return max(inside, between) / LINK_SHARE
 
 
-def describe(result: Plan, changes: list[tuple[str, Plan]]) -> str:
+def describe(result: PlannedStep, changes: list[tuple[str, PlannedStep]]) -> str:
     """A table for the terminal; `changes` as `changes_that_fit` gives them."""
     s, gpu = result.settings, GPUS[result.settings.gpu]
     held = (

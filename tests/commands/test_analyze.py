@@ -11,7 +11,8 @@ from tests.commands.conftest import small_run
 from tests.helpers.browser import browser_test, check_page
 from vmoe_torch.analyze import analyze, sample
 from vmoe_torch.cli import main
-from vmoe_torch.commands.sources import open_images, open_model
+from vmoe_torch.commands.images import open_images
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.evaluate import RoutingSetting, evaluate
 from vmoe_torch.train import train
 
@@ -138,7 +139,7 @@ def test_what_a_user_gets_wrong(run_folder, dense_run, image_folder, tmp_path, c
     out = ["--out", tmp_path / "out"]
     shown = ["--data", "fashion_mnist", *out]
     fails(capsys, ["analyze", dense_run, *shown], "model must have at least one MoE layer, got VMoE without any")
-    fails(capsys, ["analyze", run_folder, *shown, "--images=0"], "--images and --batch-size must be at least 1, got 0")
+    fails(capsys, ["analyze", run_folder, *shown, "--images=0"], "--images must be at least 1, got 0")
     fails(capsys, ["analyze", run_folder, *shown, "--k=9"], "num_selected_experts must be in 1..num_experts=4, got 9")
     fails(capsys, ["analyze", run_folder, *shown, "--capacity=0"], "capacity_factor must be above 0, got 0")
     fails(capsys, ["analyze", run_folder, *shown, "--dense", "runs/none"], "must be a run folder")

@@ -8,7 +8,8 @@ import pytest
 from tests.commands.conftest import small_run
 from tests.test_cli import fails
 from vmoe_torch.cli import main
-from vmoe_torch.commands.sources import open_images, open_model
+from vmoe_torch.commands.images import open_images
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.evaluate import as_rows, evaluate, setting_grid
 from vmoe_torch.train import train
@@ -83,7 +84,7 @@ def test_what_a_user_gets_wrong(run_folder, image_folder, tmp_path, capsys):
     fails(
         capsys, ["eval", *model, "--out", tmp_path / "none" / "x.csv"], "--out must be a file in a folder that exists"
     )
-    fails(capsys, ["fewshot", *model, "--seeds=0"], "--seeds and --batch-size must be at least 1, got 0 and 128")
+    fails(capsys, ["fewshot", *model, "--seeds=0"], "--seeds must be at least 1, got 0")
     fails(capsys, ["fewshot", *model, "--shots=0"], "shots must be at least 1, got (0,)")
     fails(capsys, ["fewshot", *model, "--train-split=dev"], "split must be a folder in")
     for wrong in (["eval", "--order=first"], ["eval", "--capacity=much"], ["fewshot", "--shots=1.5"]):

@@ -15,7 +15,7 @@ from vmoe_torch.export import files_of
 
 def test_onnx_file_at_a_setting(run_folder, tmp_path, capsys):
     path = tmp_path / "x.onnx"
-    setting = ["--batch=5", "--capacity=0.5", "--k=1", "--order=bpr", "--group-size=2"]
+    setting = ["--batch-size=5", "--capacity=0.5", "--k=1", "--order=bpr", "--group-size=2"]
     assert main(["export", str(run_folder), str(path), *setting]) == 0
     assert "images (5, 1, 28, 28) to logits" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(path)
@@ -35,7 +35,7 @@ def test_pt2_file_as_budgeted(run_folder, tmp_path, capsys):
     chosen = {first: setting, second: {**setting, "num_selected_experts": 2, "batch_priority": False}}
     (tmp_path / "b.json").write_text(json.dumps({"chosen": {"settings": chosen}}))
     path = tmp_path / "x.pt2"
-    assert main(["export", str(run_folder), str(path), "--batch=4", f"--budget={tmp_path}/b.json"]) == 0
+    assert main(["export", str(run_folder), str(path), "--batch-size=4", f"--budget={tmp_path}/b.json"]) == 0
     images = torch.randn(4, 1, 28, 28)
     before = model(images)
     for name, setting in chosen.items():
@@ -67,11 +67,11 @@ def test_what_a_user_gets_wrong(run_folder, tmp_path, capsys):
     fails(capsys, [*start, "x.pb"], "OUT must end in .pt2 or .onnx, got x.pb")
     fails(capsys, [*start, tmp_path / "none" / "x.onnx"], "OUT must be a file in a folder that exists")
     out = [*start, tmp_path / "x.onnx"]
-    fails(capsys, [*out, "--batch=dynamic"], "group_size must be 'image' for a dynamic batch, got 8 in blocks")
+    fails(capsys, [*out, "--batch-size=dynamic"], "group_size must be 'image' for a dynamic batch, got 8 in blocks")
     fails(capsys, [*out, "--k=9"], "num_selected_experts must be in 1..num_experts=4, got 9")
     fails(capsys, [*out, f"--budget={tmp_path}/no.json"], "--budget must be a file that vmoe budget wrote")
     fails(capsys, [*out, "--budget=b.json", "--k=1", "--order=bpr"], "layer, got --k --order as well")
-    for wrong in ("--batch=0", "--batch=all", "--group-size=none"):
+    for wrong in ("--batch-size=0", "--batch-size=all", "--group-size=none"):
         with pytest.raises(SystemExit, match="2"):
             main(["export", "x", "x.onnx", wrong])
         assert "must be at least 1, or" in capsys.readouterr().err

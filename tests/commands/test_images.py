@@ -9,7 +9,8 @@ from PIL import Image
 from tests.commands.conftest import small_run
 from tests.test_cli import fails
 from vmoe_torch.cli import main
-from vmoe_torch.commands.sources import open_images, open_model
+from vmoe_torch.commands.images import open_images
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.train import train
 
 
@@ -131,12 +132,12 @@ def test_predict_turns_and_names_all_broken(run_folder, tmp_path, capsys):
     gradient.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
     gradient.save(tmp_path / "other.png")
     names = [tmp_path / f"{name}.png" for name in ("lying", "upright", "other")]
-    out, _ = run(capsys, "predict", *names, "--checkpoint", run_folder, "--topk=10")
+    out, _ = run(capsys, "predict", run_folder, *names, "--topk=10")
     lines = out.splitlines()
     assert lines[1:11] == lines[12:22] != lines[23:]
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(b"no image")
-    arguments = ["predict", tmp_path / "a", tmp_path / "b", "--checkpoint", run_folder]
+    arguments = ["predict", run_folder, tmp_path / "a", tmp_path / "b"]
     fails(capsys, arguments, f"image {tmp_path}/a cannot be read", f"image {tmp_path}/b cannot be read")
 
 
@@ -158,7 +159,7 @@ def test_no_name_of_a_class_ends_a_command(strange_run, tmp_path, capsys):
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "\x1b" not in page + out + err
     image = images / "val" / "b\udce9" / "0.png"
-    out, _ = run(capsys, "predict", image, "--checkpoint", folder, "--topk=10")
+    out, _ = run(capsys, "predict", folder, image, "--topk=10")
     lines = out.splitlines()
     assert len(lines) == 11
     assert lines[0].endswith(r"b\xe9/0.png")

@@ -12,7 +12,8 @@ import vmoe_torch
 from tests.conftest import golden_arrays, relative_error
 from tests.weights.test_golden_checkpoints import FOLDER
 from vmoe_torch.checkpoints import convert
-from vmoe_torch.commands.sources import open_images, open_model
+from vmoe_torch.commands.images import open_images
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.data import FashionMnist
 from vmoe_torch.data.idx import write_idx
 

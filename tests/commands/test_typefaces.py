@@ -11,7 +11,8 @@ from fontTools.ttLib import TTFont
 from tests.commands.conftest import small_run
 from tests.test_cli import fails
 from vmoe_torch.cli import main
-from vmoe_torch.commands.sources import open_images, open_model
+from vmoe_torch.commands.images import open_images
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.train import train
 
 SHIPPED = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -126,7 +127,7 @@ def test_characters_are_names_in_every_report(font_run, fonts, tmp_path, capsys)
     found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert found["class_names"] == list(CHARACTERS)
     open_images(open_model(font_run), fonts)[0][0].save(tmp_path / "a.png")
-    out, _ = run(capsys, "predict", tmp_path / "a.png", "--checkpoint", font_run, "--topk=13")
+    out, _ = run(capsys, "predict", font_run, tmp_path / "a.png", "--topk=13")
     assert {line.split()[-2] for line in out.splitlines()[1:]} == set(CHARACTERS)
     _, err = run(capsys, "budget", font_run, "--data", fonts, "--flops=0.9")
     assert f"data: {fonts}/train: 26 images in 13 classes" in err

@@ -319,7 +319,7 @@ def test_a_budget_travels_through_the_commands(run_folder, image_folder, tmp_pat
     assert torch.equal(after.model(images), before.model(images))
     assert layer.chosen_routing().keys() == {"num_selected_experts", "eval_capacity_factor", "batch_priority"}
     image = next(image_folder.glob("val/*/*.png"))
-    assert main(["predict", str(image), "--checkpoint", model]) == 0
+    assert main(["predict", model, str(image)]) == 0
     assert "routing chosen for these weights" in capsys.readouterr().err
 
 

@@ -45,6 +45,6 @@ def test_some_names_of_many():
 def test_a_terminal_of_few_letters_ends_no_command(monkeypatch, tmp_path):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stderr", stream)
-    assert main(["predict", str(tmp_path / "犬\udce9.png"), "--checkpoint", "runs/犬"]) == 2
+    assert main(["predict", "runs/犬", str(tmp_path / "犬\udce9.png")]) == 2
     stream.flush()
     assert rb"\u72ac" in stream.buffer.getvalue()

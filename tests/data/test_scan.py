@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vmoe_torch.commands.sources import Images
-from vmoe_torch.data import ImageFolder, NamedDataset, described
+from vmoe_torch.data import ImageFolder, LabelledImages, NamedDataset, described
 from vmoe_torch.data import scanning as scan_module
 from vmoe_torch.data.folder import class_folders, find_split
 
@@ -233,7 +232,7 @@ def test_classes_are_not_searched_for_one_by_one(tmp_path):
         put(tmp_path / name / "0.png")
     data = ImageFolder(tmp_path, class_names=Names("cba"))
     assert [label for _, label in data.samples] == [2, 1, 0]
-    images = Images(data, "images", "RGB")
+    images = LabelledImages(data, "images", "RGB")
     images.follow(Names("bacd"))
     assert images.labels().tolist() == [1, 0, 2]
 

@@ -14,8 +14,8 @@ def by_setting(evaluations: Sequence[Evaluation]) -> dict[tuple[int | None, floa
     """{(experts per token, asked capacity): {BPR: evaluation}}, in their order."""
     found: dict = {}
     for e in evaluations:
-        place = (e.setting.num_selected_experts, e.setting.capacity_factor)
-        found.setdefault(place, {})[e.setting.batch_priority] = e
+        key = (e.setting.num_selected_experts, e.setting.capacity_factor)
+        found.setdefault(key, {})[e.setting.batch_priority] = e
     return found
 
 
@@ -46,8 +46,8 @@ def summary(
 def _smallest(evaluations: Sequence[Evaluation]) -> tuple[float, dict[bool, Evaluation]]:
     """The smallest capacity of the number of experts per token that the grid begins with, and what was reached."""
     selected = evaluations[0].setting.num_selected_experts
-    places = [(capacity, pair) for (count, capacity), pair in by_setting(evaluations).items() if count == selected]
-    return min(places, key=lambda place: place[0])
+    pairs = [(capacity, pair) for (count, capacity), pair in by_setting(evaluations).items() if count == selected]
+    return min(pairs, key=lambda pair: pair[0])
 
 
 def accuracy_section(evaluations: Sequence[Evaluation], dense: Evaluation | None, dense_name: str) -> Section:

@@ -156,8 +156,8 @@ def kept_patches_grid(
             axes.text(x + width / 2, y + height + 0.02 * width, text, ha="center", va="top", fontsize=7)
     lettering = Lettering(class_names)
     for column, name in enumerate(class_names):
-        place = {"ha": "center", "va": "bottom", "fontsize": 8, "fontfamily": lettering.families}
-        axes.text(column * right + width / 2, -0.08 * width, lettering.text(name, 13), **place)
+        style = {"ha": "center", "va": "bottom", "fontsize": 8, "fontfamily": lettering.families}
+        axes.text(column * right + width / 2, -0.08 * width, lettering.text(name, 13), **style)
     axes.set_xlim(-0.1 * width, count * right)
     axes.set_ylim(len(lines) * down, -0.25 * width)
     axes.set_axis_off()

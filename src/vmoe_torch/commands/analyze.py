@@ -6,14 +6,11 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
-from vmoe_torch.commands.images import add_max_broken, batches, tell, warn
-from vmoe_torch.commands.options import add_weights, integers, keep, numbers, progress, wants_average
-from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model
+from vmoe_torch.commands import options as opt
+from vmoe_torch.commands.images import batches, open_images, tell, warn
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.data.names import shown
 from vmoe_torch.evaluate import evaluate
-from vmoe_torch.train.rules import DEVICE, count
-
-IMAGES = 2000
 
 
 def add(commands) -> None:
@@ -26,30 +23,13 @@ def add(commands) -> None:
         "against compute, and what random routers and other numbers of experts cost. report.json holds the numbers.",
         epilog="example: vmoe analyze runs/mine --data IMAGES --dense runs/dense --out report",
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
-    parser.add_argument("--split", metavar="NAME", help="part of the data (default: val, valid, validation or test)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report; made if it is missing")
+    opt.add_model(parser)
+    opt.add_data(parser)
+    opt.add_sample(parser, 2000)
+    opt.add_routing(parser, several=True, order=False, capacity="1,0.5,0.25,0.1", k="as MODEL is set, and 1")
+    opt.add_device(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="write the report to this folder, new or not")
     parser.add_argument("--dense", metavar="MODEL", help="another model to compare with, on the same images")
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=IMAGES,
-        metavar="N",
-        help=f"images drawn from the data at most (default: {IMAGES})",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the images and of random routers")
-    parser.add_argument("--capacity", type=numbers, metavar="C,C", help="capacity factors (default: 1,0.5,0.25,0.1)")
-    parser.add_argument("--k", type=integers, metavar="K,K", help="experts per token (default: the model's, and 1)")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per forward (default: 128)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
-    add_max_broken(parser)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    keep(parser, count(1), "--images", "--batch-size")
-    keep(parser, count(0), "--workers")
-    keep(parser, count(0), "--seed")
-    keep(parser, DEVICE, "--device")
-    add_weights(parser)
     parser.set_defaults(run=run)
 
 
@@ -60,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
     out = Path(options.out)
     _check_folder(out)
-    source = open_model(options.model, options.device, average=wants_average(options))
+    source = open_model(options.model, options.device, average=opt.wants_average(options))
     images = open_images(source, options.data, options.split)
     names = images.class_names
     dense = None
@@ -79,18 +59,18 @@ def run(options: argparse.Namespace) -> int:
         workers=options.workers,
         max_broken=options.max_broken,
         warn=warn,
-        progress=progress,
+        progress=opt.progress,
     )
     if dense is not None:
         other, other_images = dense
         chosen = sample(other_images, options.images, options.seed)
         loader = batches(other, chosen, options)
-        (reached,) = evaluate(other.model, loader, progress=progress("the model to compare with"))
+        (reached,) = evaluate(other.model, loader, progress=opt.progress("the model to compare with"))
         analysis = analysis.with_dense(reached, _short(options.dense))
     facts = {
         "Model": f"{options.model}: {describe_model(source.model)}",
         "Routing": analysis.routing,
-        "Data": f"{images.place}: {analysis.own.images:,} of {len(images):,} images, drawn with seed {options.seed}",
+        "Data": f"{images.title}: {analysis.own.images:,} of {len(images):,} images, drawn with seed {options.seed}",
         "Images": images.described(),
     }
     if options.dense is not None:

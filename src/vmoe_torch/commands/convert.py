@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vmoe_torch.commands.options import add_weights, keep, wants_average, writable
+from vmoe_torch.commands.options import add_number, add_option, add_weights, wants_average, writable
 from vmoe_torch.commands.sources import open_model
 from vmoe_torch.parallel import export_safetensors
 from vmoe_torch.train.rules import count
@@ -17,41 +17,40 @@ def add(commands) -> None:
         "convert",
         help="convert checkpoints of the original JAX V-MoE, and back",
         description="Converts PREFIX.index and PREFIX.data-nnnnn-of-NNNNN to one .safetensors file, or such one back. "
-        "One of SOURCE and TARGET ends in .safetensors, the other one is a PREFIX; a SOURCE may be a URL. A run, or "
-        "another MODEL of the other commands that is a file or folder, becomes either. Its routing travels.",
+        "One of MODEL and OUT ends in .safetensors, the other one is a PREFIX; a MODEL may be a URL. A run, or "
+        "whatever else is a MODEL of the other commands and a file or folder, becomes either. Its routing travels.",
         epilog="example: vmoe convert gs://vmoe_checkpoints/vmoe_s32_last2_ilsvrc2012_randaug_light1 s32.safetensors",
     )
-    parser.add_argument("source", metavar="SOURCE", help="PREFIX, FILE.safetensors, run folder or checkpoint to read")
-    parser.add_argument("target", metavar="TARGET", help="FILE.safetensors or PREFIX to write")
+    parser.add_argument("model", metavar="MODEL", help="PREFIX, FILE.safetensors, run folder or checkpoint to read")
+    parser.add_argument("out", metavar="OUT", help="FILE.safetensors or PREFIX to write")
     parser.add_argument("--train-state", action="store_true", help="keep optimizer, step and random keys too")
-    parser.add_argument("--num-heads", type=int, metavar="N", help="attention heads, for a file that does not say it")
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="data files to write (default: 1)")
-    keep(parser, count(1), "--num-heads")
-    keep(parser, count(1), "--shards")
+    text = "attention heads, for a file that does not say it"
+    add_option(parser, "--num-heads", count(1), type=int, metavar="N", help=text)
+    add_number(parser, "--shards", 1, 1, "data files to write")
     add_weights(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    ends = [name.endswith(".safetensors") for name in (options.source, options.target)]
-    whole = Path(options.source).exists() and not ends[0]
+    ends = [name.endswith(".safetensors") for name in (options.model, options.out)]
+    whole = Path(options.model).exists() and not ends[0]
     if not whole and sum(ends) != 1:
-        raise ValueError(f"one of the two names must end in .safetensors, got {options.source} and {options.target}")
+        raise ValueError(f"one of the two names must end in .safetensors, got {options.model} and {options.out}")
     if whole:
         if options.train_state:
-            raise ValueError(f"--train-state must go with a PREFIX, got {options.source}")
-        writable(options.target, "TARGET")
-        model = open_model(options.source, average=wants_average(options)).model
+            raise ValueError(f"--train-state must go with a PREFIX, got {options.model}")
+        writable(options.out, "OUT")
+        model = open_model(options.model, average=wants_average(options)).model
         if ends[1]:
-            export_safetensors(model, options.target)
+            export_safetensors(model, options.out)
         else:
-            export_original(model, options.target, num_heads=options.num_heads, num_shards=options.shards)
+            export_original(model, options.out, num_heads=options.num_heads, num_shards=options.shards)
         return 0
     if options.weights is not None:
-        raise ValueError(f"--weights must go with a run or another file with both, got {options.source}")
+        raise ValueError(f"--weights must go with a run or another file with both, got {options.model}")
     if ends[1]:
-        convert(options.source, options.target, train_state=options.train_state, progress=sys.stderr.isatty())
+        convert(options.model, options.out, train_state=options.train_state, progress=sys.stderr.isatty())
     else:
-        export_original(options.source, options.target, num_heads=options.num_heads, num_shards=options.shards)
+        export_original(options.model, options.out, num_heads=options.num_heads, num_shards=options.shards)
     return 0

@@ -2,22 +2,10 @@
 
 import argparse
 
-from vmoe_torch.commands.images import add_max_broken, batches, tell
-from vmoe_torch.commands.options import (
-    ORDERS,
-    add_weights,
-    integers,
-    keep,
-    numbers,
-    progress,
-    wants_average,
-    words,
-    writable,
-)
-from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, open_images, open_model
-from vmoe_torch.control import moe_layers
+from vmoe_torch.commands import options as opt
+from vmoe_torch.commands.images import batches, open_images, tell
+from vmoe_torch.commands.sources import open_model
 from vmoe_torch.evaluate import RoutingSetting, evaluate, format_table, setting_grid, write_csv, write_json
-from vmoe_torch.train.rules import DEVICE, count
 
 
 def add(commands) -> None:
@@ -28,38 +16,28 @@ def add(commands) -> None:
         description="Evaluates a model on labelled images, at every combination of the routing settings given.",
         epilog="example: vmoe eval runs/mine --data IMAGES --capacity 1.05,0.5,0.25 --k 2,1 --order vanilla,bpr",
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
-    parser.add_argument("--split", metavar="NAME", help="part of the data (default: val, valid, validation or test)")
-    parser.add_argument("--capacity", type=numbers, metavar="C,C", help="slots per expert, times the balanced load")
-    parser.add_argument("--k", type=integers, metavar="K,K", help="experts per token")
-    parser.add_argument("--order", type=words(*ORDERS), metavar="ORDER,ORDER", help="who drops last: vanilla, bpr")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per forward (default: 128)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
-    add_max_broken(parser)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--out", metavar="FILE", help="write every number as CSV, or JSON if it ends in .json")
-    keep(parser, count(1), "--batch-size")
-    keep(parser, count(0), "--workers")
-    keep(parser, DEVICE, "--device")
-    add_weights(parser)
+    opt.add_model(parser)
+    opt.add_data(parser)
+    opt.add_routing(parser, several=True)
+    opt.add_device(parser)
+    opt.add_out(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    writable(options.out)
-    source = open_model(options.model, options.device, average=wants_average(options))
-    asked = options.capacity or options.k or options.order
-    if asked and not moe_layers(source.model):
-        raise ValueError(f"--capacity, --k and --order need a model with MoE layers, got {options.model}")
+    opt.writable(options.out)
+    source = open_model(options.model, options.device, average=opt.wants_average(options))
     settings = [RoutingSetting()]
-    if asked:
+    if options.capacity or options.k or options.order:
+        opt.check_sparse(source.model, options)
         settings = setting_grid(
-            options.capacity or [None], options.k or [None], [ORDERS[word] for word in options.order or ()] or [None]
+            options.capacity or [None],
+            options.k or [None],
+            [opt.ORDERS[word] for word in options.order or ()] or [None],
         )
     images = open_images(source, options.data, options.split)
-    wrap = progress(f"{len(settings)} settings on {images.described()}")
+    wrap = opt.progress(f"{len(settings)} settings on {images.described()}")
     results = evaluate(source.model, batches(source, images, options), settings, progress=wrap)
     tell("data", images)
     print(format_table(results))

@@ -2,11 +2,10 @@
 
 import argparse
 
-from vmoe_torch.commands.images import add_max_broken, tell, warn
-from vmoe_torch.commands.options import add_weights, integers, keep, progress, wants_average, writable
-from vmoe_torch.commands.sources import DATA_HELP, MODEL_HELP, Source, open_images, open_model
+from vmoe_torch.commands import options as opt
+from vmoe_torch.commands.images import open_images, tell, warn
+from vmoe_torch.commands.sources import Source, open_model
 from vmoe_torch.evaluate.transfer import SHOTS, Task, fewshot, format_fewshot, write_fewshot
-from vmoe_torch.train.rules import DEVICE, count
 
 
 def add(commands) -> None:
@@ -18,29 +17,23 @@ def add(commands) -> None:
         "ridge regression, one strength per number of shots, the best one over all data sets.",
         epilog="example: vmoe fewshot runs/mine --data pets --data birds --shots 1,5,10 --seeds 3 --out fewshot.csv",
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--data", required=True, action="append", metavar="DATA", help=f"{DATA_HELP}; may be repeated")
+    opt.add_model(parser)
+    opt.add_data(parser, several=True)
     parser.add_argument("--train-split", default="train", metavar="NAME", help="shots come from it (default: train)")
-    parser.add_argument("--test-split", metavar="NAME", help="is classified (default: val, valid, validation or test)")
-    parser.add_argument("--shots", type=integers, default=SHOTS, metavar="N,N", help="images per class (1,5,10,25)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="choices of images to try (default: 1)")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per forward (default: 128)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
-    add_max_broken(parser)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--out", metavar="FILE", help="write every result as CSV, or JSON if it ends in .json")
-    keep(parser, count(1), "--seeds", "--batch-size")
-    keep(parser, count(0), "--workers")
-    keep(parser, DEVICE, "--device")
-    add_weights(parser)
+    parser.add_argument("--shots", type=opt.integers, default=SHOTS, metavar="N,N", help="images per class (1,5,10,25)")
+    opt.add_number(parser, "--seeds", 1, 1, "choices of images to try")
+    opt.add_routing(parser)
+    opt.add_device(parser)
+    opt.add_out(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    writable(options.out)
-    source = open_model(options.model, options.device, average=wants_average(options))
-    tasks = [_task(source, data, options.train_split, options.test_split) for data in options.data]
+    opt.writable(options.out)
+    source = open_model(options.model, options.device, average=opt.wants_average(options))
+    opt.route(source.model, options)
+    tasks = [_task(source, data, options.train_split, options.split) for data in options.data]
     results = fewshot(
         source.model,
         source.transform,
@@ -51,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         workers=options.workers,
         max_broken=options.max_broken,
         warn=warn,
-        progress=progress("features"),
+        progress=opt.progress("features"),
     )
     for task in tasks:
         tell("shots from", task.train)

@@ -4,11 +4,10 @@ import argparse
 
 import torch
 
-from vmoe_torch.commands.options import keep
-from vmoe_torch.parallel import GPUS, Settings, changes_that_fit, describe, plan
+from vmoe_torch.commands.options import add_number, add_routing, route
+from vmoe_torch.parallel import GPUS, PlannedRun, changes_that_fit, describe, plan
 from vmoe_torch.train.build import build_model
 from vmoe_torch.train.config import ModelConfig
-from vmoe_torch.train.rules import count
 
 
 def add(commands) -> None:
@@ -18,17 +17,15 @@ def add(commands) -> None:
         help="plan a training run on many GPUs",
         description="Bytes that each GPU holds and sends in vmoe train with run.precision=bfloat16, the estimated time "
         "of a step, and what to change if it does not fit. No GPU and no weights are needed.",
-        epilog="example: vmoe plan --model vmoe_15b --gpus 64 --ep 32 --gpu h200 --batch 1024",
+        epilog="example: vmoe plan vmoe_15b --gpus 64 --ep 32 --gpu h200 --batch-size 1024",
     )
-    parser.add_argument("--model", required=True, metavar="NAME", help="a model of ours, as vmoe_15b")
-    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="number of GPUs")
-    parser.add_argument("--ep", required=True, type=int, metavar="N", help="GPUs that share one set of experts")
+    parser.add_argument("model", metavar="MODEL", help="name of a model of ours, as vmoe_15b")
+    add_number(parser, "--gpus", 1, None, "number of GPUs")
+    add_number(parser, "--ep", 1, None, "GPUs that share one set of experts")
     parser.add_argument("--gpu", default="h200", choices=tuple(GPUS), help="kind of GPU (default: h200)")
-    parser.add_argument("--batch", required=True, type=int, metavar="N", help="images per step over all GPUs")
+    add_number(parser, "--batch-size", 1, None, "images per forward, over all GPUs")
+    add_routing(parser, order=False)
     parser.add_argument("--recompute", action="store_true", help="recompute activations in the backward")
-    keep(parser, count(1), "--gpus")
-    keep(parser, count(1), "--ep")
-    keep(parser, count(1), "--batch")
     parser.set_defaults(run=run)
 
 
@@ -36,7 +33,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     with torch.device("meta"):
         model = build_model(ModelConfig(options.model), num_classes=1000)
-    settings = Settings(options.gpus, options.ep, options.batch, options.gpu, options.recompute, autocast=True)
+    route(model, options)
+    settings = PlannedRun(options.gpus, options.ep, options.batch_size, options.gpu, options.recompute, autocast=True)
     result = plan(model, settings)
     print(describe(result, [] if result.fits else changes_that_fit(model, settings)))
     return 0

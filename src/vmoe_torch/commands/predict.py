@@ -5,48 +5,36 @@ import argparse
 import torch
 from PIL import Image
 
-import vmoe_torch
-from vmoe_torch.commands.options import add_weights, keep, wants_average
-from vmoe_torch.commands.sources import MODEL_HELP, open_model
+from vmoe_torch.commands import options as opt
+from vmoe_torch.commands.sources import open_model
+from vmoe_torch.control import moe_layers
 from vmoe_torch.data import BrokenImageError, read_image
 from vmoe_torch.data.names import shown
-from vmoe_torch.train.rules import DEVICE, count
 
 
 def add(commands) -> None:
     """Adds the command to the parser."""
     parser = commands.add_parser(
-        "predict", help="classify images", description="Classifies images with a trained model."
+        "predict",
+        help="classify images",
+        description="Classifies images with a trained model, each on its own.",
+        epilog="example: vmoe predict runs/mine photo.jpg --capacity 0.5",
     )
+    opt.add_model(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--checkpoint", required=True, metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--topk", type=int, default=5, metavar="N", help="classes to show per image (default: 5)")
-    parser.add_argument("--capacity-factor", type=float, metavar="C", help="slots per expert; below 1 drops tokens")
-    parser.add_argument("--num-selected-experts", type=int, metavar="K", help="experts per token")
-    parser.add_argument(
-        "--batch-priority", action=argparse.BooleanOptionalAction, help="drop the least important tokens first"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    keep(parser, count(1), "--topk")
-    keep(parser, DEVICE, "--device")
-    add_weights(parser)
+    opt.add_number(parser, "--topk", 1, 5, "classes to show per image")
+    opt.add_routing(parser)
+    opt.add_device(parser)
     parser.set_defaults(run=run)
 
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    source = open_model(options.checkpoint, options.device, average=wants_average(options))
+    source = open_model(options.model, options.device, average=opt.wants_average(options))
     model = source.model
-    changes = {
-        "capacity_factor": options.capacity_factor,
-        "num_selected_experts": options.num_selected_experts,
-        "batch_priority": options.batch_priority,
-    }
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if changes or vmoe_torch.moe_layers(model):
-        # An image's result does not depend on the images named beside it.
-        vmoe_torch.set_routing(model, **changes, group_size="image")
+    # An image's result does not depend on the images named beside it.
+    opt.route(model, options, group_size="image" if moe_layers(model) else None)
     class_names = source.class_names or tuple(map(str, range(model.num_classes)))
     images = [source.transform(image) for image in _read(options.images, source.mode)]
     count = min(options.topk, len(class_names))

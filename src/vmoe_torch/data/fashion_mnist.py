@@ -41,12 +41,14 @@ class FashionMnist(Dataset):
         mode: PIL mode of the items, "L" or "RGB".
 
     Attributes:
+        split: "train" or "test".
         images: (N, 28, 28) uint8.
         labels: (N,) int64.
         class_names: the ten names.
     """
 
     def __init__(self, split: str = "train", root: Path | str | None = None, mode: str = "L"):
+        self.split = split
         self.images, labels = _read_split(split, SHIPPED if root is None else Path(root))
         self.labels = labels.astype(np.int64)
         self.class_names = CLASS_NAMES

@@ -56,9 +56,8 @@ class ImageFolder(Dataset):
         order: Callable = natural_key,
     ):
         self.root = Path(root)
-        parts = list(parts)
-        self.parts = ", ".join(parts) or "."
-        roots = [self.root / part for part in parts] or [self.root]
+        self.parts = tuple(parts) or (".",)
+        roots = [self.root / part for part in self.parts]
         for folder in roots:
             if not folder.is_dir():
                 raise ValueError(f"image folder {shown(folder)} does not exist{_beside(folder)}")
@@ -116,7 +115,10 @@ def find_split(root: Path, split: str) -> str | None:
 
 
 def class_folders(
-    root: Path, split: str | None = None, is_split: Callable[[Path], bool] = lambda folder: bool(subfolders(folder))
+    root: Path,
+    split: str | None = None,
+    is_split: Callable[[Path], bool] = lambda folder: bool(subfolders(folder)),
+    kind: str = "image folder",
 ) -> list[str]:
     """The folders in a folder that hold the class folders of a split, none where the folder does by itself.
 
@@ -125,16 +127,19 @@ def class_folders(
         split: its name; None is val, valid, validation or test, the first one there, or the folder itself where no
             folder in it is one of these or train. "." is all that is in the folder, in splits or not.
         is_split: whether a folder with the name of a split can be one.
+        kind: what errors call a folder.
 
     Raises:
         ValueError: if there is no such split, telling what is there.
     """
+    wanted = root / (split or ".")
     if not root.is_dir():
-        raise ValueError(f"image folder {shown(root)} does not exist{_beside(root)}")
+        raise ValueError(f"{kind} {shown(wanted)} does not exist{_beside(wanted)}")
     if split is not None and split != ".":
         found = find_split(root, split)
         if found is None:
-            raise ValueError(f"split must be a folder in {shown(root)}, got {shown(split)!r}; {_holds(root)}")
+            rule = f"split must be a folder in {shown(root)}, got {shown(split)!r}"
+            raise ValueError(f"{kind} {shown(wanted)} does not exist; {rule}; {_holds(root)}")
         return [found]
     there = subfolders(root)
     splits = [name for name in there if name.lower() in (*TRAIN, *EVALUATION)]

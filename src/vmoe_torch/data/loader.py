@@ -1,6 +1,6 @@
 """Batches in an order, and with an augmentation, that only the seed, the epoch and the image decide.
 
-An update at any place of an epoch can so be had again: from a checkpoint, with other numbers of workers or processes.
+So the images of any update can be loaded again: from a checkpoint, with other numbers of workers or processes.
 """
 
 import multiprocessing

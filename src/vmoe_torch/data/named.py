@@ -50,7 +50,7 @@ class NamedDataset(Dataset):
             raise ValueError(f"data set must be one whose images have numbers, {kinds}, got {name}")
         self.dataset = self._opened(name, root, split, mode, exif)
         self.name = name
-        self.split = self.dataset.parts if isinstance(self.dataset, ImageFolder) else split or "validation"
+        self.split = ", ".join(self.dataset.parts) if isinstance(self.dataset, ImageFolder) else split or "validation"
         self.mode = mode
         self.exif = exif
         self.class_names = class_names_of(self.dataset)

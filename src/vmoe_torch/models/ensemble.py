@@ -122,10 +122,9 @@ class VMoEEnsemble(VMoE):
         if not parse_moe_layers(moe_layers, depth):
             raise ValueError("moe_layers must name at least one block for an ensemble, got none")
         ensemble_size = check_integer("ensemble_size", ensemble_size, 1)
-        # Read by the base class while it builds the blocks.
+        block = partial(EnsembleBlock, ensemble_size=ensemble_size)
+        super().__init__(*args, depth=depth, moe_layers=moe_layers, block_fn=block, **kwargs)
         self.ensemble_size = ensemble_size
-        self.block_class = partial(EnsembleBlock, ensemble_size=ensemble_size)
-        super().__init__(*args, depth=depth, moe_layers=moe_layers, **kwargs)
         self.ensemble_output = ensemble_output
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ Over 400 lines: timm wants a function for every registered model.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Unpack
 
@@ -84,7 +84,7 @@ class VMoE(vit.VisionTransformer):
 
     timm's `create_model` leaves out arguments that are None, so every one has another value that means none.
 
-    Takes every argument of timm's VisionTransformer except block_fn, mlp_layer and scale_mlp_norm, and those below.
+    Takes every argument of timm's VisionTransformer except mlp_layer and scale_mlp_norm, and those below.
     num_selected_experts, capacity_factor, eval_capacity_factor, batch_priority, priority and group_size may also be a
     dict with one value for each MoE layer, by the names of `vmoe_torch.moe_layers`: `timm.models.save_for_hf` writes so
     what `set_routing` and `set_budget` chose, and an argument given to `create_model` takes its place.
@@ -114,10 +114,10 @@ class VMoE(vit.VisionTransformer):
         head_bias_init: what the head's bias begins with; for the sigmoid loss, -log(num_classes).
         renormalize_gates: whether the K gates of a token are scaled to sum to 1.
         impl: "auto", "triton" or "reference".
+        block_fn: makes a block; takes `moe_layers` and `moe` beside what timm gives it, as `MoeBlock`.
     """
 
-    # What makes a block, and how many members vote: `VMoEEnsemble` has others.
-    block_class: Callable[..., nn.Module] = MoeBlock
+    # How many members vote: `VMoEEnsemble` has others.
     ensemble_size: int = 1
     # What timm's factory gave beside its own arguments; None for a model that was made without it.
     made_with: dict[str, Any] | None = None
@@ -197,7 +197,7 @@ class VMoE(vit.VisionTransformer):
             pos_embed="learn" if sincos else pos_embed,
             no_embed_class=no_embed_class or sincos,
             weight_init="skip",
-            block_fn=partial(self.block_class, moe_layers=parse_moe_layers(moe_layers, depth), moe=moe),
+            block_fn=partial(kwargs.pop("block_fn", MoeBlock), moe_layers=parse_moe_layers(moe_layers, depth), moe=moe),
             **kwargs,
         )
         if per_layer:

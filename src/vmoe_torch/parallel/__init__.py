@@ -15,14 +15,14 @@ from vmoe_torch.parallel.meta import materialize
 from vmoe_torch.parallel.ranks.agreement import on_first, require_same
 from vmoe_torch.parallel.ranks.failures import RankError, shared_errors
 from vmoe_torch.parallel.ranks.meeting import join, wait_for_all
-from vmoe_torch.planning import GPUS, Plan, Settings, changes_that_fit, describe, plan
+from vmoe_torch.planning import GPUS, PlannedRun, PlannedStep, changes_that_fit, describe, plan
 
 __all__ = [
     "GPUS",
     "ExpertExchange",
-    "Plan",
+    "PlannedRun",
+    "PlannedStep",
     "RankError",
-    "Settings",
     "ShardedCheckpoints",
     "build_mesh",
     "changes_that_fit",

@@ -2,7 +2,7 @@
 
 Command: torchrun --nproc-per-node 8 -m vmoe_torch.cli train --recipe pretrain_in21k data.root=IMAGENET21K parallel.ep=8
 Data: folders train/ and val/ with one folder for each of the 21,843 classes; the original validated on 102,400 images.
-Hardware: 8 GPUs of 80 GB per node; `vmoe plan --model vmoe_b16_e8 --gpus 8 --ep 8 --batch 4096` says what fits.
+Hardware: 8 GPUs of 80 GB per node; `vmoe plan vmoe_b16_e8 --gpus 8 --ep 8 --batch-size 4096` says what fits.
 Cost: about 1,030,000 updates of 4,096 images.
 Result: not yet run. The original reports 85.6% top-1 on ILSVRC2012 after fine-tuning (finetune_in1k_384).
 """

@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
-from vmoe_torch.data import Distort, FashionMnist, ImageFolder, NamedDataset, TarShards, Typefaces, described
+from vmoe_torch.data import Distort, ImageFolder, Typefaces, described, open_data
 from vmoe_torch.data import fashion_mnist as fm
-from vmoe_torch.data.folder import find_split
+from vmoe_torch.data.factory import FASHION_MNIST
 from vmoe_torch.data.names import shown, some
-from vmoe_torch.data.shards import WDS
 from vmoe_torch.data.typefaces import TYPEFACES
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.models.upcycling import upcycle
@@ -29,7 +27,7 @@ from vmoe_torch.train.rules import OneOf, check
 
 
 @dataclass
-class Data:
+class Splits:
     """Training and validation images, and the names of their classes."""
 
     train: Dataset
@@ -59,7 +57,7 @@ class Data:
         return [f"{split}: {notice}" for split, data in splits for notice in getattr(data, "notices", ())]
 
 
-def build_data(config: DataConfig, mode: str = "RGB") -> Data:
+def build_data(config: DataConfig, mode: str = "RGB") -> Splits:
     """Both splits.
 
     Args:
@@ -70,47 +68,21 @@ def build_data(config: DataConfig, mode: str = "RGB") -> Data:
         ValueError: if a folder or file is missing or empty, the splits' classes disagree, or a data set has no names
             of classes or gives its images in an order of its own only.
     """
-    if config.name == "fashion_mnist":
-        train, val = (FashionMnist(split, config.root, mode) for split in ("train", "test"))
-    elif config.name == TYPEFACES:
-        train, val = _typefaces(config, mode)
-    elif config.name == WDS:
-        train = TarShards(config.root, config.train_split, None, mode, config.exif)
-        val = TarShards(config.root, config.val_split, train.class_names, mode, config.exif)
-    elif "/" in config.name:
-        train, val = (
-            NamedDataset(config.name, config.root, split, mode, config.exif)
-            for split in (config.train_split, config.val_split)
-        )
-        if train.class_names is None or train.class_names != val.class_names:
-            raise ValueError(
-                f"both splits of {config.name} must name the same classes, got {_count(train)} and {_count(val)}"
-            )
-    else:
-        root = Path(config.root)
-        folders = [root / (find_split(root, split) or split) for split in (config.train_split, config.val_split)]
-        train = ImageFolder(folders[0], mode=mode, exif=config.exif)
-        if train.empty:
-            # A model would be given outputs that it never learns.
-            raise ValueError(
-                f"class folders in {shown(folders[0])} must hold an image each, got {'; '.join(train.notices)}"
-            )
-        val = ImageFolder(folders[1], class_names=train.class_names, mode=mode, exif=config.exif)
-    return Data(train, val, train.class_names)
-
-
-def _typefaces(config: DataConfig, mode: str) -> tuple[Typefaces, Typefaces]:
-    """Both splits, of the characters that the first one has."""
-    kwargs = data_arguments(config.name, config.kwargs)
-    root = Path(config.root)
-    splits = [find_split(root, split) or split for split in (config.train_split, config.val_split)]
-    train = Typefaces(root, splits[0], mode=mode, **kwargs)
-    if train.empty:
-        # A model would be given outputs that it never learns.
+    arguments = {"mode": mode, "exif": config.exif, **data_arguments(config.name, config.kwargs)}
+    train = open_data(config.name, config.root, config.train_split, **arguments)
+    # A model would be given outputs that it never learns.
+    if isinstance(train, ImageFolder) and train.empty:
         raise ValueError(
-            f"characters must each be in a font of {shown(train.root)}, got {some(train.empty)} that no face has"
+            f"class folders in {shown(train.root)} must hold an image each, got {'; '.join(train.notices)}"
         )
-    return train, Typefaces(root, splits[1], mode=mode, **{**kwargs, "characters": train.class_names})
+    if isinstance(train, Typefaces) and train.empty:
+        empty = some(train.empty)
+        raise ValueError(f"characters must each be in a font of {shown(train.root)}, got {empty} that no face has")
+    val = open_data(config.name, config.root, config.val_split, class_names=train.class_names, **arguments)
+    if train.class_names is None or train.class_names != val.class_names:
+        counts = ["none" if data.class_names is None else str(len(data.class_names)) for data in (train, val)]
+        raise ValueError(f"both splits of {config.name} must name the same classes, got {' and '.join(counts)}")
+    return Splits(train, val, train.class_names)
 
 
 def check_alike(facts: list[dict[str, dict[str, Any]]]) -> None:
@@ -123,10 +95,6 @@ def check_alike(facts: list[dict[str, dict[str, Any]]]) -> None:
                     f"images of data.{split}_split must be the same for every process, got {next(seen)} in process 0, "
                     f"{next(seen)} in process {rank}, and their names or labels differ"
                 )
-
-
-def _count(data: NamedDataset) -> str:
-    return "none" if data.class_names is None else f"{len(data.class_names)}"
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -224,7 +192,7 @@ def build_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[An
     if hasattr(model, "patch_embed"):
         height, width = model.patch_embed.img_size or (height, width)
         channels = model.patch_embed.proj.in_channels
-    normal = {"mean": (fm.MEAN,), "std": (fm.STD,)} if config.name == "fashion_mnist" else size
+    normal = {"mean": (fm.MEAN,), "std": (fm.STD,)} if config.name == FASHION_MNIST else size
     common = {
         "input_size": (channels, height, width),
         "interpolation": config.interpolation,

@@ -6,6 +6,7 @@ from typing import Any
 
 from timm.optim import get_optimizer_info, list_optimizers
 
+from vmoe_torch.data.factory import FASHION_MNIST
 from vmoe_torch.data.typefaces import TYPEFACES
 
 
@@ -67,15 +68,18 @@ def _combinations(config: Any) -> list[tuple[bool, str, str]]:
     return [
         (not model.pretrained and model.checkpoint is None, "without weights to begin with", "model.drop_head"),
         (model.checkpoint is not None, "with model.checkpoint, whose weights replace it", "model.pretrained"),
-        (data.name == "fashion_mnist", "with data.name=fashion_mnist", "data.train_split data.val_split"),
+        (data.name == FASHION_MNIST, "with data.name=fashion_mnist", "data.train_split data.val_split"),
         (data.name != TYPEFACES, f"with data.name={data.name}", "data.kwargs"),
         (
             data.name == TYPEFACES,
             "with data.name=typefaces, which has distortions of its own",
             "data.scale data.ratio data.hflip data.color_jitter data.auto_augment data.random_erasing",
         ),
-        # Drawn at the start; a font that cannot be read stops a run there.
-        (data.name == TYPEFACES, "with data.name=typefaces, which draws its images", "data.exif data.max_broken"),
+        (
+            data.name in (FASHION_MNIST, TYPEFACES),
+            f"with data.name={data.name}, which reads no image files",
+            "data.exif data.max_broken",
+        ),
         (data.workers == 0, "with data.workers=0", "data.prefetch"),
         (
             not data.augment,

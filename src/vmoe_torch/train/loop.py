@@ -22,7 +22,7 @@ from vmoe_torch.data import EpochSampler, evaluation_loader, training_loader
 from vmoe_torch.data.loader import read_item
 from vmoe_torch.parallel import parameter_groups
 from vmoe_torch.train.build import (
-    Data,
+    Splits,
     build_data,
     build_loss,
     build_mixup,
@@ -203,7 +203,7 @@ class _Run:
         model = model if in_parts else model.to(group.device)
         return spread_model(model, config, group) if spread else model
 
-    def _build_loaders(self, data: Data, model: nn.Module) -> None:
+    def _build_loaders(self, data: Splits, model: nn.Module) -> None:
         """The sampler, and the batches of both splits."""
         config, group = self.config, self.group
         self.sampler = EpochSampler(

@@ -1,0 +1,89 @@
+"""One vocabulary: what two commands both take has one name, one kind of value, one range and one help text."""
+
+import re
+from collections import defaultdict
+
+import pytest
+
+from tests.test_cli import fails
+from vmoe_torch import cli
+from vmoe_torch.commands.options import RENAMED
+
+# "FILE" where a command writes a file, "DIR" where it writes a folder: what is in it differs.
+RESULTS = {"--out"}
+LISTS = {"C,C": "C", "K,K": "K", "ORDER,ORDER": "ORDER"}
+
+
+def parsers():
+    """The parser of each command by name."""
+    return cli._parsers()[1]
+
+
+def uses():
+    """{option: [(command, action)]}; MODEL counts as one, where a command reads its weights."""
+    found = defaultdict(list)
+    for name, parser in parsers().items():
+        for action in parser._actions:
+            if action.option_strings not in (["-h", "--help"], ["--traceback"]):
+                found[(action.option_strings or [action.dest])[-1]].append((name, action))
+    return found
+
+
+def meaning(action):
+    """Help without the default, which commands may choose, and what more a command lets it be."""
+    return re.sub(r"(,? or \"dynamic\"|, over all GPUs|; may be repeated)?( \(default: .*\))?$", "", action.help)
+
+
+def test_options_mean_the_same_everywhere():
+    shared = {option: users for option, users in uses().items() if len(users) > 1}
+    assert {"--capacity", "--k", "--order", "--split", "--batch-size", "--workers", "--device"} <= shared.keys()
+    assert {"--weights", "--max-broken", "--out", "--data", "--images", "--seed", "model"} <= shared.keys()
+    for option, users in shared.items():
+        if option in RESULTS:
+            assert all(action.help.startswith("write ") and action.type is None for _, action in users)
+            continue
+        if option == "model":
+            # vmoe plan reads no weights; vmoe convert takes files and folders only.
+            users = [(name, action) for name, action in users if name not in ("plan", "convert")]
+        if option == "out":
+            continue
+        assert len({meaning(action) for _, action in users}) == 1, option
+        assert len({LISTS.get(action.metavar, action.metavar) for _, action in users}) == 1, option
+        for several in (True, False):
+            alike = [action for _, action in users if (action.metavar in LISTS) == several]
+            # A whole number, or a word beside it.
+            kinds = {"number" if option == "--batch-size" else str(action.type) for action in alike}
+            assert len(kinds) <= 1, option
+            assert len({str(action.choices) for action in alike}) <= 1, option
+
+
+def test_ranges_are_the_same_everywhere():
+    ranges = defaultdict(set)
+    for parser in parsers().values():
+        for option, rule in parser.get_default("rules") or ():
+            ranges[option].add(str(rule))
+    assert {option: found for option, found in ranges.items() if len(found) > 1} == {}
+
+
+def test_every_command_takes_a_model_first():
+    for name, parser in parsers().items():
+        first = next((action for action in parser._actions if not action.option_strings), None)
+        assert name == "train" or (first.dest, first.metavar) == ("model", "MODEL"), name
+
+
+@pytest.mark.parametrize("old", sorted(RENAMED))
+def test_old_names_name_the_new_one(capsys, old):
+    for command in (["predict", "runs/mine", "x.jpg", old], ["plan", f"{old}=1"], ["eval", old, "1"]):
+        fails(capsys, command, f"{old} is now {RENAMED[old]}")
+    known = {option for parser in parsers().values() for option in parser._option_string_actions}
+    assert old not in known
+    assert RENAMED[old].split()[0].rstrip(",") in {*known, "MODEL"}
+
+
+def test_one_routing_for_every_command(capsys):
+    """And the same error where there is none to set."""
+    dense = "vmoe_dense_s32"
+    for command in (["plan", dense, "--gpus=1", "--ep=1", "--batch-size=1"],):
+        fails(
+            capsys, [*command, "--k=1"], "--capacity, --k and --order need a model with MoE layers, got vmoe_dense_s32"
+        )
