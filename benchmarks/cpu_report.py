@@ -7,10 +7,18 @@ import torch
 
 from benchmarks.harness import bars, plots
 from benchmarks.harness.protocol import exponent
-from benchmarks.harness.results import as_dicts, environment, from_dicts, heading, machine_name, table, write
+from benchmarks.harness.results import (
+    as_dicts,
+    environment,
+    from_dicts,
+    heading,
+    limit_table,
+    machine_name,
+    table,
+    write,
+)
 from benchmarks.harness.session import Session
 from benchmarks.layer import on_cpu
-from benchmarks.layer.on_cpu import Bar, layer_table
 from benchmarks.models import speed, train_step
 
 CPU = torch.device("cpu")
@@ -25,8 +33,8 @@ def run(results: Path, seconds: float) -> int:
     """Measures for about so many seconds and writes results/<cpu>/{layer_on_cpu,report}.{json,md} and plots."""
     folder = results / machine_name(CPU)
     threads = str(torch.get_num_threads())
-    on_cpu.main(["--folder", str(results), "--seconds", str(LAYER_SHARE * seconds), "--threads", threads])
-    layer = json.loads((folder / "layer_on_cpu.json").read_text())
+    path = on_cpu.main(["--out", str(results), "--seconds", str(LAYER_SHARE * seconds), "--threads", threads])
+    layer = json.loads(path.with_suffix(".json").read_text())
     session = Session(
         CPU,
         torch.float32,
@@ -46,40 +54,47 @@ def write_report(session: Session, layer: dict, folder: Path, complete: bool = F
     """Writes what there is so far; `layer` is the content of layer_on_cpu.json."""
     made = environment(CPU)
     results = [bar.result(session) for bar in bars.CPU_BARS]
-    drawn = []
+    pictures = []
     if complete:
-        drawn = plots.write_plots(session, from_dicts(layer["rows"]), made["machine"], folder)
+        pictures = plots.write_plots(session, from_dicts(layer["rows"]), made["machine"], folder)
     content = {
         "environment": made,
         "complete": complete,
         "seconds": session.elapsed,
         "layer_bars": layer["bars"],
         "bars": results,
+        "pictures": [path.name for path in pictures],
+        "models": models(session),
         "exponents": exponents(session),
         "notes": session.notes,
         "rows": as_dicts(session.rows),
     }
-    lines = heading("V-MoE on a CPU, float32, measured", made)
-    if not complete:
+    return write(folder, "report", content, markdown(content))
+
+
+def markdown(content: dict) -> list[str]:
+    """The results file."""
+    lines = heading("V-MoE on a CPU, float32, measured", content["environment"])
+    if not content["complete"]:
         lines += ["The run has not ended: this is a part.", ""]
-    lines += [
+    return [
+        *lines,
         "Medians of interleaved runs with 20% and 80% quantiles; ratios are taken within a round. Every number stands",
         "behind a check in the same run: layers and models agree with the eager reference, compiled models with eager",
         "ones, spread experts with experts at home. The worst case counts.",
         "",
-        *bars.lines(results),
+        *bars.lines(content["bars"]),
         "",
         "The MoE layer ([layer_on_cpu.md](layer_on_cpu.md)):",
         "",
-        *layer_table([Bar(**bar) for bar in layer["bars"]]),
+        *limit_table(content["layer_bars"]),
         "",
-        *(line for path in drawn for line in (f"![{path.stem}]({path.name})", "")),
-        *model_lines(session),
-        *(f"- {note}" for note in session.notes),
+        *(line for name in content["pictures"] for line in (f"![{name.removesuffix('.png')}]({name})", "")),
+        *model_lines(content["models"]),
+        *(f"- {note}" for note in content["notes"]),
         "",
-        *table(session.rows),
+        *table(content["rows"]),
     ]
-    return write(folder, "report", content, lines)
 
 
 def exponents(session: Session) -> dict[str, dict[str, float]]:
@@ -90,17 +105,34 @@ def exponents(session: Session) -> dict[str, dict[str, float]]:
     }
 
 
-def model_lines(session: Session) -> list[str]:
-    """Images per second of every model, and its rate over the dense one's."""
-    found = [(key, each) for key, each in session.samples.items() if key[0] in MODEL_OPS]
+def models(session: Session) -> list[dict]:
+    """Images per second of every model, and its rate over the dense one's with the quantiles of the rounds."""
+    found = []
+    for (op, direction, case, variant), samples in session.samples.items():
+        if op in MODEL_OPS:
+            over = session.samples[op, direction, case, "dense"].over(samples)
+            images = int(case.split()[0].removeprefix("B="))
+            found.append(
+                {
+                    "what": f"{op} {direction} {case}",
+                    "model": variant,
+                    "images_per_second": images / samples.median,
+                    "over_dense": over.median,
+                    "low": over.quantile(0.2),
+                    "high": over.quantile(0.8),
+                }
+            )
+    return found
+
+
+def model_lines(found: list[dict]) -> list[str]:
+    """Markdown lines, one per model; none where nothing was measured."""
     if not found:
         return []
     lines = ["| what | model | images/s | over dense (20%..80%) |", "| --- | --- | --- | --- |"]
-    for (op, direction, case, variant), samples in found:
-        images = int(case.split()[0].removeprefix("B="))
-        ratio = session.samples[op, direction, case, "dense"].over(samples)
-        spread = f"{ratio.quantile(0.2):.3f}..{ratio.quantile(0.8):.3f}"
-        lines.append(
-            f"| {op} {direction} {case} | {variant} | {images / samples.median:.1f} | {ratio.median:.3f} ({spread}) |"
-        )
+    lines += [
+        f"| {each['what']} | {each['model']} | {each['images_per_second']:.1f} "
+        f"| {each['over_dense']:.3f} ({each['low']:.3f}..{each['high']:.3f}) |"
+        for each in found
+    ]
     return [*lines, ""]

@@ -43,8 +43,8 @@ for step in "${steps[@]}"; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 run compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m benchmarks.compile.sanitize
       done
       ;;
-    report) run python3 -m benchmarks.report --folder "$folder" ;;
-    tune) run python3 -m benchmarks.compile.tune --folder "$folder" ;;
+    report) run python3 -m benchmarks.report --out "$folder" ;;
+    tune) run python3 -m benchmarks.compile.tune --out "$folder" ;;
     *)
       echo "STEP must be tests, sanitize, report or tune, got $step" >&2
       exit 2

@@ -8,7 +8,6 @@ CPU (cpu_report.py), and benchmarks/results/predicted/report.{json,md}, where th
 predictions stand beside them.
 """
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from benchmarks.compile.predicted import write_predicted
 from benchmarks.harness import bars
 from benchmarks.harness.cases import LAYERS
-from benchmarks.harness.results import RESULTS, as_dicts, environment, heading, machine_name, table, write
+from benchmarks.harness.results import as_dicts, command_line, environment, heading, machine_name, table, write
 from benchmarks.harness.session import Session, first_line
 
 # In this order, each until its share of the time is used up; what one leaves goes to the next. By name: models want
@@ -40,13 +39,12 @@ QUICK = 2  # cases of LAYERS
 
 def write_measured(session: Session, folder: Path, complete: bool = False) -> Path:
     """Writes what there is so far."""
-    made = environment(session.device)
-    results = [bar.result(session) for bar in bars.BARS]
     content = {
-        "environment": made,
+        "environment": environment(session.device),
         "complete": complete,
+        "dtype": str(session.dtype).removeprefix("torch."),
         "seconds": session.elapsed,
-        "bars": results,
+        "bars": [bar.result(session) for bar in bars.BARS],
         "ceilings": session.ceilings,
         "peak_memory": [
             {"case": case, "variant": variant, "bytes": peak} for (case, variant), peak in session.memory.items()
@@ -54,21 +52,31 @@ def write_measured(session: Session, folder: Path, complete: bool = False) -> Pa
         "notes": session.notes,
         "rows": as_dicts(session.rows),
     }
-    lines = heading("Kernels, measured", made)
-    if not complete:
+    return write(folder, "report", content, markdown(content))
+
+
+def markdown(content: dict) -> list[str]:
+    """The results file."""
+    lines = heading("Kernels, measured", content["environment"])
+    if not content["complete"]:
         lines += ["The run has not ended: this is a part.", ""]
     lines += [
-        f"Data is {str(session.dtype).removeprefix('torch.')}, N(0, 1)-like; the L2 is cold; medians of interleaved",
+        f"Data is {content['dtype']}, N(0, 1)-like; the L2 is cold; medians of interleaved",
         "runs; every variant passed its check against float64 before it was timed. The worst case counts.",
         "",
-        *bars.lines(results),
+        *bars.lines(content["bars"]),
         "",
-        *(f"- {note}" for note in session.notes),
+        *(f"- {note}" for note in content["notes"]),
         "",
-        *_memory_lines(session),
-        *table(session.rows),
     ]
-    return write(folder, "report", content, lines)
+    if content["peak_memory"]:
+        lines += ["| case | variant | peak memory of a training step |", "| --- | --- | --- |"]
+        lines += [
+            f"| {each['case']} | {each['variant']} | {each['bytes'] / 2**20:.0f} MiB |"
+            for each in content["peak_memory"]
+        ]
+        lines.append("")
+    return lines + table(content["rows"])
 
 
 def write_plots(session: Session, folder: Path) -> None:
@@ -81,30 +89,21 @@ def write_plots(session: Session, folder: Path) -> None:
         plots.write_plots(session, session.rows, machine_name(session.device), folder)
 
 
-def _memory_lines(session: Session) -> list[str]:
-    if not session.memory:
-        return []
-    lines = ["| case | variant | peak memory of a training step |", "| --- | --- | --- |"]
-    lines += [f"| {case} | {variant} | {peak / 2**20:.0f} MiB |" for (case, variant), peak in session.memory.items()]
-    return [*lines, ""]
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and runs; on a CPU, predictions alone")
     parser.add_argument("--seconds", type=float, default=480.0, help="of the whole run")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the machine's folder is made")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        path = write_predicted(options.folder / "predicted")
+        path = write_predicted(options.out / "predicted")
         print(f"no GPU: predictions written to {path}")
         if options.quick:
             return 0
         from benchmarks import cpu_report
 
-        return cpu_report.run(options.folder, options.seconds)
+        return cpu_report.run(options.out, options.seconds)
     device = torch.device("cuda", torch.cuda.current_device())
-    folder = options.folder / machine_name(device)
+    folder = options.out / machine_name(device)
     session = Session(device, seconds=options.seconds, on_row=lambda session: write_measured(session, folder))
     if options.quick:
         session = replace(session, cases=LAYERS[:QUICK], seconds=min(options.seconds, 180.0), seconds_per_variant=0.1)

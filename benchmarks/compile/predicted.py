@@ -17,6 +17,8 @@ from vmoe_kernels.common.flops import linear_flops
 
 # The Triton that the measured machines have.
 COMPILE_REPORT = RESULTS / "compile_report" / "triton-3.6.json"
+# The calls of capture.py that have the headline shape.
+HEADLINE_CALLS = ("routed/bf16/gelu_tanh/768x3072", "bf16/D768/K2")
 
 # Launches, MB read and written, and us of assigning slots at T=25,088, E=32, S=1,568, and of what noise adds. A launch
 # takes 3 us (5 us each for the two kernels of PyTorch's sort), memory moves 4.3 TB/s and L2 about 8 TB/s. By selection:
@@ -97,12 +99,13 @@ def moe_mlp_costs(
 def layer_kernels(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
     """Least time of every kernel of the layer's experts, bfloat16, and how many of its programs a multiprocessor holds.
 
-    Costs are counted at full capacity; the occupancy is that of the first config in the compile report.
+    Costs are counted at full capacity; the occupancy is the compile report's.
     """
-    resident: dict[str, int] = {}
+    resident = {}
     for row in occupancy():
-        if "/bf16/" in row["name"]:
-            resident.setdefault(row["name"].split("/")[0], row["blocks_per_sm"])
+        kernel, _, call = row["name"].partition("/")
+        if call in HEADLINE_CALLS:
+            resident[kernel] = row["blocks_per_sm"]
     found = []
     for case in cases:
         shape = (case.num_tokens, case.num_selected, case.num_rows, case.num_experts, case.width, case.hidden)

@@ -6,7 +6,6 @@ Every candidate of a kernel's launch table runs through the public op that uses 
 config, and is timed in turn with it. Writes benchmarks/results/<gpu>/tune.json.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from torch import Tensor
 import vmoe_kernels as kernels
 from benchmarks.harness.cases import LAYERS, Case, Layer
 from benchmarks.harness.protocol import measure, relative_error, with_gradients
-from benchmarks.harness.results import RESULTS, environment, heading, machine_name, write
+from benchmarks.harness.results import command_line, environment, heading, machine_name, write
 from benchmarks.harness.session import first_line
 from vmoe_kernels.common import launch
 
@@ -170,13 +169,12 @@ def write_found(found: list[dict], case: Case, dtype: str, device: torch.device,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     dtypes = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
     parser.add_argument("ops", nargs="*", metavar="OP", help="launch tables to tune (default: all)")
     parser.add_argument("--case", type=int, default=0, choices=range(len(LAYERS)), help="index of cases.LAYERS")
     parser.add_argument("--dtype", default="bfloat16", choices=dtypes)
     parser.add_argument("--seconds", type=float, default=2.0, help="of timed runs per table")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the machine's folder is made")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("python -m benchmarks.compile.tune needs a CUDA device", file=sys.stderr)
@@ -194,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         print(line(each), flush=True)
         found.append(each)
-        write_found(found, case, options.dtype, device, options.folder)
+        write_found(found, case, options.dtype, device, options.out)
     return 0
 
 

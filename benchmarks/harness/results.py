@@ -1,5 +1,6 @@
 """What a measurement is, and the files it goes to: benchmarks/results/<machine>/<name>.{json,md}."""
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -8,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +55,28 @@ class Row:
             return ""
         giga = work / self.median_us * 1e-3
         return f"{giga:.1f} G{unit}" if giga < 1000 else f"{giga * 1e-3:.2f} T{unit}"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a ratio may be at most, and what was measured: median, 20% and 80% quantile."""
+
+    what: str
+    limit: float
+    measured: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, what: str, limit: float, ratio: Samples) -> "Limit":
+        """From a ratio's samples."""
+        return cls(what, limit, ratio.median, ratio.quantile(0.2), ratio.quantile(0.8))
+
+    def line(self) -> str:
+        """A row of Markdown."""
+        met = "yes" if self.measured <= self.limit else "no"
+        spread = f" ({self.low:.3f}..{self.high:.3f})" if self.low != self.high else ""
+        return f"| {self.what} | {self.limit:.2f} | {self.measured:.3f}{spread} | {met} |"
 
 
 def row(
@@ -137,13 +161,18 @@ def _commit() -> str:
     return commit.strip() + (" with changes" if changes.strip() else "")
 
 
-def table(rows: list[Row]) -> list[str]:
-    """Markdown lines, one per row."""
+def limit_table(limits: list[dict]) -> list[str]:
+    """Markdown lines, one per limit as JSON holds it."""
+    return ["| what | limit | measured | met |", "| --- | --- | --- | --- |", *(Limit(**one).line() for one in limits)]
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Markdown lines, one per row as JSON holds it."""
     lines = [
         "| op | direction | case | variant | median us | 20%..80% us | rate | % of |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for each in rows:
+    for each in from_dicts(rows):
         percent = "" if each.percent is None else f"{each.percent:.0f}% of {each.ceiling}"
         lines.append(
             f"| {each.op} | {each.direction} | {each.case} | {each.variant} | {each.median_us:.1f} "
@@ -165,6 +194,29 @@ def write(folder: Path, name: str, content: dict, markdown: list[str]) -> Path:
         partial.write_text(text + "\n")
         partial.replace(folder / f"{name}{suffix}")
     return folder / f"{name}.md"
+
+
+def publish(folder: Path, name: str, content: dict, markdown: Callable[[dict], list[str]]) -> Path:
+    """Writes both files, the Markdown from what the JSON holds, and prints it; returns its path."""
+    path = write(folder, name, content, markdown(content))
+    print(path.read_text(), end="")
+    print(f"written to {path}", file=sys.stderr)
+    return path
+
+
+def command_line(doc: str, out: Path = RESULTS, threads: int | None = None) -> argparse.ArgumentParser:
+    """A parser that shows a module's docstring.
+
+    Args:
+        doc: the docstring.
+        out: default of `--out`, the folder of the results.
+        threads: default of `--threads`; None for a benchmark without this option.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=out, help="folder of the results (%(default)s)")
+    if threads is not None:
+        parser.add_argument("--threads", type=int, default=threads, help="of torch (%(default)s)")
+    return parser
 
 
 def as_dicts(rows: list[Row]) -> list[dict]:

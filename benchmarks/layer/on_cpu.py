@@ -6,10 +6,8 @@ float32, x (64, 50, 512), G=8, E=8, K=2, C=1.05, H=2048: the shape at which the 
 run in turn, so a ratio compares neighbours in time. Writes benchmarks/results/<machine>/layer_on_cpu.{json,md}.
 """
 
-import argparse
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,16 +17,18 @@ from torch import Tensor
 from benchmarks.harness.cases import CPU_LAYER, Case
 from benchmarks.harness.protocol import Samples, measure, peak_cpu_memory, relative_error, with_gradients
 from benchmarks.harness.results import (
-    RESULTS,
     Ceiling,
+    Limit,
     Row,
     as_dicts,
+    command_line,
     environment,
     heading,
+    limit_table,
     machine_name,
+    publish,
     row,
     table,
-    write,
 )
 from vmoe_torch.layers import MoeMlp
 
@@ -37,27 +37,6 @@ OP = "moe_layer"
 # golden/README.md: the original on 2 cores, float32, jit, where a 2048^3 matmul took 81 ms; its two dispatchers.
 ORIGINAL_MS = {"forward": {"einsum": 231.0, "indices": 202.0}, "both": {"einsum": 714.0, "indices": 608.0}}
 ORIGINAL_MATMUL_MS = 81.0
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A limit on a measured ratio."""
-
-    what: str
-    limit: float
-    measured: float
-    low: float
-    high: float
-
-    def line(self) -> str:
-        met = "yes" if self.measured <= self.limit else "no"
-        spread = f" ({self.low:.3f}..{self.high:.3f})" if self.low != self.high else ""
-        return f"| {self.what} | {self.limit:.2f} | {self.measured:.3f}{spread} | {met} |"
-
-
-def layer_table(bars: list[Bar]) -> list[str]:
-    """Markdown lines, one per bar."""
-    return ["| what | limit | measured | met |", "| --- | --- | --- | --- |", *(bar.line() for bar in bars)]
 
 
 def make_layer(case: Case, impl: str = "auto") -> MoeMlp:
@@ -171,7 +150,7 @@ def time_growth(case: Case, seconds: float) -> dict[str, Samples]:
         return measure(calls, CPU, seconds)
 
 
-def memory_bars(case: Case, x: Tensor, d_y: Tensor) -> list[Bar]:
+def memory_bars(case: Case, x: Tensor, d_y: Tensor) -> list[Limit]:
     """Peak memory of the layer against what its saved tensors, its output and its gradients take."""
     layer = make_layer(case)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
@@ -193,12 +172,12 @@ def memory_bars(case: Case, x: Tensor, d_y: Tensor) -> list[Bar]:
     forward = (held + peak_cpu_memory(lambda: layer(x))) / needed
     both = (held + peak_cpu_memory(lambda: training_step(layer, x, d_y))) / (needed + gradients)
     return [
-        Bar("forward: peak memory over saved tensors and output", 1.30, forward, forward, forward),
-        Bar("forward + backward: peak memory over saved tensors, output and gradients", 1.30, both, both, both),
+        Limit("forward: peak memory over saved tensors and output", 1.30, forward, forward, forward),
+        Limit("forward + backward: peak memory over saved tensors, output and gradients", 1.30, both, both, both),
     ]
 
 
-def speed_bars(samples: dict[str, Samples]) -> list[Bar]:
+def speed_bars(samples: dict[str, Samples]) -> list[Limit]:
     """Ratios round by round."""
     pairs = (
         ("forward, eval: MoeMlp over its bare GEMMs", 1.10, "MoeMlp, eval/forward", "bare GEMMs/forward"),
@@ -207,19 +186,15 @@ def speed_bars(samples: dict[str, Samples]) -> list[Bar]:
         ("forward: MoeMlp over a dense Mlp of its FLOPs", 1.15, "MoeMlp, eval/forward", "dense Mlp, eval/forward"),
         ("forward + backward: the same", 1.15, "MoeMlp, train/both", "dense Mlp, train/both"),
     )
-    bars = []
-    for what, limit, ours, theirs in pairs:
-        ratio = samples[ours].over(samples[theirs])
-        bars.append(Bar(what, limit, ratio.median, ratio.quantile(0.2), ratio.quantile(0.8)))
-    return bars
+    return [Limit.of(what, limit, samples[ours].over(samples[theirs])) for what, limit, ours, theirs in pairs]
 
 
-def growth_bar(samples: dict[str, Samples]) -> Bar:
+def growth_bar(samples: dict[str, Samples]) -> Limit:
     """Time per token at twice the case's images over that at the case."""
     case, twice = list(samples)[-2:]
     ratio = samples[twice].over(samples[case])
     values = [ratio.quantile(q) / 2 for q in (0.5, 0.2, 0.8)]
-    return Bar("forward: time per token at twice the images over that here", 1.10, *values)
+    return Limit("forward: time per token at twice the images over that here", 1.10, *values)
 
 
 def layer_rows(case: Case, samples: dict[str, Samples]) -> list[Row]:
@@ -237,9 +212,10 @@ def layer_rows(case: Case, samples: dict[str, Samples]) -> list[Row]:
     return rows
 
 
-def original_lines(samples: dict[str, Samples]) -> list[str]:
+def original_lines(rows: list[dict]) -> list[str]:
     """The original's times, and what they are on a machine with this one's matmul."""
-    matmul = samples["matmul 2048^3/forward"].median * 1e3
+    milliseconds = {(each["variant"], each["direction"]): each["median_us"] * 1e-3 for each in reversed(rows)}
+    matmul = milliseconds["matmul 2048^3", "forward"]
     lines = [
         f"The original's code was timed where a 2048^3 matmul took {ORIGINAL_MATMUL_MS:.0f} ms; here it takes "
         f"{matmul:.0f} ms. Scaled by that:",
@@ -248,7 +224,7 @@ def original_lines(samples: dict[str, Samples]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for direction, times in ORIGINAL_MS.items():
-        ours = samples[f"MoeMlp, train/{direction}"].median * 1e3
+        ours = milliseconds["MoeMlp, train", direction]
         for dispatcher, there in times.items():
             scaled = there * matmul / ORIGINAL_MATMUL_MS
             lines.append(
@@ -257,8 +233,8 @@ def original_lines(samples: dict[str, Samples]) -> list[str]:
     return lines
 
 
-def run_cpu(case: Case, seconds: float) -> tuple[dict, list[str]]:
-    """Checks, times and weighs the layer; returns the JSON content and the Markdown lines."""
+def run_cpu(case: Case, seconds: float) -> dict:
+    """Checks, times and weighs the layer; returns what the JSON holds."""
     torch.manual_seed(0)
     x = tokens(case)
     d_y = torch.randn(x.shape)
@@ -267,36 +243,33 @@ def run_cpu(case: Case, seconds: float) -> tuple[dict, list[str]]:
     bars = [*speed_bars(samples), *memory_bars(case, x, d_y), growth_bar(growth)]
     rows = layer_rows(case, samples)
     rows += [row(OP, "forward", name, "MoeMlp, eval", each) for name, each in growth.items()]
-    made = environment(CPU)
-    lines = [
-        *heading("MoE layer on a CPU, float32", made),
+    return {"environment": environment(CPU), "bars": [vars(bar) for bar in bars], "rows": as_dicts(rows)}
+
+
+def markdown(content: dict) -> list[str]:
+    """The results file."""
+    return [
+        *heading("MoE layer on a CPU, float32", content["environment"]),
         "Checked against the eager reference in the same run: output and every gradient within 1e-5. Ratios are",
         "medians over rounds (20%..80%); bare GEMMs are torch.bmm calls at all E * R rows;\n"
         "a row below has them writing into memory that is there already.",
         "",
-        *layer_table(bars),
+        *limit_table(content["bars"]),
         "",
-        *original_lines(samples),
+        *original_lines(content["rows"]),
         "",
-        *table(rows),
+        *table(content["rows"]),
     ]
-    content = {"environment": made, "bars": [vars(bar) for bar in bars], "rows": as_dicts(rows)}
-    return content, lines
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> Path:
+    """Writes the results; returns the path of the Markdown."""
+    parser = command_line(__doc__, threads=2)
     parser.add_argument("--seconds", type=float, default=60.0, help="time to spend on timed runs")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the machine's folder is made")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    content, lines = run_cpu(CPU_LAYER, options.seconds)
-    path = write(options.folder / machine_name(CPU), "layer_on_cpu", content, lines)
-    print("\n".join(lines))
-    print(f"\nwritten to {path}")
-    return 0
+    return publish(options.out / machine_name(CPU), "layer_on_cpu", run_cpu(CPU_LAYER, options.seconds), markdown)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,6 @@
 """Reading a checkpoint of the original against reading its files and throwing the bytes away.
 
-    python -m benchmarks.models.checkpoint_read [--gigabytes 1.2] [--shards 1 4] [--rounds 9] [--folder FOLDER]
+    python -m benchmarks.models.checkpoint_read [--gigabytes 1.2] [--shards 1 4] [--rounds 9] [--disk FOLDER]
 
 The arrays have the shapes of the released B/16 with 8 experts. Both variants read the same files in turn, in two
 states: "cold", dropped from the page cache before each run (posix_fadvise; a disk's own or a host's cache is out of
@@ -10,7 +10,6 @@ virtual machine the first touch of memory that its host took back can cost ten t
 returns is freed after its time is taken. Writes benchmarks/results/<machine>/models_checkpoint_read.{json,md}.
 """
 
-import argparse
 import mmap
 import os
 import tempfile
@@ -21,7 +20,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.protocol import Samples
-from benchmarks.harness.results import RESULTS, Row, as_dicts, environment, heading, machine_name, row, table, write
+from benchmarks.harness.results import (
+    Row,
+    as_dicts,
+    command_line,
+    environment,
+    heading,
+    machine_name,
+    publish,
+    row,
+    table,
+)
 from vmoe_torch.checkpoints import read_original, write_original
 
 BAR = 0.5
@@ -101,31 +110,35 @@ def bench(folder: Path, arrays: dict[str, Tensor], shards: int, rounds: int) -> 
     return rows, ratios
 
 
-def main() -> None:
-    """Runs, prints and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--gigabytes", type=float, default=1.2, help="size of the checkpoint (default: 1.2)")
-    parser.add_argument("--shards", type=int, nargs="+", default=[1, 4], help="numbers of data files (default: 1 4)")
-    parser.add_argument("--rounds", type=int, default=9, help="runs of each variant (default: 9)")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary folder)")
-    options = parser.parse_args()
+def markdown(content: dict) -> list[str]:
+    """The results file."""
+    lines = heading("Reading a checkpoint", content["environment"]) + table(content["rows"])
+    lines += ["", "| rate over the sequential one | bar | measured | met |", "| --- | --- | --- | --- |"]
+    for case, ratio in content["ratios"].items():
+        bar, met = (content["bar"], "yes" if ratio >= content["bar"] else "no") if case.endswith("cold") else ("", "")
+        lines.append(f"| {case} | {bar} | {ratio:.2f} | {met} |")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Writes the results; returns the path of the Markdown."""
+    parser = command_line(__doc__)
+    parser.add_argument("--gigabytes", type=float, default=1.2, help="size of the checkpoint (%(default)s)")
+    parser.add_argument("--shards", type=int, nargs="+", default=[1, 4], help="numbers of data files (1 4)")
+    parser.add_argument("--rounds", type=int, default=9, help="runs of each variant (%(default)s)")
+    parser.add_argument("--disk", type=Path, help="a folder on the disk to measure (default: the temporary folder)")
+    options = parser.parse_args(arguments)
     arrays = make_arrays(options.gigabytes)
     rows, ratios = [], {}
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=options.disk) as folder:
         for shards in options.shards:
             more, ratio = bench(Path(folder), arrays, shards, options.rounds)
             rows += more
             ratios |= ratio
     cpu = torch.device("cpu")
     made = environment(cpu) | {"load": f"{os.getloadavg()[0]:.1f}"}
-    lines = heading("Reading a checkpoint", made) + table(rows)
-    lines += ["", "| rate over the sequential one | bar | measured | met |", "| --- | --- | --- | --- |"]
-    for case, ratio in ratios.items():
-        bar, met = (BAR, "yes" if ratio >= BAR else "no") if case.endswith("cold") else ("", "")
-        lines.append(f"| {case} | {bar} | {ratio:.2f} | {met} |")
     content = {"environment": made, "rows": as_dicts(rows), "ratios": ratios, "bar": BAR}
-    print("\n".join(lines))
-    print(write(RESULTS / machine_name(cpu), "models_checkpoint_read", content, lines))
+    return publish(options.out / machine_name(cpu), "models_checkpoint_read", content, markdown)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ the same batches. Then the demo trains on its own images, augmented, and what it
 benchmarks/results/<machine>/models_train_loop.{json,md}.
 """
 
-import argparse
 import hashlib
 import itertools
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,8 +24,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from benchmarks.harness.protocol import Samples, relative_error
-from benchmarks.harness.results import RESULTS, as_dicts, environment, heading, machine_name, row, table, write
-from benchmarks.layer.on_cpu import Bar, layer_table
+from benchmarks.harness.results import (
+    Limit,
+    as_dicts,
+    command_line,
+    environment,
+    heading,
+    limit_table,
+    machine_name,
+    publish,
+    row,
+    table,
+)
 from vmoe_torch.control import auxiliary_loss
 from vmoe_torch.demo import CONFIG
 from vmoe_torch.train import Config, TrainResult, build_model, loop
@@ -212,8 +220,8 @@ def time_waiting(config: Config, updates: int) -> dict[str, Samples]:
     return {WHOLE: Samples(tuple(whole[warm_up:])), WAITING: Samples(tuple(waits[1 + warm_up :]))}
 
 
-def run(config: Config, device: torch.device, rounds: int, updates: int) -> tuple[dict, list[str]]:
-    """Checks, then times; returns what the JSON holds and the Markdown lines."""
+def run(config: Config, device: torch.device, rounds: int, updates: int) -> dict:
+    """Checks, then times; returns what the JSON holds."""
     config = config.override("run.progress=false", f"run.device={device}")
     images = synthetic_images(config)
     check_loops(config, images, device)
@@ -222,41 +230,47 @@ def run(config: Config, device: torch.device, rounds: int, updates: int) -> tupl
     case = f"{config.model.name} B={len(images)} {images.shape[-1]} px"
     rows = [row("train_loop", "both", case, name, samples) for name, samples in loops.items()]
     rows += [row("demo", "both", f"{case}, {config.data.workers} workers", *item) for item in demo.items()]
-    over = loops[OURS].over(loops[BARE])
     waiting = sum(demo[WAITING].seconds) / sum(demo[WHOLE].seconds)
     bars = [
-        Bar(f"update of {OURS} over a bare one", MOST_OVER_BARE, over.median, over.quantile(0.2), over.quantile(0.8)),
-        Bar("share of the demo's training that waits for the loader", MOST_WAITING, waiting, waiting, waiting),
+        Limit.of(f"update of {OURS} over a bare one", MOST_OVER_BARE, loops[OURS].over(loops[BARE])),
+        Limit("share of the demo's training that waits for the loader", MOST_WAITING, waiting, waiting, waiting),
     ]
-    made = environment(device)
-    content = {"environment": made, "bars": [vars(bar) for bar in bars], "rows": as_dicts(rows)}
-    lines = [
-        *heading(f"The training loop against a bare one, {config.run.precision}", made),
-        f"{rounds} rounds of {updates} updates of each loop, in turn; medians over rounds (20%..80%). Before that,",
+    return {
+        "environment": environment(device),
+        "precision": config.run.precision,
+        "rounds": rounds,
+        "updates": updates,
+        "bars": [vars(bar) for bar in bars],
+        "rows": as_dicts(rows),
+    }
+
+
+def markdown(content: dict) -> list[str]:
+    """The results file."""
+    return [
+        *heading(f"The training loop against a bare one, {content['precision']}", content["environment"]),
+        f"{content['rounds']} rounds of {content['updates']} updates of each loop, in turn; "
+        "medians over rounds (20%..80%). Before that,",
         "both ended with the same weights after the same batches. 1.05 over the bare loop is 95 % of its rate.",
         "",
-        *layer_table(bars),
+        *limit_table(content["bars"]),
         "",
-        *table(rows),
+        *table(content["rows"]),
     ]
-    return content, lines
 
 
 def main(arguments: list[str] | None = None) -> Path:
     """Writes the results; returns the path of the Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, threads=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--updates", type=int, default=20, help="of each loop in a round")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    content, lines = run(CONFIG, device, options.rounds, options.updates)
-    print("\n".join(lines))
-    return write(options.out / machine_name(device), "models_train_loop", content, lines)
+    content = run(CONFIG, device, options.rounds, options.updates)
+    return publish(options.out / machine_name(device), "models_train_loop", content, markdown)
 
 
 if __name__ == "__main__":
-    print(main(), file=sys.stderr)
+    main()

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.protocol import Samples
-from benchmarks.harness.results import RESULTS, as_dicts, environment, heading, machine_name, row, table, write
+from benchmarks.harness.results import as_dicts, command_line, environment, heading, machine_name, publish, row, table
 from vmoe_torch.cores import COUNTS, WAITING, available_cores
 
 # Name to what the environment says; threads are one per core but where it says otherwise.
@@ -70,8 +70,8 @@ def busy_cores(count: int) -> Iterator[None]:
             other.wait()
 
 
-def run(rounds: int, updates: int, most_seconds: float) -> tuple[dict, list[str]]:
-    """Measures; returns what the JSON holds and the Markdown lines."""
+def run(rounds: int, updates: int, most_seconds: float) -> dict:
+    """Measures; returns what the JSON holds."""
     load = os.getloadavg()[0]
     seconds: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
@@ -83,35 +83,39 @@ def run(rounds: int, updates: int, most_seconds: float) -> tuple[dict, list[str]
         row("demo_update", "both", f"{state}, {available_cores()} cores, 1 loader", variant, Samples(tuple(values)))
         for (state, variant), values in seconds.items()
     ]
-    made = environment(torch.device("cpu"))
-    content = {"environment": made, "load_before": load, "most_seconds": most_seconds, "rows": as_dicts(rows)}
-    lines = [
-        *heading("How threads wait", made),
-        f"The machine's load was {load:.2f} before. A variant that was not done in {most_seconds:g} s counts as that.",
+    return {
+        "environment": environment(torch.device("cpu")),
+        "load_before": load,
+        "most_seconds": most_seconds,
+        "rows": as_dicts(rows),
+    }
+
+
+def markdown(content: dict) -> list[str]:
+    """The results file."""
+    return [
+        *heading("How threads wait", content["environment"]),
+        f"The machine's load was {content['load_before']:.2f} before. A variant that was not done in "
+        f"{content['most_seconds']:g} s counts as that.",
         "",
-        *table(rows),
+        *table(content["rows"]),
     ]
-    return content, lines
 
 
 def main(arguments: list[str] | None = None) -> Path | None:
     """Writes the results; returns the path of the Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--most-seconds", type=float, default=120.0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
         child(options.updates)
         return None
-    content, lines = run(options.rounds, options.updates, options.most_seconds)
-    print("\n".join(lines))
-    return write(options.out / machine_name(torch.device("cpu")), "models_waiting", content, lines)
+    content = run(options.rounds, options.updates, options.most_seconds)
+    return publish(options.out / machine_name(torch.device("cpu")), "models_waiting", content, markdown)
 
 
 if __name__ == "__main__":
-    found = main()
-    if found is not None:
-        print(found, file=sys.stderr)
+    main()

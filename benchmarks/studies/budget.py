@@ -4,19 +4,18 @@
 
 Calibrates a trained Fashion-MNIST model on some training images, once for every budget of FLOPs, and evaluates what was
 chosen, and every global setting in both orders, on all test images. Writes
-benchmarks/results/fashion_mnist/{budget.json,budget.md,budget.png}.
+benchmarks/results/fashion_mnist/budget.{json,md} and docs/figures/budget.png.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.data import Subset
 
-from benchmarks.harness.results import RESULTS, environment, write
+from benchmarks.harness.results import RESULTS, command_line, environment, publish
 from benchmarks.studies.budget_report import figure, markdown
-from benchmarks.studies.fashion_mnist import ROOT
+from benchmarks.studies.fashion_mnist import FIGURES, ROOT
 from vmoe_torch.budget import LayerSetting, set_budget
 from vmoe_torch.budget.quality import Quality
 from vmoe_torch.budget.settings import Assignment, current_settings
@@ -76,21 +75,18 @@ def _loader(source: Source, images):
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Runs it, writes the results; returns the path of the Markdown file."""
-    parser = argparse.ArgumentParser("python -m benchmarks.studies.budget", description=__doc__.partition("\n")[0])
+    parser = command_line(__doc__, RESULTS / "fashion_mnist")
     parser.add_argument("model", metavar="MODEL", help="a run of a Fashion-MNIST recipe")
     parser.add_argument("--data", type=Path, default=ROOT, help="folder of the four IDX files (%(default)s)")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6], help="(0.9 0.8 0.7 0.6)")
     parser.add_argument("--images", type=int, default=1000, help="training images to calibrate on (%(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "fashion_mnist", help="folder of the results")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of budget.png (%(default)s)")
     options = parser.parse_args(arguments)
     made = environment(torch.device("cpu"))
     source = open_model(options.model)
     results = study(source, options.data, options.shares, options.images)
-    lines = markdown(results, made)
-    path = write(options.out, "budget", {"environment": made, **results}, lines)
-    figure(results).savefig(options.out / "budget.png", dpi=150)
-    print("\n".join(lines))
-    return path
+    figure(results).savefig(options.figures / "budget.png", dpi=150)
+    return publish(options.out, "budget", {"environment": made, **results}, lambda _: markdown(results, made))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def markdown(results: dict, made: dict[str, str]) -> list[str]:
             f"| {each['setting']} | {each['cost'] / present['cost']:.3f} | {_percent(each['test'])} "
             f"| {each['test']['loss']:.4f} |"
         )
-    return [*lines, "", "![Loss against FLOPs](budget.png)"]
+    return [*lines, "", "![Loss against FLOPs](../../../docs/figures/budget.png)"]
 
 
 def sentences(results: dict) -> list[str]:

@@ -6,10 +6,9 @@ For every seed it trains three models by the recipes `fashion_mnist` and `fashio
 for as many updates; and the dense ViT for at least as many training FLOPs, in whole epochs. Then it evaluates the
 V-MoE's weights on the test images at every capacity, with two experts per token and with one, vanilla and BPR. Every
 run is a process of one thread; a run that was stopped goes on, a finished one is not repeated. Writes
-benchmarks/results/fashion_mnist/{results.json,results.md,capacity_curve.png}.
+benchmarks/results/fashion_mnist/results.{json,md} and docs/figures/capacity_curve.png.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness.results import RESULTS, environment, write
+from benchmarks.harness.results import RESULTS, command_line, environment, publish
 from benchmarks.studies.fashion_mnist_report import figure, markdown
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.evaluate import as_rows, count_flops, evaluate, setting_grid
@@ -32,6 +31,8 @@ from vmoe_torch.train.build import image_mode
 
 CAPACITY_FACTORS = (1.05, 0.5, 0.25, 0.15, 0.1)
 NUM_SELECTED_EXPERTS = (2, 1)
+# The pages show them from here.
+FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 # Where Debian's package dataset-fashion-mnist puts the IDX files.
 ROOT = Path("/usr/share/datasets/fashion-mnist")
 # A backward has two products for each of the forward's.
@@ -135,15 +136,13 @@ def _evaluate(config: Config, trained: TrainResult):
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Runs what is missing, writes the results; returns the path of the Markdown file."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.studies.fashion_mnist", description=__doc__.partition("\n")[0]
-    )
+    parser = command_line(__doc__, RESULTS / "fashion_mnist")
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="overrides of both recipes")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the four IDX files (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (%(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs/studies_fashion_mnist"), help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "fashion_mnist", help="folder of the results")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of capacity_curve.png (%(default)s)")
     options = parser.parse_args(arguments)
     # Before hours of work, so that a commit made meanwhile is not taken for the one that ran.
     made = environment(torch.device("cpu"))
@@ -157,11 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             run, found = futures[future], future.result()
             print(f"{run.model}, seed {run.seed}: {found['top1']:.2%}, {found['training_seconds']:.0f} s", flush=True)
     results = [future.result() for future in futures]
-    lines = markdown(results, made)
-    path = write(options.out, "results", {"environment": made, "runs": results}, lines)
-    figure(results).savefig(options.out / "capacity_curve.png", dpi=150)
-    print("\n".join(lines))
-    return path
+    figure(results).savefig(options.figures / "capacity_curve.png", dpi=150)
+    return publish(options.out, "results", {"environment": made, "runs": results}, lambda _: markdown(results, made))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def markdown(results: Sequence[dict], made: dict[str, str]) -> list[str]:
     lines += ["", "## What the numbers show", "", *(f"- {text}" for text in sentences(results))]
     lines += ["", "## V-MoE and dense", "", *_models(results)]
     lines += ["", "## The same weights at less capacity", "", *_settings(results)]
-    lines += ["", "![Accuracy against capacity](capacity_curve.png)"]
+    lines += ["", "![Accuracy against capacity](../../../docs/figures/capacity_curve.png)"]
     return lines
 
 

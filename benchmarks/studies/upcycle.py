@@ -6,21 +6,22 @@ A dense ViT (4 blocks of width 64, patches of 7 x 7) is trained on the Fashion-M
 Then the dense model goes on for some epochs, and its upcycled copy (8 experts in every other block, K=2, C=1.05, gates
 renormalised, moments copied) for as many updates as cost the same FLOPs: fewer, as its updates cost more. Both see the
 images in the same order and have a learning rate that begins and ends alike. Writes
-benchmarks/results/<machine>/studies_upcycle.{json,md}.
+benchmarks/results/fashion_mnist/upcycle.{json,md}.
 """
 
-import argparse
 import copy
 import math
 import statistics
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness.results import RESULTS, environment, heading, machine_name, write
+from benchmarks.harness.results import RESULTS, command_line, environment, heading, publish, write
 from vmoe_torch.checkpoints import upcycle_optimizer
 from vmoe_torch.data import FashionMnist
 from vmoe_torch.data.fashion_mnist import MEAN, STD
@@ -128,12 +129,14 @@ def compare(seed: int, epochs: int, more: int, train_data, test_data) -> dict[st
     }
 
 
-def report(results: list[dict[str, float]], options: argparse.Namespace) -> list[str]:
+def markdown(content: dict) -> list[str]:
     """The seeds as a table, and who won in words."""
-    first = results[0]
-    extra = first["relative_flops"] - 1
+    results = content["results"]
+    extra = results[0]["relative_flops"] - 1
     lines = [
-        f"A dense ViT was trained for {options.epochs} epochs. It then went on for {options.more}; its upcycled copy,",
+        *heading("Upcycled against dense at equal training FLOPs", content["environment"]),
+        f"A dense ViT was trained for {content['epochs']} epochs. It then went on for {content['more']}; "
+        "its upcycled copy,",
         f"whose update costs {extra:.0%} more FLOPs, went on for the same FLOPs in fewer updates. Top-1 accuracy on",
         "the test split; before is the moment of upcycling, where the copy's capacity drops some choices.",
         "",
@@ -159,23 +162,21 @@ def report(results: list[dict[str, float]], options: argparse.Namespace) -> list
     ]
 
 
-def main() -> None:
-    """Runs, prints and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, default=15, help="of the dense model first (default: 15)")
-    parser.add_argument("--more", type=int, default=15, help="epochs that the dense model goes on (default: 15)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Writes the results, seed by seed; returns the path of the Markdown."""
+    parser = command_line(__doc__, RESULTS / "fashion_mnist", threads=2)
+    parser.add_argument("--epochs", type=int, default=15, help="of the dense model first (%(default)s)")
+    parser.add_argument("--more", type=int, default=15, help="epochs that the dense model goes on (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     data = images_and_labels("train"), images_and_labels("test")
-    results, made = [], environment(torch.device("cpu"))
+    content = {"environment": environment(torch.device("cpu")), "epochs": options.epochs, "more": options.more}
+    content["results"] = []
     for seed in options.seeds:
-        results.append(compare(seed, options.epochs, options.more, *data))
-        lines = [*heading("Upcycled against dense at equal training FLOPs", made), *report(results, options)]
-        content = {"environment": made, "epochs": options.epochs, "more": options.more, "results": results}
-        path = write(RESULTS / machine_name(torch.device("cpu")), "studies_upcycle", content, lines)
-    print("\n".join(lines), path, sep="\n")
+        content["results"].append(compare(seed, options.epochs, options.more, *data))
+        write(options.out, "upcycle", content, markdown(content))
+    return publish(options.out, "upcycle", content, markdown)
 
 
 if __name__ == "__main__":

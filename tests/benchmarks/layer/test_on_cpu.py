@@ -14,8 +14,8 @@ SMALL = replace(CPU_LAYER, images=8, tokens_per_image=5, width=16, hidden=32)
 
 
 def test_run_cpu_measures_every_variant_and_bar():
-    content, lines = run_cpu(SMALL, 0.01)
-    text = "\n".join(lines)
+    content = run_cpu(SMALL, 0.01)
+    text = "\n".join(on_cpu.markdown(content))
     assert json.loads(json.dumps(content)) == content
     assert {row["variant"] for row in content["rows"]} >= {
         "MoeMlp, train",

@@ -26,8 +26,8 @@ def small():
 
 
 def test_run_times_both_loops_and_the_waiting(small):
-    content, lines = run(small, CPU, rounds=2, updates=2)
-    text = "\n".join(lines)
+    content = run(small, CPU, rounds=2, updates=2)
+    text = "\n".join(train_loop.markdown(content))
     assert json.loads(json.dumps(content)) == content
     assert [row["variant"] for row in content["rows"]] == ["bare", OURS, "whole update", "of that, waiting"]
     assert [row["runs"] for row in content["rows"]] == [2, 2, 4, 4]

@@ -71,7 +71,7 @@ def tiny(monkeypatch):
 
 
 def test_study_calibrates_on_training_images_and_measures_on_test_images(tiny, tmp_path):
-    path = main(["runs/some", "--shares", "0.9", "--images", "99", "--out", str(tmp_path)])
+    path = main(["runs/some", "--shares", "0.9", "--images", "99", "--out", str(tmp_path), "--figures", str(tmp_path)])
     content = json.loads(path.with_suffix(".json").read_text())
     (budget,) = content["budgets"]
     assert (budget["images"], content["test_images"]) == (IMAGES["train"], IMAGES["test"])

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from benchmarks.harness.results import RESULTS
 from benchmarks.studies import fashion_mnist
 from benchmarks.studies.fashion_mnist import execute, forward_flops, main, plan
 from benchmarks.studies.fashion_mnist_report import differences, figure, grid, markdown, sentences
@@ -74,7 +75,8 @@ def study(gains=(0.05, 0.05), dense=0.7):
 
 def test_study_trains_evaluates_and_writes_once(root, tmp_path, monkeypatch):
     arguments = [*TINY, "--root", str(root), "--seeds", "3", "--jobs", "1"]
-    arguments += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    arguments += ["--runs", str(tmp_path / "runs")]
+    arguments += ["--out", str(tmp_path / "out"), "--figures", str(tmp_path / "out")]
     path = main(arguments)
     assert path == tmp_path / "out" / "results.md"
     assert (tmp_path / "out" / "capacity_curve.png").stat().st_size > 10_000
@@ -182,3 +184,10 @@ def test_figure_shows_means_bands_and_dense_levels():
     low, high = axes.get_ylim()
     assert low < 60
     assert high > 82
+
+
+def test_committed_result_says_what_its_json_holds():
+    path = RESULTS / "fashion_mnist" / "results.json"
+    content = json.loads(path.read_text())
+    lines = markdown(content["runs"], content["environment"])
+    assert path.with_suffix(".md").read_text() == "\n".join(lines) + "\n"
