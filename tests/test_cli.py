@@ -220,7 +220,7 @@ def test_commands_refuse_options_out_of_their_range(trained, image, capsys):
 def test_every_numeric_option_has_a_rule():
     # Their ranges are those of the model's layers, which check them by their own names.
     layers = {"--capacity", "--k", "--shots"}
-    for name, command in cli._parsers()[1].items():
+    for name, command in cli.parsers()[1].items():
         ruled = {option for option, _ in command.get_default("rules") or ()}
         numeric = {
             action.option_strings[0] for action in command._actions if action.type in (int, float, integers, numbers)

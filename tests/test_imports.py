@@ -51,7 +51,6 @@ STILL_PRIVATE = {
     ("tests.interpreter.test_triton_moe_mlp", "_uniform"),
     ("tests.interpreter.test_triton_slots", "_design"),
     ("tests.kernels.test_golden_routing", "_top_experts"),
-    ("tests.test_cli", "_parsers"),
     *((module, "_Run") for module in ("tests.train.test_failures", "tests.train.test_two_failures")),
     ("benchmarks.models.train_loop", "_Run"),
     *(("vmoe_kernels.vmap", f"_{op}_op") for op in ("router", "assign_slots", "dispatch", "combine")),

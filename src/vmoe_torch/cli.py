@@ -13,7 +13,7 @@ INTERRUPTED, PIPE_CLOSED = 130, 141
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    return _parsers()[0]
+    return parsers()[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     from vmoe_torch.commands.options import check_names, check_options
 
-    whole, commands = _parsers()
+    whole, commands = parsers()
     check_names(arguments)
     if arguments and arguments[0] in commands:
         # Options and the rest in any order: argparse knows that for one parser, not for one inside another.
@@ -65,7 +65,7 @@ def _run(arguments: list[str]) -> int:
     return options.run(options)
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of everything, and that of each command."""
     import vmoe_torch
     from vmoe_torch.commands import analyze, budget, convert, eval, export, fewshot, plan, predict, train

@@ -16,7 +16,7 @@ LISTS = {"C,C": "C", "K,K": "K", "ORDER,ORDER": "ORDER"}
 
 def parsers():
     """The parser of each command by name."""
-    return cli._parsers()[1]
+    return cli.parsers()[1]
 
 
 def uses():
