@@ -10,30 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.tiny import small_run, write_fashion_mnist
 from vmoe_torch import cli
 from vmoe_torch.cli import main
 from vmoe_torch.commands import eval as eval_command
 from vmoe_torch.commands.options import integers, numbers
 from vmoe_torch.data import FashionMnist
-from vmoe_torch.data.idx import write_idx
 from vmoe_torch.train.record.logs import EPOCH_COLUMNS
 from vmoe_torch.train.record.table import read_table
-
-MODEL = ("patch_size=14", "embed_dim=32", "depth=2", "num_heads=2", "mlp_ratio=1.0", "num_experts=4")
 
 
 def arguments(folder, *changes):
     """A run of two updates."""
-    return [
-        "train",
-        "--recipe=fashion_mnist",
-        f"run.output={folder}",
-        "run.device=cpu",
-        "data.batch_size=64",
-        "run.max_updates=2",
-        *(f"model.kwargs.{change}" for change in MODEL),
-        *changes,
-    ]
+    return ["train", "--recipe=fashion_mnist", *small_run(folder), *changes]
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +61,7 @@ def test_train_leaves_a_run_folder(trained):
 
 
 def test_train_resumes_to_the_end_of_an_epoch(tmp_path, capsys):
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        data = FashionMnist(split)
-        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", data.images[:192])
-        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", data.labels[:192].astype("uint8"))
+    write_fashion_mnist(tmp_path, 192, 192)
     short = [f"data.root={tmp_path}", "schedule.epochs=1"]
     assert main(arguments(tmp_path / "run", *short)) == 0
     assert main(arguments(tmp_path / "run", *short, "run.max_updates=3", "--resume")) == 0

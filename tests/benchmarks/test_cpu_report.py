@@ -52,6 +52,7 @@ def test_no_model_is_timed_that_is_wrong(monkeypatch):
         models["ours"].blocks[1].mlp.register_forward_hook(lambda layer, x, y: y * 1.01 if layer.impl == "auto" else y)
         return models, x
 
+    monkeypatch.setitem(pairs.PAIRS, "cpu", TINY)
     monkeypatch.setattr(speed, "make_models", wrong)
     measured = session()
     measured.run_all((("models.speed", 1.0),))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import vmoe_torch
-from tests.commands.conftest import small_run
 from tests.helpers.browser import browser_test, check_page
+from tests.tiny import small_config
 from vmoe_torch.analyze import analyze, sample
 from vmoe_torch.cli import main
 from vmoe_torch.commands.images import open_images
@@ -25,7 +25,7 @@ PICTURES = 7 + 3 * len(LAYERS)
 def dense_run(tmp_path_factory):
     """Folder of a dense run of two updates."""
     folder = tmp_path_factory.mktemp("runs") / "dense"
-    train(small_run(folder).override("model.kwargs.moe_layers=[]"))
+    train(small_config(folder).override("model.kwargs.moe_layers=[]"))
     return folder
 
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from tests.commands.conftest import small_run
 from tests.test_cli import fails
+from tests.tiny import small_config
 from vmoe_torch.cli import main
 from vmoe_torch.commands.images import open_images
 from vmoe_torch.commands.sources import open_model
@@ -37,7 +37,7 @@ def test_eval_without_settings_takes_the_models(run_folder, image_folder, capsys
 
 
 def test_eval_of_a_dense_model(tmp_path, image_folder, capsys):
-    config = small_run(tmp_path / "run").override("model.kwargs.moe_layers=[]")
+    config = small_config(tmp_path / "run").override("model.kwargs.moe_layers=[]")
     train(config)
     assert main(["eval", str(tmp_path / "run"), f"--data={image_folder}", f"--out={tmp_path}/x.json"]) == 0
     assert capsys.readouterr().out.splitlines()[2].split()[2] == "-"

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from PIL import Image
 
-from tests.commands.conftest import small_run
 from tests.test_cli import fails
+from tests.tiny import small_config
 from vmoe_torch.cli import main
 from vmoe_torch.commands.images import open_images
 from vmoe_torch.commands.sources import open_model
@@ -32,7 +32,7 @@ def strange_run(tmp_path_factory):
             for image in range(8):
                 Image.new("L", (28, 28), 20 * number + image).save(folder / f"{image}.png")
     changes = ("data.name=folder", f"data.root={root}/images", "run.max_updates=1", "data.crop_pct=1.0")
-    train(small_run(root / "run").override(*changes))
+    train(small_config(root / "run").override(*changes))
     return root / "run", root / "images"
 
 

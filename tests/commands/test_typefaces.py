@@ -8,8 +8,8 @@ import matplotlib
 import pytest
 from fontTools.ttLib import TTFont
 
-from tests.commands.conftest import small_run
 from tests.test_cli import fails
+from tests.tiny import small_config
 from vmoe_torch.cli import main
 from vmoe_torch.commands.images import open_images
 from vmoe_torch.commands.sources import open_model
@@ -53,7 +53,7 @@ def font_run(fonts, tmp_path_factory):
     """Folder of a run of one update."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     changes = ("data.name=typefaces", f"data.root={fonts}", "data.kwargs.side=30", "data.batch_size=8")
-    train(small_run(folder).override(*changes, "run.max_updates=1"))
+    train(small_config(folder).override(*changes, "run.max_updates=1"))
     return folder
 
 

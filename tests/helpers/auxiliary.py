@@ -5,21 +5,17 @@ gradient of `auxiliary_loss` alone.
 """
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 import vmoe_torch
+from tests.tiny import tiny_model
 
 
 def tiny(auxiliary_mode: str = "injected", noise_std: float = 0.0, depth: int = 4) -> nn.Module:
     """A MoE layer in every other block; the same weights each time."""
     torch.manual_seed(1)
-    return timm.create_model(
-        "test_vmoe",
-        img_size=32,
-        patch_size=8,
-        embed_dim=16,
+    return tiny_model(
         depth=depth,
         num_classes=3,
         group_size=2,

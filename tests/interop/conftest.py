@@ -6,10 +6,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import timm
 import torch
 
-import vmoe_torch  # noqa: F401  registers the models
+from tests.tiny import randomized, tiny_model
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "OPENVINO_TELEMETRY": "0"}
 # The library of the Hub reads them when it is imported, ours when it downloads: other tests download from here.
@@ -39,12 +38,8 @@ def _offline(monkeypatch):
 def tiny():
     """Builds a two-block model, the second block sparse, 16-pixel images, 5 classes; random weights, no noise."""
 
-    def build(**kwargs):
-        model = timm.create_model("test_vmoe", **{**SIZE, "num_classes": 5, "noise_std": 0.0, **kwargs})
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(std=0.3)
-        return model.eval()
+    def build(**changes):
+        return randomized(tiny_model(**{**SIZE, "num_classes": 5, "noise_std": 0.0, **changes}))
 
     return build
 

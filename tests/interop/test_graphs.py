@@ -11,7 +11,7 @@ from timm.utils import onnx as timm_onnx
 from torch import nn
 
 import vmoe_torch
-from tests.interop.small import build, images
+from tests.tiny import dropping, grey_images
 from vmoe_torch.evaluate import count_flops, ptflops_hooks
 from vmoe_torch.layers import ExpertLinear
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
     "ignore::UserWarning:torch.onnx",
 )
-IMAGES = images()
+IMAGES = grey_images()
 # Batches of 5: groups of 2 or 4 leave a smaller last one.
 CASES = {
     "default": {},
@@ -61,7 +61,7 @@ def export(model, path, dynamo, batch=IMAGES, dynamic=False):
 def test_plain_onnx_export(tmp_path, case, dynamo):
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    model = build(**CASES[case])
+    model = dropping(**CASES[case])
     want = model(IMAGES)
     export(model, tmp_path / "x.onnx", dynamo)
     assert_close(run_onnx(tmp_path / "x.onnx", IMAGES), want)
@@ -80,7 +80,7 @@ def test_plain_onnx_export(tmp_path, case, dynamo):
 def test_onnx_keeps_equal_priorities_in_order(tmp_path, dynamo):
     """All patches of two grey levels: many tokens want the same slots with the same gates."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    model = build(img_size=64, group_size="batch", capacity_factor=0.25, pos_embed="none")
+    model = dropping(img_size=64, group_size="batch", capacity_factor=0.25, pos_embed="none")
     batch = (torch.arange(2 * 256) % 7 < 3).float().view(2, 1, 16, 16)
     batch = batch.repeat_interleave(4, 2).repeat_interleave(4, 3)
     export(model, tmp_path / "x.onnx", dynamo, batch)
@@ -98,20 +98,20 @@ def test_onnx_keeps_equal_priorities_in_order(tmp_path, dynamo):
 )
 def test_onnx_with_a_dynamic_batch(tmp_path, dynamo, settings):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    model = build(**settings)
+    model = dropping(**settings)
     export(model, tmp_path / "x.onnx", dynamo, dynamic=True)
     for count in (1, 3, 5, 8):
-        assert_close(run_onnx(tmp_path / "x.onnx", images(count)), model(images(count)))
+        assert_close(run_onnx(tmp_path / "x.onnx", grey_images(count)), model(grey_images(count)))
 
 
 def test_onnx_of_shared_groups_refuses_another_batch(tmp_path):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    export(build(group_size=2), tmp_path / "x.onnx", dynamo=False, dynamic=True)
+    export(dropping(group_size=2), tmp_path / "x.onnx", dynamo=False, dynamic=True)
     session = runtime.InferenceSession(tmp_path / "x.onnx")
     for count in (1, 4, 6):
         with pytest.raises(runtime.capi.onnxruntime_pybind11_state.Fail):
-            session.run(None, {"x": images(count).numpy()})
+            session.run(None, {"x": grey_images(count).numpy()})
 
 
 @pytest.mark.parametrize("use_dynamo", [False, True])
@@ -121,25 +121,25 @@ def test_timms_onnx_export(tmp_path, use_dynamo):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     if use_dynamo and "use_dynamo" not in inspect.signature(timm_onnx.onnx_export).parameters:
         pytest.skip("this timm has one exporter")
-    model, path = build(), str(tmp_path / "x.onnx")
+    model, path = dropping(), str(tmp_path / "x.onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         timm_onnx.onnx_export(
             model, path, batch_size=2, input_size=(1, 16, 16), check_forward=True, use_dynamo=use_dynamo
         )
-    assert_close(run_onnx(path, images(2)), model(images(2)))
+    assert_close(run_onnx(path, grey_images(2)), model(grey_images(2)))
 
 
 def test_onnx_in_training_mode_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be in eval mode for ONNX, got one in training mode"):
         torch.onnx.export(
-            build().train(), (IMAGES,), str(tmp_path / "x"), dynamo=False, training=torch.onnx.TrainingMode.TRAINING
+            dropping().train(), (IMAGES,), str(tmp_path / "x"), dynamo=False, training=torch.onnx.TrainingMode.TRAINING
         )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_trace_checks_with_and_without_gradients(case):
-    model = build(**CASES[case])
+    model = dropping(**CASES[case])
     want = model(IMAGES)
     for enabled in (False, True):
         with torch.set_grad_enabled(enabled):
@@ -154,24 +154,24 @@ def test_trace_checks_with_and_without_gradients(case):
 
 
 def test_trace_of_single_image_groups_takes_any_batch():
-    model = build(group_size="image")
+    model = dropping(group_size="image")
     traced = torch.jit.trace(model, (IMAGES,))
     for count in (1, 3, 8):
-        assert_close(traced(images(count)).detach(), model(images(count)))
-    traced = torch.jit.trace(build(group_size=2), (IMAGES,))
+        assert_close(traced(grey_images(count)).detach(), model(grey_images(count)))
+    traced = torch.jit.trace(dropping(group_size=2), (IMAGES,))
     with pytest.raises(RuntimeError, match="invalid for input of size"):
-        traced(images(4))
+        traced(grey_images(4))
 
 
 def test_a_trace_leaves_no_statistics():
-    model = build()
+    model = dropping()
     torch.jit.trace(model, (IMAGES,), check_trace=False)
     assert vmoe_torch.routing_stats(model) == {}
 
 
 def test_tensorboard_graph(tmp_path):
     tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
-    model = build()
+    model = dropping()
     with tensorboard.SummaryWriter(tmp_path) as writer:
         writer.add_graph(model, IMAGES)
     assert b"bmm" in b"".join(file.read_bytes() for file in tmp_path.iterdir()) or any(
@@ -182,7 +182,7 @@ def test_tensorboard_graph(tmp_path):
 @pytest.mark.parametrize("case", ["default", "vanilla", "expert choice", "images"])
 def test_openvino_converts_a_module(case):
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
-    model = build(**CASES[case])
+    model = dropping(**CASES[case])
     converted = openvino.convert_model(model, example_input=IMAGES)
     compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert_close(compiled(IMAGES.numpy())[0], model(IMAGES))
@@ -194,7 +194,7 @@ def test_fvcore_counts_what_we_count(case):
     before = timm.layers.use_fused_attn()
     timm.layers.set_fused_attn(False)
     try:
-        model = build(**CASES[case])
+        model = dropping(**CASES[case])
         analysis = nn_.FlopCountAnalysis(model, IMAGES)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         products = sum(count for name, count in analysis.by_operator().items() if name != "layer_norm")
@@ -208,7 +208,7 @@ def test_fvcore_counts_what_we_count(case):
 @pytest.mark.parametrize("case", CASES)
 def test_ptflops_hooks_count_a_layer(backend, case, impl):
     ptflops = pytest.importorskip("ptflops", reason="ptflops is not installed")
-    layer = build(**CASES[case], impl=impl).blocks[0].mlp
+    layer = dropping(**CASES[case], impl=impl).blocks[0].mlp
     options = {"print_per_layer_stat": False, "verbose": False, "as_strings": False}
     count, _ = ptflops.get_model_complexity_info(
         layer, (17, 16), backend=backend, custom_modules_hooks=ptflops_hooks(), **options
@@ -224,7 +224,7 @@ def test_ptflops_hooks_count_a_layer(backend, case, impl):
 def test_flop_counter_counts_alike_with_the_twins(backward):
     counts = []
     for impl in ("auto", "reference"):
-        model = build(impl=impl)
+        model = dropping(impl=impl)
         counter = torch.utils.flop_counter.FlopCounterMode(display=False)
         with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             y = model(IMAGES.requires_grad_())
@@ -237,7 +237,7 @@ def test_flop_counter_counts_alike_with_the_twins(backward):
 
 def test_torchao_weight_only_experts():
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    model = build(capacity_factor=4.0)
+    model = dropping(capacity_factor=4.0)
     want = model(IMAGES)
     quantization.quantize_(
         model, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, _: isinstance(module, ExpertLinear)
@@ -255,7 +255,7 @@ def test_torchao_weight_only_experts():
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")
 @pytest.mark.parametrize("bits", [torch.qint8, torch.quint8])
 def test_quantised_tensors_are_read(bits):
-    model = build(capacity_factor=4.0)
+    model = dropping(capacity_factor=4.0)
     want = model(IMAGES)
     for layer in vmoe_torch.moe_layers(model).values():
         for part in (layer.fc1, layer.fc2):

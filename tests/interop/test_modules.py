@@ -11,11 +11,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
 import vmoe_torch
-from tests.interop.small import build, images
+from tests.tiny import dropping, grey_images
 
 # Their own messages: old enums in torchao, and in the libraries that load it.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-IMAGES = images()
+IMAGES = grey_images()
 TARGETS = ["mlp.fc1.weight", "mlp.fc2.weight", "mlp.router.weight"]
 
 
@@ -26,7 +26,7 @@ def first(model):
 @pytest.mark.parametrize("router", ["top_experts", "expert_choice"])
 def test_peft_target_parameters_train_and_merge(router):
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = build(router=router)
+    model = dropping(router=router)
     want = model(IMAGES).detach()
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=TARGETS)
     adapted = peft.get_peft_model(model, config)
@@ -50,12 +50,12 @@ def test_peft_target_parameters_train_and_merge(router):
 def test_peft_target_modules_names_what_it_cannot_adapt():
     peft = pytest.importorskip("peft", reason="peft is not installed")
     with pytest.raises(ValueError, match=r"Target module ExpertLinear.* is not supported"):
-        peft.get_peft_model(build(), peft.LoraConfig(target_modules=["fc1"]))
+        peft.get_peft_model(dropping(), peft.LoraConfig(target_modules=["fc1"]))
 
 
 def test_pruning_holds_through_training():
     """Masks apply in every step: a stale weight would not change, a freed graph would raise."""
-    model = build().train()
+    model = dropping().train()
     layer = first(model)
     prune.l1_unstructured(layer.fc1, "weight", 0.5)
     prune.l1_unstructured(layer.fc2, "bias", 0.5)
@@ -75,7 +75,7 @@ def test_pruning_holds_through_training():
 
 @pytest.mark.parametrize("wrap", [nn.utils.weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_parametrized_weights_train(wrap):
-    model = build()
+    model = dropping()
     want = model(IMAGES)
     for module in (first(model).router, first(model).fc1, first(model).fc2):
         wrap(module)
@@ -95,7 +95,7 @@ def test_parametrized_weights_train(wrap):
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_accelerate_offload_gives_the_same_logits(tmp_path, where):
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-    model = build()
+    model = dropping()
     with torch.no_grad():
         want = model(IMAGES)
         if where == "cpu":
@@ -107,7 +107,7 @@ def test_accelerate_offload_gives_the_same_logits(tmp_path, where):
 
 
 def test_forward_hooks_see_the_parts():
-    model, seen = build(), {}
+    model, seen = dropping(), {}
     for name, module in first(model).named_children():
         module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
     model(IMAGES)
@@ -120,7 +120,7 @@ def test_forward_hooks_see_the_parts():
 
 
 def test_a_hook_changes_what_the_layer_gives():
-    model = build()
+    model = dropping()
     want = model(IMAGES)
     with torch.no_grad():
         for name, change in (("fc1", lambda m, a, y: 2 * y), ("router", lambda m, a, r: r._replace(gates=2 * r.gates))):
@@ -133,7 +133,7 @@ def test_a_hook_changes_what_the_layer_gives():
 @pytest.mark.parametrize("part", ["fc1", "fc2", None])
 def test_captum_layer_methods(part):
     attr = pytest.importorskip("captum.attr", reason="captum is not installed")
-    model = build()
+    model = dropping()
     layer = first(model) if part is None else getattr(first(model), part)
     activation = attr.LayerActivation(model, layer).attribute(IMAGES)
     assert activation.numel() == 5 * 17 * 16
@@ -144,13 +144,13 @@ def test_captum_layer_methods(part):
 
 def test_captum_integrated_gradients():
     attr = pytest.importorskip("captum.attr", reason="captum is not installed")
-    model = build(group_size="image")
+    model = dropping(group_size="image")
     assert attr.IntegratedGradients(model).attribute(IMAGES, target=1, n_steps=3).abs().sum() > 0
 
 
 def test_parts_called_alone():
     """A linear layer per expert, and the router's logits."""
-    layer = first(build())
+    layer = first(dropping())
     tokens, rows = torch.randn(7, 16), torch.randn(4, 3, 16)
     for expert in range(4):
         linear = partial(nn.functional.linear, weight=layer.fc1.weight[expert], bias=layer.fc1.bias[expert])
@@ -168,7 +168,7 @@ def test_adapted_block_recomputes():
     """Parametrised experts inside activation checkpointing."""
     gradients = []
     for recompute in (False, True):
-        model = build().train()
+        model = dropping().train()
         model.set_grad_checkpointing(recompute)
         parametrizations.weight_norm(first(model).fc1)
         torch.manual_seed(0)
@@ -185,7 +185,7 @@ def _shard_leaves(rank, world, port):
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
         # No noise, losses or shared groups: two processes route as one.
         same = {"group_size": "image", "noise_std": 0.0, "importance_loss_weight": 0.0}
-        model, alone, batch = build(**same).train(), build(**same).train(), images(4)
+        model, alone, batch = dropping(**same).train(), dropping(**same).train(), grey_images(4)
         units = [
             fully_shard(part, mesh=mesh)
             for layer in vmoe_torch.moe_layers(model).values()

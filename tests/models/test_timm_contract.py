@@ -4,6 +4,7 @@ Over 400 lines: a test for each of timm's promises, all on the same few models.
 """
 
 import copy
+import functools
 import math
 
 import pytest
@@ -16,18 +17,14 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import vmoe_torch
+from tests.tiny import tiny_model
 
 writes_arguments = pytest.mark.skipif(
     tuple(int(part) for part in timm.__version__.split(".")[:3]) < (1, 0, 31),
     reason="timm before 1.0.31 saves no model arguments",
 )
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_classes": 5, "group_size": 2}
-
-
-def tiny(name: str = "test_vmoe", **kwargs) -> nn.Module:
-    """MoE layers in blocks 1 and 3 of 4, 16 patches and a class token."""
-    return timm.create_model(name, **{**SMALL, **kwargs})
+tiny = functools.partial(tiny_model, group_size=2)
 
 
 def images(count: int = 2, size: int = 32, channels: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:

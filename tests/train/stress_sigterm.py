@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.train.conftest import tiny_config
+from tests.tiny import tiny_config
 from vmoe_torch.data.idx import write_idx
 from vmoe_torch.train import read_checkpoint
 from vmoe_torch.train.record.table import read_table

@@ -10,8 +10,7 @@ from benchmarks.harness.results import RESULTS
 from benchmarks.studies import fashion_mnist
 from benchmarks.studies.fashion_mnist import execute, forward_flops, main, plan
 from benchmarks.studies.fashion_mnist_report import differences, figure, grid, markdown, sentences
-from vmoe_torch.data import FashionMnist
-from vmoe_torch.data.idx import write_idx
+from tests.tiny import write_fashion_mnist
 from vmoe_torch.recipes import fashion_mnist_dense, load_recipe
 
 IMAGES = 128
@@ -22,10 +21,7 @@ TINY = ["data.batch_size=32", "schedule.epochs=1", "data.eval_batch_size=64", "m
 def root(tmp_path_factory):
     """Folder of IDX files with a few images."""
     folder = tmp_path_factory.mktemp("images")
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        data = FashionMnist(split)
-        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", data.images[:IMAGES])
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", data.labels[:IMAGES].astype("uint8"))
+    write_fashion_mnist(folder, IMAGES, IMAGES)
     return folder
 
 
