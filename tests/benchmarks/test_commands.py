@@ -25,13 +25,16 @@ HAVE_NO_OPTIONS = {"benchmarks.compile.sanitize"}
 
 @pytest.mark.parametrize("module", sorted({module for module, _ in COMMANDS}))
 def test_commands_name_options_that_there_are(module, capsys):
-    main = importlib.import_module(module).main
+    program = importlib.import_module(module)
+    if hasattr(program, "__path__"):
+        program = importlib.import_module(f"{module}.__main__")
+    main = program.main
     if module in HAVE_NO_OPTIONS:
         return
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     assert stopped.value.code == 0
-    shown = set(re.findall(r"--[\w-]+", capsys.readouterr().out.replace(importlib.import_module(module).__doc__, "")))
+    shown = set(re.findall(r"--[\w-]+", capsys.readouterr().out.replace(program.__doc__, "")))
     assert {option for name, option in COMMANDS if name == module} <= shown
 
 

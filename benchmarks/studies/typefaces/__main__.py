@@ -1,0 +1,114 @@
+"""The study of typefaces: trains what is missing, then writes its tables and figures.
+
+    python -m benchmarks.studies.typefaces [--parts sweep sizes upcycling] [--jobs 2] [--minutes 120]
+
+Every run is a process of one thread and takes at most half an hour on a core of its own. Stopped at any moment, by
+--minutes too, it goes on where it was; a finished run is not repeated. Fonts: `apt-get install` what
+`benchmarks.studies.typefaces.fonts.PACKAGES` lists. Writes benchmarks/results/typefaces/.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness.results import RESULTS, command_line, environment, publish
+from benchmarks.studies.fashion_mnist import FIGURES
+from benchmarks.studies.typefaces import figures, fonts, report
+from benchmarks.studies.typefaces.measure import RESULT, execute
+from benchmarks.studies.typefaces.runs import PARTS, Run, runs_of
+
+# What a child says that was told to stop.
+STOPPED = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 when all runs are finished, 1 when some are left, or failed."""
+    parser = command_line(__doc__, RESULTS / "typefaces")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="(all)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after that, to go on later")
+    parser.add_argument("--runs", type=Path, default=Path("runs/typefaces"), help="folder of the runs (%(default)s)")
+    parser.add_argument("--fonts", type=Path, default=fonts.INSTALLED, help="where fonts are installed (%(default)s)")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figures (%(default)s)")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child is not None:
+        torch.set_num_threads(1)
+        run = next(run for run in runs_of() if run.name == options.child)
+        return 0 if execute(run, options.runs) is not None else STOPPED
+    made = environment(torch.device("cpu"))
+    made["threads"] = f"1 for each of {options.jobs} runs at a time"
+    runs = list(runs_of(options.parts))
+    if (
+        any(not _finished(run, options.runs) for run in runs)
+        and not (options.runs / "fonts" / "characters.txt").exists()
+    ):
+        fonts.prepare(options.runs / "fonts", options.fonts)
+    failed = work_through(runs, options.runs, options.jobs, time.monotonic() + 60 * options.minutes)
+    found = [json.loads((options.runs / run.name / RESULT).read_text()) for run in runs if _finished(run, options.runs)]
+    if found:
+        for name, canvas in figures.drawn(found).items():
+            canvas.savefig(options.figures / f"typefaces_{name}.png", dpi=150)
+        publish(options.out, "results", {"environment": made, "runs": found}, report.markdown)
+    left = [run.name for run in runs if not _finished(run, options.runs)]
+    if left:
+        print(f"{len(left)} runs are left: {', '.join(left)}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if left else 0
+
+
+def _finished(run: Run, folder: Path) -> bool:
+    return (folder / run.name / RESULT).exists()
+
+
+def work_through(runs: Sequence[Run], folder: Path, jobs: int, deadline: float) -> list[str]:
+    """Runs what is not finished, so many at a time; at the deadline they stop with a checkpoint. Returns who failed."""
+    waiting = [run for run in runs if not _finished(run, folder)]
+    working: dict[str, subprocess.Popen] = {}
+    failed: list[str] = []
+    try:
+        while waiting or working:
+            for name, process in list(working.items()):
+                if process.poll() is not None:
+                    del working[name]
+                    end = {0: "finished", STOPPED: "stopped"}.get(process.returncode, "failed")
+                    print(f"{time.strftime('%H:%M:%S')} {name}: {end}", flush=True)
+                    if end == "failed":
+                        failed.append(name)
+            if time.monotonic() > deadline:
+                return failed
+            for run in waiting:
+                if len(working) == jobs:
+                    break
+                # A run that begins with another's weights waits for it.
+                if run.after is None or (folder / run.after / RESULT).exists():
+                    working[run.name] = _start(run, folder)
+            waiting = [run for run in waiting if run.name not in working and not _finished(run, folder)]
+            waiting = [run for run in waiting if run.name not in failed and run.after not in failed]
+            if not working:
+                return failed
+            time.sleep(1.0)
+    finally:
+        for process in working.values():
+            process.terminate()
+        for process in working.values():
+            process.wait()
+    return failed
+
+
+def _start(run: Run, folder: Path) -> subprocess.Popen:
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "benchmarks.studies.typefaces", "--child", run.name, "--runs", str(folder)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(folder / f"{run.name}.log", "a") as log:
+        return subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The study's figures."""
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.studies.typefaces.runs import CLASSES, SIZES
+from vmoe_torch.report.style import BLUE, GREY, ORANGE
+
+
+def drawn(found: Sequence[dict]) -> dict[str, Figure]:
+    """Figures by file name, those that the finished runs allow."""
+    makers = {"training_flops": training_flops, "capacity": capacity, "experts": experts}
+    made = {name: maker(found) for name, maker in makers.items()}
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def _mean(runs: Sequence[dict]) -> tuple[float, float, float]:
+    """Training FLOPs, and mean and spread of the test accuracy in per cent."""
+    top1 = [100 * run["test"]["all"] for run in runs]
+    return runs[0]["training_flops"], statistics.mean(top1), statistics.stdev(top1) if len(top1) > 1 else 0.0
+
+
+def training_flops(found: Sequence[dict]) -> Figure | None:
+    """Accuracy on unseen typefaces over training FLOPs: a sparse and a dense line."""
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for prefix, kind, colour, label in (
+        ("sparse", "sparse", ORANGE, "V-MoE"),
+        ("dense_flops", "dense", BLUE, "dense ViT"),
+    ):
+        points = [
+            _mean(runs)
+            for size in SIZES
+            if (runs := [r for r in found if r["kind"] == kind and r["name"].startswith(f"{prefix}_{size}")])
+        ]
+        if len(points) < len(SIZES):
+            return None
+        flops, top1, error = zip(*points)
+        axes.errorbar(flops, top1, yerr=error, color=colour, marker="o", capsize=3, label=label)
+        for size, x, y in zip(SIZES, flops, top1):
+            offset = (0, 8) if kind == "sparse" else (0, -14)
+            axes.annotate(size, (x, y), offset, textcoords="offset points", ha="center", color=colour, fontsize="small")
+    axes.set_xscale("log")
+    axes.set_xlabel("training FLOPs")
+    axes.set_ylabel("top-1 on unseen typefaces, %")
+    axes.set_title(f"{CLASSES:,} characters in typefaces never seen", fontsize="medium")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def capacity(found: Sequence[dict]) -> Figure | None:
+    """The middle V-MoE over its FLOPs as its capacity falls, vanilla and BPR, and the dense ViT as a point."""
+    sparse = [run for run in found if run["name"].startswith("sparse_middle")]
+    dense = [run for run in found if run["name"].startswith("dense_middle")]
+    if not sparse or not dense:
+        return None
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    places = dict.fromkeys((row["num_selected_experts"], row["batch_priority"]) for row in sparse[0]["settings"])
+    for selected, order in places:
+        own = [
+            [
+                row
+                for row in run["settings"]
+                if (row["num_selected_experts"], row["batch_priority"]) == (selected, order)
+            ]
+            for run in sparse
+        ]
+        points = sorted(
+            (rows[0]["flops"] / 1e6, statistics.mean(100 * row["top1"] for row in rows)) for rows in zip(*own)
+        )
+        axes.plot(
+            *zip(*points),
+            color=ORANGE if order else GREY,
+            marker="o",
+            markersize=4,
+            linestyle="-" if selected == max(k for k, _ in places) else "--",
+            label=f"{'BPR' if order else 'vanilla'}, K={selected}",
+        )
+    level = statistics.mean(100 * run["test"]["all"] for run in dense)
+    axes.axhline(level, color=BLUE, linewidth=1, linestyle=":")
+    axes.plot([dense[0]["forward_flops"] / 1e6], [level], color=BLUE, marker="s", linestyle="none", label="dense ViT")
+    axes.set_xlabel("MFLOPs per image")
+    axes.set_ylabel("top-1 on unseen typefaces, %")
+    axes.set_title("Less capacity, same weights", fontsize="medium")
+    axes.legend(frameon=False, fontsize="small")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def experts(found: Sequence[dict]) -> Figure | None:
+    """Experts by character in the first and the last MoE layer, each layer's characters sorted by their expert."""
+    sparse = [run for run in found if run["name"].startswith("sparse_middle")]
+    if not sparse:
+        return None
+    layers = sparse[0]["routing"]
+    first, last = next(iter(layers)), next(reversed(layers))
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, name in zip(panels, (first, last)):
+        counts = np.asarray(layers[name]["wanted"], float)
+        shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+        order = np.lexsort((-shares.max(1), shares.argmax(1)))
+        image = axes.imshow(shares[order].T, aspect="auto", cmap="magma", interpolation="nearest", vmin=0)
+        bits = layers[name]["information"]["bits"]
+        axes.set_title(f"{name}: {bits:.2f} bits of the character", fontsize="small")
+        axes.set_xlabel("characters, sorted by their expert", fontsize="small")
+        figure.colorbar(image, ax=axes, label="share of a character's tokens")
+    panels[0].set_ylabel("expert", fontsize="small")
+    return figure

@@ -1,0 +1,190 @@
+"""What the study found, in tables."""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+
+from benchmarks.harness.results import heading
+from benchmarks.studies.typefaces.runs import SIZES, SWEEP, sweep
+
+# The order of claiming slots that a trained V-MoE is evaluated with.
+PRIORITY = True
+
+
+def markdown(content: dict) -> list[str]:
+    """The page of the results, from what their JSON holds."""
+    return [*heading("Characters in typefaces never seen", content["environment"]), *sections(content["runs"])]
+
+
+def sections(found: Sequence[dict]) -> list[str]:
+    """All tables that the finished runs allow."""
+    tables = (comparison, wall_clock, transfer, capacity, layers, upcycled, chosen)
+    return [line for table in tables for line in table(found)]
+
+
+def of(found: Sequence[dict], kind: str, size: str, prefix: str) -> list[dict]:
+    """The runs of a kind and a size whose name begins so, by seed."""
+    own = (run for run in found if run["kind"] == kind and run["size"] == size and run["name"].startswith(prefix))
+    return sorted(own, key=lambda run: run["seed"])
+
+
+def equal_flops(run: dict, flops: float) -> float | None:
+    """Test accuracy of a sparse run with BPR at so many FLOPs per image, between its settings; None out of range."""
+    points = sorted((row["flops"], row["top1"]) for row in run["settings"] if row["batch_priority"] == PRIORITY)
+    best = [(cost, max(top1 for other, top1 in points if other <= cost)) for cost, _ in points]
+    for (low, low_top1), (high, high_top1) in itertools.pairwise(best):
+        if low <= flops <= high:
+            return low_top1 + (high_top1 - low_top1) * (flops - low) / max(high - low, 1e-9)
+    return best[-1][1] if flops > best[-1][0] else None
+
+
+def reached(run: dict, top1: float) -> dict | None:
+    """The cheapest setting of a sparse run with BPR that is at least as good; None where none is."""
+    rows = [row for row in run["settings"] if row["batch_priority"] == PRIORITY and row["top1"] >= top1]
+    return min(rows, key=lambda row: row["flops"], default=None)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean in per cent, and the standard deviation over seeds where there are several."""
+    text = f"{100 * statistics.mean(values):.2f}"
+    return f"{text} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else text
+
+
+def comparison(found: Sequence[dict]) -> list[str]:
+    """Sparse against dense at equal epochs, equal inference FLOPs and equal training FLOPs."""
+    rows = []
+    for size in SIZES:
+        sparse, dense = of(found, "sparse", size, "sparse"), of(found, "dense", size, f"dense_{size}")
+        longer = of(found, "dense", size, "dense_flops")
+        if not sparse or len(sparse) != len(dense) or len(sparse) != len(longer):
+            continue
+        at_equal = [equal_flops(run, other["forward_flops"]) for run, other in zip(sparse, dense)]
+        rows.append(
+            f"| {size} | {dense[0]['forward_flops'] / 1e6:.1f} | {sparse[0]['forward_flops'] / 1e6:.1f} "
+            f"| {spread([run['test']['all'] for run in sparse])} | {spread([run['test']['all'] for run in dense])} "
+            f"| {'out of range' if None in at_equal else spread(at_equal)} "
+            f"| {spread([run['test']['all'] for run in longer])} | {len(sparse)} |"
+        )
+    if not rows:
+        return []
+    return [
+        "Top-1 accuracy on typefaces of families never trained on, in per cent (mean ± standard deviation over seeds).",
+        "At equal inference FLOPs the V-MoE has, with BPR, the capacity that makes it cost what the dense one does.",
+        "",
+        "| size | dense MFLOPs | sparse MFLOPs | sparse | dense, equal epochs | sparse, equal inference FLOPs "
+        "| dense, equal training FLOPs | seeds |",
+        "| --- " * 8 + "|",
+        *rows,
+        "",
+    ]
+
+
+def wall_clock(found: Sequence[dict]) -> list[str]:
+    """What the trainings took."""
+    rows = [
+        f"| {run['name']} | {run['images']:,} | {run['parameters'] / 1e6:.2f} | {run['training_flops'] / 1e12:.1f} "
+        f"| {run['training_seconds'] / 60:.1f} "
+        f"| {100 * run['validation']['all']:.2f} | {100 * run['test']['all']:.2f} |"
+        for run in found
+        if "test" in run
+    ]
+    head = "| run | images | million parameters | training TFLOPs | minutes on one core | validation | test |"
+    return ["Every run:", "", head, "| --- " * 7 + "|", *rows, ""] if rows else []
+
+
+def transfer(found: Sequence[dict]) -> list[str]:
+    """Few-shot accuracy on scripts never trained on, at the middle size."""
+    kinds = {kind: of(found, kind, "middle", kind) for kind in ("sparse", "dense")}
+    if not all(kinds.values()):
+        return []
+    tasks = dict.fromkeys((row["task"], row["shots"]) for row in kinds["sparse"][0]["fewshot"])
+    lines = ["Few-shot transfer of the middle size, in per cent:", ""]
+    lines += ["| characters never trained on | shots | sparse | dense |", "| --- " * 4 + "|"]
+    for task, shots in tasks:
+        cells = [
+            spread(
+                [
+                    statistics.mean(r["accuracy"] for r in run["fewshot"] if (r["task"], r["shots"]) == (task, shots))
+                    for run in runs
+                ]
+            )
+            for runs in kinds.values()
+        ]
+        lines.append(f"| {task} | {shots} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def capacity(found: Sequence[dict]) -> list[str]:
+    """The middle size's accuracy with less and less capacity, and at the budgets."""
+    sparse = of(found, "sparse", "middle", "sparse")
+    if not sparse:
+        return []
+    lines = ["The middle V-MoE with less capacity, its weights as trained:", ""]
+    lines += ["| K | capacity | of the dense FLOPs | vanilla | BPR |", "| --- " * 5 + "|"]
+    places = dict.fromkeys((row["num_selected_experts"], row["capacity_factor"]) for row in sparse[0]["settings"])
+    for selected, factor in places:
+        pairs = [
+            {row["batch_priority"]: row for row in run["settings"] if _place(row) == (selected, factor)}
+            for run in sparse
+        ]
+        cells = [spread([pair[order]["top1"] for pair in pairs]) for order in (False, True)]
+        lines.append(f"| {selected} | {factor:g} | {pairs[0][True]['relative_flops']:.2f} | {' | '.join(cells)} |")
+    for share in sparse[0]["budgets"]:
+        top1 = spread([run["budgets"][share]["top1"] for run in sparse])
+        relative = sparse[0]["budgets"][share]["relative_flops"]
+        lines.append(f"| set_budget | {share} of its FLOPs | {relative:.2f} | | {top1} |")
+    return [*lines, ""]
+
+
+def _place(row: dict) -> tuple[int, float]:
+    return row["num_selected_experts"], row["capacity_factor"]
+
+
+def layers(found: Sequence[dict]) -> list[str]:
+    """How much the expert tells about the character, layer by layer."""
+    sparse = of(found, "sparse", "middle", "sparse")
+    if not sparse:
+        return []
+    lines = ["Mutual information of character and expert, and what it is by chance, in bits:", ""]
+    lines += ["| layer | information | chance | most possible |", "| --- " * 4 + "|"]
+    for name in sparse[0]["routing"]:
+        own = [run["routing"][name]["information"] for run in sparse]
+        cells = (f"{statistics.mean(each[key] for each in own):.3f}" for key in ("bits", "chance", "most"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def upcycled(found: Sequence[dict]) -> list[str]:
+    """A dense model that goes on, against its upcycled copy at equal added FLOPs."""
+    sparse, dense = of(found, "upcycled", "middle", "upcycled"), of(found, "continued", "middle", "continued")
+    if not sparse or len(sparse) != len(dense):
+        return []
+    differences = [100 * (a["test"]["all"] - b["test"]["all"]) for a, b in zip(sparse, dense)]
+    return [
+        "A trained dense model of the middle size goes on, as it is or upcycled, for equal added FLOPs:",
+        "",
+        "| upcycled | dense goes on | difference of each seed, points |",
+        "| --- | --- | --- |",
+        f"| {spread([run['test']['all'] for run in sparse])} | {spread([run['test']['all'] for run in dense])} "
+        f"| {', '.join(f'{each:+.2f}' for each in differences)} |",
+        "",
+    ]
+
+
+def chosen(found: Sequence[dict]) -> list[str]:
+    """The sweep that chose the settings, on the validation typefaces."""
+    by_name = {run["name"]: run for run in found}
+    tried = [(label, by_name[run.name]) for label, run in zip(SWEEP, sweep()) if run.name in by_name]
+    rows = [
+        f"| {label} | {run['forward_flops'] / 1e6:.1f} | {100 * run['validation']['all']:.2f} |" for label, run in tried
+    ]
+    if not rows:
+        return []
+    return [
+        "What was tried, on the validation typefaces, at the middle size and for a third of the updates:",
+        "",
+        "| setting | MFLOPs | top-1 |",
+        "| --- | --- | --- |",
+        *rows,
+        "",
+    ]

@@ -1,0 +1,205 @@
+"""The trainings of the study: their names, their configurations, and what each is for.
+
+Sizes, sweeps and seeds are stated here and nowhere else. The sweeps read the validation typefaces alone.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import timm
+import torch
+
+import vmoe_torch  # noqa: F401  registers the models
+from vmoe_torch.evaluate import count_flops
+from vmoe_torch.train import Config
+
+SIDE = 32
+CLASSES = 2965
+BATCH = 128
+# Whole groups of 8 images.
+GROUP = 8
+# A backward has two products for each of the forward's.
+FORWARDS_PER_UPDATE = 3
+SEEDS = (0, 1, 2)
+# Updates in which the learning rate rises.
+WARMUP = 300
+
+
+@dataclass(frozen=True)
+class Size:
+    """A width and what it is trained for."""
+
+    width: int
+    """Of the tokens; a head has 32 channels."""
+    updates: int
+    """Of the sparse model and of the dense one at equal epochs, of 128 images each."""
+
+
+SIZES = {"small": Size(96, 6000), "middle": Size(128, 4800), "large": Size(192, 3000)}
+DENSE = {"moe_layers": ()}
+# What the sweep on the validation typefaces chose.
+SPARSE = {
+    "moe_layers": "every2",
+    "num_experts": 16,
+    "num_selected_experts": 1,
+    "capacity_factor": 1.05,
+    "capacity_multiple_of": 1,
+    "group_size": GROUP,
+}
+LR = {"dense": 2e-3, "sparse": 2e-3, "upcycled": 1e-3, "continued": 1e-3}
+# Two gates that sum to 1, so that the model is at first the one it was made from.
+UPCYCLED = {**SPARSE, "num_selected_experts": 2, "renormalize_gates": True}
+# The designs that were tried, at the middle size and for fewer updates; what they change in SPARSE and in the recipe.
+SWEEP_UPDATES = 1600
+SWEEP: dict[str, tuple[str, dict, tuple[str, ...]]] = {
+    **{f"dense, lr {lr:g}": ("dense", {}, (f"optim.lr={lr}",)) for lr in (1e-3, 2e-3, 4e-3)},
+    **{f"sparse, lr {lr:g}": ("sparse", {}, (f"optim.lr={lr}",)) for lr in (1e-3, 2e-3, 4e-3)},
+    "last 2": ("sparse", {"moe_layers": "last2"}, ()),
+    "second half": ("sparse", {"moe_layers": (3, 4, 5)}, ()),
+    "every block": ("sparse", {"moe_layers": "every1"}, ()),
+    "32 experts": ("sparse", {"num_experts": 32}, ()),
+    "K = 2": ("sparse", {"num_selected_experts": 2}, ()),
+    "K = 2, renormalised": ("sparse", {"num_selected_experts": 2, "renormalize_gates": True}, ()),
+    "expert dropout 0.1": ("sparse", {"expert_drop": 0.1}, ()),
+    "drop path 0.1": ("sparse", {"drop_path_rate": 0.1}, ()),
+    "dense, drop path 0.1": ("dense", {"drop_path_rate": 0.1}, ()),
+    "larger groups": ("sparse", {"group_size": 32}, ()),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training, or what is known before it."""
+
+    name: str
+    """Of its folder and in the results."""
+    kind: str
+    """"dense", "sparse", "continued" (a dense one) or "upcycled"."""
+    size: str
+    """A key of SIZES."""
+    seed: int
+    """Of the weights, of the order of images and of their distortions."""
+    updates: int
+    """Of BATCH images."""
+    changes: tuple[str, ...] = ()
+    """Overrides of the recipe."""
+    model: tuple[tuple[str, object], ...] = ()
+    """Changes of the model's arguments."""
+    after: str | None = None
+    """The run whose last weights this one begins with."""
+    tested: bool = True
+    """Whether it may see the test typefaces: what chooses settings may not."""
+
+    def config(self, folder: Path) -> Config:
+        """The whole recipe; runs lie beside each other in a folder, which holds the fonts as well."""
+        size = SIZES[self.size]
+        arguments = {
+            "img_size": SIDE,
+            "patch_size": 8,
+            "in_chans": 1,
+            "embed_dim": size.width,
+            "depth": 6,
+            "num_heads": size.width // 32,
+            "class_token": False,
+            "global_pool": "avg",
+            "pos_embed": "sincos2d",
+            **(SPARSE if self.kind == "sparse" else DENSE),
+            **dict(self.model),
+        }
+        model = {"name": "vmoe_s32", "kwargs": arguments}
+        if self.after is not None:
+            model["checkpoint"] = str(folder / self.after)
+        if self.kind == "upcycled":
+            model["upcycle"] = UPCYCLED
+        config = Config.from_dict(
+            {
+                "model": {"name": "vmoe_s32", "kwargs": arguments},
+                "data": {
+                    "name": "typefaces",
+                    "root": str(folder / "fonts"),
+                    "batch_size": BATCH,
+                    "eval_batch_size": 256,
+                },
+                "optim": {"lr": LR[self.kind], "weight_decay": 0.05, "ema_decay": 0.998},
+                "schedule": {"updates": self.updates, "warmup_updates": WARMUP},
+                "run": {
+                    "output": str(folder / self.name),
+                    "seed": self.seed,
+                    "device": "cpu",
+                    "tensorboard": False,
+                    "progress": False,
+                    "summary": False,
+                    "checkpoint_every": 400,
+                    "log_every": 50,
+                },
+            }
+        )
+        return config.override(*self.changes)
+
+
+def sweep() -> list[Run]:
+    """The trainings that choose; one seed, the middle size."""
+    return [
+        Run(
+            "sweep_" + "".join(c if c.isalnum() else "_" for c in name),
+            kind,
+            "middle",
+            0,
+            SWEEP_UPDATES,
+            changes,
+            tuple(sorted(model.items())),
+            tested=False,
+        )
+        for name, (kind, model, changes) in SWEEP.items()
+    ]
+
+
+def sizes() -> list[Run]:
+    """Both kinds at every size for equal epochs, and the dense one for equal training FLOPs; the middle with seeds."""
+    found = []
+    for seed in SEEDS:
+        for name, size in SIZES.items():
+            if seed != SEEDS[0] and name != "middle":
+                continue
+            sparse = Run(f"sparse_{name}_{seed}", "sparse", name, seed, size.updates)
+            dense = Run(f"dense_{name}_{seed}", "dense", name, seed, size.updates)
+            updates = math.ceil(size.updates * forward_flops(sparse) / forward_flops(dense))
+            found += [sparse, dense, Run(f"dense_flops_{name}_{seed}", "dense", name, seed, updates)]
+    return found
+
+
+def upcycling() -> list[Run]:
+    """A trained dense model goes on, as it is or upcycled, for equal added FLOPs."""
+    found = []
+    for seed in SEEDS:
+        before = f"dense_middle_{seed}"
+        dense = Run(f"continued_{seed}", "continued", "middle", seed, SIZES["middle"].updates // 2, after=before)
+        sparse = replace(dense, name=f"upcycled_{seed}", kind="upcycled")
+        updates = math.floor(dense.updates * forward_flops(dense) / forward_flops(sparse))
+        found += [replace(sparse, updates=updates), dense]
+    return found
+
+
+PARTS = {"sweep": sweep, "sizes": sizes, "upcycling": upcycling}
+
+
+def runs_of(parts: Sequence[str] = tuple(PARTS)) -> Iterator[Run]:
+    """The runs of some parts, in order."""
+    for part in parts:
+        yield from PARTS[part]()
+
+
+def forward_flops(run: Run) -> float:
+    """FLOPs per image of a forward at the capacity of the training."""
+    arguments = run.config(Path("runs")).model.kwargs
+    moe = UPCYCLED if run.kind == "upcycled" else {}
+    return _forward_flops(tuple(sorted({**arguments, **moe}.items())))
+
+
+@cache
+def _forward_flops(arguments: tuple[tuple[str, object], ...]) -> float:
+    model = timm.create_model("vmoe_s32", num_classes=CLASSES, **dict(arguments))
+    return count_flops(model, torch.zeros(GROUP, 1, SIDE, SIDE)).total

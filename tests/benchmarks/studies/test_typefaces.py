@@ -1,0 +1,125 @@
+"""The study of typefaces: its splits, its arithmetic, and a whole run of it in a minute on matplotlib's fonts."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+
+from benchmarks.studies.typefaces import figures, fonts, measure, report, runs
+from benchmarks.studies.typefaces.__main__ import main
+
+FACES = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+def test_families_to_test_and_to_validate_on_are_never_trained_on():
+    names = (
+        "setofont.ttf",
+        "setofont-ex.ttf",
+        "LXGWWenKai-Bold.ttf",
+        "LXGWWenKai-Regular.ttf",
+        "YOzRC_.ttf",
+        "ipag.ttf",
+    )
+    parts = fonts.split(map(Path, names))
+    assert {name: [file.name for file in files] for name, files in parts.items()} == {
+        "train": ["ipag.ttf"],
+        "val": ["YOzRC_.ttf"],
+        "test": ["LXGWWenKai-Regular.ttf", "setofont.ttf"],
+    }
+
+
+def test_characters_are_those_of_the_standard():
+    learned = fonts.kanji(fonts.LEVEL_1)
+    assert len(learned) == runs.CLASSES == 2965
+    assert (learned[0], learned[-1]) == ("亜", "腕")
+    tasks = fonts.scripts()
+    assert all(len(set(characters)) == len(characters) for characters in tasks.values())
+    assert not set(learned).intersection(*map(set, tasks.values()))
+
+
+def test_fonts_without_the_characters_are_left_out(tmp_path):
+    shutil.copy(FACES / "DejaVuSans.ttf", tmp_path)
+    (tmp_path / "link.ttf").symlink_to(tmp_path / "DejaVuSans.ttf")
+    found = fonts.covering(fonts.font_files(tmp_path), "AB鬱", least=2)
+    assert [file.name for file in found] == ["DejaVuSans.ttf"]
+    with pytest.raises(ValueError, match="apt-get install fonts-"):
+        fonts.prepare(tmp_path / "study", tmp_path)
+
+
+def test_what_chooses_settings_sees_no_test_typeface():
+    assert not any(run.tested for run in runs.sweep())
+    assert all(run.tested for run in (*runs.sizes(), *runs.upcycling()))
+
+
+def test_runs_compared_have_equal_flops():
+    by_name = {run.name: run for run in runs.runs_of()}
+    assert len(by_name) == len(list(runs.runs_of()))
+    for one, other in (("sparse_small_0", "dense_flops_small_0"), ("upcycled_1", "continued_1")):
+        flops = [runs.forward_flops(by_name[name]) * by_name[name].updates for name in (one, other)]
+        assert flops[0] == pytest.approx(flops[1], rel=2e-3)
+
+
+def test_information_of_independent_experts_is_its_chance_level():
+    bound = np.repeat(100 * np.eye(4, dtype=int), 2, axis=0)
+    found = measure.information(bound)
+    assert found["bits"] == pytest.approx(2.0) == found["most"]
+    assert found["chance"] < 0.05
+    assert measure.information(np.full((8, 4), 25))["bits"] == pytest.approx(0.0)
+
+
+def test_equal_inference_flops_lie_between_settings():
+    rows = [(10.0, 0.5), (20.0, 0.7), (30.0, 0.6)]
+    run = {"settings": [{"flops": flops, "top1": top1, "batch_priority": True} for flops, top1 in rows]}
+    assert report.equal_flops(run, 15.0) == pytest.approx(0.6)
+    # More capacity that does worse is not taken.
+    assert report.equal_flops(run, 30.0) == pytest.approx(0.7)
+    assert report.equal_flops(run, 5.0) is None
+    assert report.reached(run, 0.55)["flops"] == 20.0
+    assert report.reached(run, 0.9) is None
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A study of few letters and updates; returns the folder of its runs."""
+    faces = {"train": ("DejaVuSans", "DejaVuSerif"), "val": ("DejaVuSansMono",), "test": ("STIXGeneral",)}
+    for name, files in faces.items():
+        (tmp_path / "fonts" / name).mkdir(parents=True)
+        for file in files:
+            shutil.copy(FACES / f"{file}.ttf", tmp_path / "fonts" / name)
+    (tmp_path / "fonts" / "characters.txt").write_text("ABCDEFGHIJKLMNOPQRSTUVWX")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(runs, "SIZES", {name: runs.Size(32, 4) for name in runs.SIZES})
+    monkeypatch.setattr(runs, "SEEDS", (0,))
+    monkeypatch.setattr(runs, "BATCH", 16)
+    monkeypatch.setattr(runs, "WARMUP", 0)
+    monkeypatch.setattr(measure, "CAPACITY_FACTORS", (1.05, 0.5))
+    monkeypatch.setattr(measure, "BUDGETS", (0.9,))
+    monkeypatch.setattr(measure, "CALIBRATION", 16)
+    monkeypatch.setattr(measure, "scripts", lambda: {"digits": list("0123456789"), "half drawn": ["鬱", "1"]})
+    return tmp_path
+
+
+def test_a_whole_study(tiny, tmp_path):
+    found = [measure.execute(run, tiny) for run in runs.runs_of(("sizes", "upcycling"))]
+    assert (tiny / "sparse_small_0" / measure.RESULT).exists()
+    # A finished run is read, not repeated.
+    again = dataclasses.replace(next(iter(runs.sizes())), updates=9)
+    assert measure.execute(again, tiny) == found[0]
+    text = "\n".join(report.markdown({"environment": {"machine": "any"}, "runs": found}))
+    for part in ("equal inference FLOPs", "digits | 1", "set_budget", "Mutual information", "upcycled |"):
+        assert part in text
+    assert "half drawn" not in text
+    assert figures.drawn(found).keys() == {"training_flops", "capacity", "experts"}
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_runs_wait_for_the_run_whose_weights_they_begin_with(tmp_path, capsys):
+    (tmp_path / "fonts").mkdir()
+    (tmp_path / "fonts" / "characters.txt").write_text("AB")
+    parts = ["--parts", "upcycling", "--runs", str(tmp_path), "--out", str(tmp_path), "--figures", str(tmp_path)]
+    assert main(parts) == 1
+    assert "upcycled_0" in capsys.readouterr().out
