@@ -7,16 +7,7 @@ import torch
 
 from benchmarks.harness import bars, plots
 from benchmarks.harness.protocol import exponent
-from benchmarks.harness.results import (
-    as_dicts,
-    environment,
-    from_dicts,
-    heading,
-    limit_table,
-    machine_name,
-    table,
-    write,
-)
+from benchmarks.harness.results import from_dicts, limit_table, machine_name, report_heading, table, write
 from benchmarks.harness.session import Session
 from benchmarks.layer import on_cpu
 from benchmarks.models import speed, train_step
@@ -52,33 +43,21 @@ def run(results: Path, seconds: float) -> int:
 
 def write_report(session: Session, layer: dict, folder: Path, complete: bool = False) -> Path:
     """Writes what there is so far; `layer` is the content of layer_on_cpu.json."""
-    made = environment(CPU)
-    results = [bar.result(session) for bar in bars.CPU_BARS]
-    pictures = []
     if complete:
-        pictures = plots.write_plots(session, from_dicts(layer["rows"]), made["machine"], folder)
+        plots.write_plots(session, from_dicts(layer["rows"]), folder)
     content = {
-        "environment": made,
-        "complete": complete,
-        "seconds": session.elapsed,
+        **session.content([bar.result(session) for bar in bars.CPU_BARS], complete),
         "layer_bars": layer["bars"],
-        "bars": results,
-        "pictures": [path.name for path in pictures],
         "models": models(session),
         "exponents": exponents(session),
-        "notes": session.notes,
-        "rows": as_dicts(session.rows),
     }
     return write(folder, "report", content, markdown(content))
 
 
 def markdown(content: dict) -> list[str]:
     """The results file."""
-    lines = heading("V-MoE on a CPU, float32, measured", content["environment"])
-    if not content["complete"]:
-        lines += ["The run has not ended: this is a part.", ""]
     return [
-        *lines,
+        *report_heading("V-MoE on a CPU, float32, measured", content),
         "Medians of interleaved runs with 20% and 80% quantiles; ratios are taken within a round. Every number stands",
         "behind a check in the same run: layers and models agree with the eager reference, compiled models with eager",
         "ones, spread experts with experts at home. The worst case counts.",

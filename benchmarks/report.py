@@ -17,7 +17,7 @@ import torch
 from benchmarks.compile.predicted import write_predicted
 from benchmarks.harness import bars
 from benchmarks.harness.cases import LAYERS
-from benchmarks.harness.results import as_dicts, command_line, environment, heading, machine_name, table, write
+from benchmarks.harness.results import command_line, machine_name, report_heading, table, write
 from benchmarks.harness.session import Session, first_line
 
 # In this order, each until its share of the time is used up; what one leaves goes to the next. By name: models want
@@ -40,26 +40,19 @@ QUICK = 2  # cases of LAYERS
 def write_measured(session: Session, folder: Path, complete: bool = False) -> Path:
     """Writes what there is so far."""
     content = {
-        "environment": environment(session.device),
-        "complete": complete,
+        **session.content([bar.result(session) for bar in bars.BARS], complete),
         "dtype": str(session.dtype).removeprefix("torch."),
-        "seconds": session.elapsed,
-        "bars": [bar.result(session) for bar in bars.BARS],
         "ceilings": session.ceilings,
         "peak_memory": [
             {"case": case, "variant": variant, "bytes": peak} for (case, variant), peak in session.memory.items()
         ],
-        "notes": session.notes,
-        "rows": as_dicts(session.rows),
     }
     return write(folder, "report", content, markdown(content))
 
 
 def markdown(content: dict) -> list[str]:
     """The results file."""
-    lines = heading("Kernels, measured", content["environment"])
-    if not content["complete"]:
-        lines += ["The run has not ended: this is a part.", ""]
+    lines = report_heading("Kernels, measured", content)
     lines += [
         f"Data is {content['dtype']}, N(0, 1)-like; the L2 is cold; medians of interleaved",
         "runs; every variant passed its check against float64 before it was timed. The worst case counts.",
@@ -77,16 +70,6 @@ def markdown(content: dict) -> list[str]:
         ]
         lines.append("")
     return lines + table(content["rows"])
-
-
-def write_plots(session: Session, folder: Path) -> None:
-    """Draws what was measured; a machine without matplotlib has the numbers alone."""
-    try:
-        from benchmarks.harness import plots
-    except ImportError as error:
-        session.note(f"no plots: {first_line(error)}")
-    else:
-        plots.write_plots(session, session.rows, machine_name(session.device), folder)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,7 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         session = replace(session, cases=LAYERS[:QUICK], seconds=min(options.seconds, 180.0), seconds_per_variant=0.1)
     session.run_all(SHARES)
-    write_plots(session, folder)
+    try:
+        from benchmarks.harness import plots
+    except ImportError as error:  # A machine without matplotlib has the numbers alone.
+        session.note(f"no plots: {first_line(error)}")
+    else:
+        plots.write_plots(session, session.rows, folder)
     path = write_measured(session, folder, complete=True)
     print("\n".join(bars.lines([bar.result(session) for bar in bars.BARS])))
     print("\n".join(session.notes))

@@ -130,23 +130,9 @@ BARS = (
 )
 
 CPU_BARS = (
-    Bar(
-        "V-MoE K=1 images/s over timm's ViT of its dims",
-        0.87,
-        0.97,
-        "x",
-        True,
-        images_per_second,
-    ),
+    Bar("V-MoE K=1 images/s over timm's ViT of its dims", 0.87, 0.97, "x", True, images_per_second),
     Bar("exponent of the layer's time over T", 1.03, 1.00, "", False, growth_with_tokens),
-    Bar(
-        "change of the layer's time from 8 to 64 experts",
-        15.0,
-        8.0,
-        "%",
-        False,
-        change_with_experts,
-    ),
+    Bar("change of the layer's time from 8 to 64 experts", 15.0, 8.0, "%", False, change_with_experts),
 )
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.harness.protocol import Samples, exponent
-from benchmarks.harness.results import Row
+from benchmarks.harness.results import Row, machine_name
 from benchmarks.harness.session import Session
 
 # Okabe and Ito's, which colour-blind readers can tell apart.
@@ -33,20 +33,19 @@ _RANKS = (
 )
 
 
-def write_plots(session: Session, layer_rows: Iterable[Row], title: str, folder: Path) -> list[Path]:
-    """Writes what was measured as PNGs and returns their paths."""
+def write_plots(session: Session, layer_rows: Iterable[Row], folder: Path) -> None:
+    """Writes what was measured as PNGs, and their names into the session."""
+    title = machine_name(session.device)
     figures = {
         "models": models(session, title),
         "layer": layer(list(layer_rows), title),
         "scaling": scaling(session, title),
     }
-    paths = []
+    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         if figure is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             figure.savefig(folder / f"{name}.png", dpi=130)
-            paths.append(folder / f"{name}.png")
-    return paths
+            session.pictures.append(f"{name}.png")
 
 
 def models(session: Session, title: str) -> Figure | None:

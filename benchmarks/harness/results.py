@@ -186,6 +186,12 @@ def heading(title: str, made: dict[str, str]) -> list[str]:
     return [f"# {title}", "", ", ".join(f"{name} {value}" for name, value in made.items()) + ".", ""]
 
 
+def report_heading(title: str, content: dict) -> list[str]:
+    """The same of a report, and whether it is a part."""
+    part = [] if content["complete"] else ["The run has not ended: this is a part.", ""]
+    return heading(title, content["environment"]) + part
+
+
 def write(folder: Path, name: str, content: dict, markdown: list[str]) -> Path:
     """Writes <name>.json and <name>.md whole or not at all; returns the path of the latter."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.harness.cases import LAYERS, Case
 from benchmarks.harness.protocol import Samples, measure, require_close, with_gradients
-from benchmarks.harness.results import Ceiling, Row, row
+from benchmarks.harness.results import Ceiling, Row, as_dicts, environment, row
 from benchmarks.harness.work import Work
 
 # An op, as every variant of it is called: named tensors in, one tensor out.
@@ -43,6 +43,7 @@ class Session:
     memory: dict[tuple[str, str], int] = field(default_factory=dict)  # (case, variant) to peak bytes of training
     ceilings: dict[str, float] = field(default_factory=dict)  # FLOP/s, bytes/s or seconds, by name
     notes: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)  # names of files beside the report
     started: float = field(default_factory=time.monotonic)
     deadline: float = float("inf")  # of the op at hand, in seconds since the start
 
@@ -75,6 +76,18 @@ class Session:
                 self.note(f"{name} stopped: {type(error).__name__}: {first_line(error)}")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def content(self, bars: Sequence[dict], complete: bool) -> dict:
+        """What the JSON of every report holds; `bars` are results of the bars."""
+        return {
+            "environment": environment(self.device),
+            "complete": complete,
+            "seconds": self.elapsed,
+            "bars": bars,
+            "pictures": self.pictures,
+            "notes": self.notes,
+            "rows": as_dicts(self.rows),
+        }
 
     def trimmed(self, case: Case, variants: dict[str, Variant]) -> dict[str, Variant]:
         """Without torch.compile of the whole reference past the first two cases: compiling it takes longest."""

@@ -85,9 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     made = environment(torch.device("cpu"))
     source = open_model(options.model)
     results = study(source, options.data, options.shares, options.images)
+    path = publish(options.out, "budget", {"environment": made, **results}, lambda _: markdown(results, made))
     options.figures.mkdir(parents=True, exist_ok=True)
     figure(results).savefig(options.figures / "budget.png", dpi=150)
-    return publish(options.out, "budget", {"environment": made, **results}, lambda _: markdown(results, made))
+    return path
 
 
 if __name__ == "__main__":

@@ -156,9 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             run, found = futures[future], future.result()
             print(f"{run.model}, seed {run.seed}: {found['top1']:.2%}, {found['training_seconds']:.0f} s", flush=True)
     results = [future.result() for future in futures]
+    path = publish(options.out, "results", {"environment": made, "runs": results}, lambda _: markdown(results, made))
     options.figures.mkdir(parents=True, exist_ok=True)
     figure(results).savefig(options.figures / "capacity_curve.png", dpi=150)
-    return publish(options.out, "results", {"environment": made, "runs": results}, lambda _: markdown(results, made))
+    return path
 
 
 if __name__ == "__main__":
