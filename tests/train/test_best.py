@@ -128,7 +128,7 @@ def test_a_failed_write_leaves_the_file_before(tmp_path, monkeypatch):
         Path(part).write_bytes(b"part")
         raise files.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(files, "save_file", fail)
+    monkeypatch.setattr(files.safetensors.torch, "save_file", fail)
     with pytest.raises(
         OSError, match=r"checkpoint .*best\.safetensors cannot be written: .*No space left.*; \d+ MiB are"
     ):

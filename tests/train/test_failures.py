@@ -64,6 +64,14 @@ def test_kill_in_the_middle_of_saving_loses_no_checkpoint(tiny):
     assert checkpoints(config) == ["best.safetensors", "update_00000010"]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Whoever starts pytest in the background of a script has it ignore SIGINT, which a run would do as well."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT], ids=str)
 def test_signal_to_all_processes_saves_and_exits_with_0_in_time(tiny, told):
     config = tiny.override("schedule.epochs=100000", "data.workers=1", "run.log_every=1")

@@ -197,8 +197,8 @@ def test_every_verb_opens_its_model_through_one_door():
 
 
 def test_plan_takes_weights(place, capsys):
-    options = ["--gpus", "2", "--ep", "2", "--batch", "4"]
-    assert main(["plan", "--model", place[0]("x.npz"), *options]) == 0
+    options = ["--gpus", "2", "--ep", "2", "--batch-size", "4"]
+    assert main(["plan", place[0]("x.npz"), *options]) == 0
     assert "fits" in capsys.readouterr().out
 
 

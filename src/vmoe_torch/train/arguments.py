@@ -164,7 +164,9 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
     else:
         fits = isinstance(value, tuple(wanted)) if wanted else False
     if not fits and value not in literals:
-        names = sorted({"null" if option is type(None) else option.__name__ for option in wanted})
+        # Dicts of one value per layer are what saved models hold; nobody types them.
+        told = wanted - {dict} or wanted
+        names = sorted({"null" if option is type(None) else option.__name__ for option in told})
         raise ValueError(f"{key} must be {' or '.join([*names, *map(repr, literals)])}, got {value!r}")
     return value
 
