@@ -28,6 +28,7 @@ from vmoe_torch.evaluate import as_rows, count_flops, evaluate, setting_grid
 from vmoe_torch.recipes import load_recipe
 from vmoe_torch.train import Config, TrainResult, build_data, build_model, build_transforms, train
 from vmoe_torch.train.build import image_mode
+from vmoe_torch.weights.files import replacing
 
 CAPACITY_FACTORS = (1.05, 0.5, 0.25, 0.15, 0.1)
 NUM_SELECTED_EXPERTS = (2, 1)
@@ -115,9 +116,8 @@ def execute(run: Run) -> dict:
     }
     if run.model == "vmoe":
         found["settings"] = as_rows(_evaluate(run.config, trained))
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(file)
+    with replacing(file) as partial:
+        Path(partial).write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 

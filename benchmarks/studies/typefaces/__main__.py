@@ -23,6 +23,7 @@ from benchmarks.studies.fashion_mnist import FIGURES
 from benchmarks.studies.typefaces import figures, fonts, report
 from benchmarks.studies.typefaces.measure import RESULT, execute
 from benchmarks.studies.typefaces.runs import PARTS, Run, runs_of
+from vmoe_torch.data.typefaces import CHARACTERS
 
 # What a child says that was told to stop.
 STOPPED = 3
@@ -46,11 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = environment(torch.device("cpu"))
     made["threads"] = f"1 for each of {options.jobs} runs at a time"
     runs = list(runs_of(options.parts))
-    if (
-        any(not _finished(run, options.runs) for run in runs)
-        and not (options.runs / "fonts" / "characters.txt").exists()
-    ):
-        fonts.prepare(options.runs / "fonts", options.fonts)
+    place = options.runs / "fonts"
+    if not (place / CHARACTERS).exists() and not all(_finished(run, options.runs) for run in runs):
+        fonts.prepare(place, options.fonts)
     failed = work_through(runs, options.runs, options.jobs, time.monotonic() + 60 * options.minutes)
     found = [json.loads((options.runs / run.name / RESULT).read_text()) for run in runs if _finished(run, options.runs)]
     if found:

@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset, Subset
 
+from benchmarks.studies.fashion_mnist import FORWARDS_PER_UPDATE
 from benchmarks.studies.typefaces.fonts import scripts
-from benchmarks.studies.typefaces.runs import FORWARDS_PER_UPDATE, Run, forward_flops
+from benchmarks.studies.typefaces.runs import Run, forward_flops
 from vmoe_torch.analyze import collect_routing
 from vmoe_torch.budget import set_budget
 from vmoe_torch.control import moe_layers, routing
 from vmoe_torch.data import Typefaces, evaluation_loader
 from vmoe_torch.evaluate import Task, as_rows, evaluate, fewshot, setting_grid
 from vmoe_torch.train import Config, TrainResult, build_transforms, train
+from vmoe_torch.weights.files import replacing
 
 CAPACITY_FACTORS = (1.05, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
 SHOTS = (1, 5, 10, 25)
@@ -59,9 +62,8 @@ def execute(run: Run, folder: Path) -> dict | None:
     }
     if run.tested:
         found |= measured(model, config, trained)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(file)
+    with replacing(file) as partial:
+        Path(partial).write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -73,7 +75,7 @@ def measured(model: nn.Module, config: Config, trained: TrainResult) -> dict:
         return found
     selected = next(iter(layers.values())).num_selected_experts
     settings = setting_grid(CAPACITY_FACTORS, range(selected, 0, -1))
-    found["settings"] = as_rows(evaluate(model, _loader(model, config, "test"), settings))
+    found["settings"] = as_rows(evaluate(model, _loader(model, config, _images(config, "test")), settings))
     found["budgets"] = {str(share): budgeted(model, config, share) for share in BUDGETS}
     found["routing"] = routed(model, config)
     return found
@@ -87,16 +89,15 @@ def _transform(model: nn.Module, config: Config) -> Callable:
     return build_transforms(config.data, model)[1]
 
 
-def _loader(model: nn.Module, config: Config, split: str):
-    return evaluation_loader(_images(config, split), _transform(model, config), config.data.eval_batch_size, 0, False)
+def _loader(model: nn.Module, config: Config, images: Dataset):
+    return evaluation_loader(images, _transform(model, config), config.data.eval_batch_size, 0, False)
 
 
 def accuracy(model: nn.Module, config: Config, split: str) -> dict[str, float]:
     """Top-1 over all images of a split, and of each face, by its name."""
     images = _images(config, split)
-    loader = evaluation_loader(images, _transform(model, config), config.data.eval_batch_size, 0, False)
     with torch.no_grad():
-        right = torch.cat([model(batch).argmax(1) == labels for batch, labels in loader]).numpy()
+        right = torch.cat([model(x).argmax(1) == labels for x, labels in _loader(model, config, images)]).numpy()
     faces = {face.name: float(right[images.face_numbers == number].mean()) for number, face in enumerate(images.faces)}
     return {"all": float(right.mean()), **faces}
 
@@ -127,21 +128,18 @@ def transfer(model: nn.Module, config: Config) -> list[dict]:
 
 def budgeted(model: nn.Module, config: Config, share: float) -> dict:
     """Accuracy at a share of the FLOPs that `set_budget` chose for on validation typefaces."""
-    images = torch.utils.data.Subset(
-        images := _images(config, "val"), np.random.default_rng(0).permutation(len(images))[:CALIBRATION]
-    )
-    loader = evaluation_loader(images, _transform(model, config), config.data.eval_batch_size, 0, False)
+    images = _images(config, "val")
+    some = Subset(images, np.random.default_rng(0).permutation(len(images))[:CALIBRATION])
     with routing(model):
-        chosen = set_budget(model, flops=share, data=loader)
-        result = evaluate(model, _loader(model, config, "test"))[0]
+        chosen = set_budget(model, flops=share, data=_loader(model, config, some))
+        result = evaluate(model, _loader(model, config, _images(config, "test")))[0]
     return {"settings": {name: vars(each) for name, each in chosen.chosen.settings.items()}, **as_rows([result])[0]}
 
 
 def routed(model: nn.Module, config: Config) -> dict[str, dict]:
     """By layer: choices by character and expert on the test typefaces, and the experts' mutual information."""
     images = _images(config, "test")
-    loader = evaluation_loader(images, _transform(model, config), config.data.eval_batch_size, 0, False)
-    layers = collect_routing(model, loader, len(images.class_names))
+    layers = collect_routing(model, _loader(model, config, images), len(images.class_names))
     return {
         name: {"wanted": layer.wanted.tolist(), "information": information(layer.wanted.numpy())}
         for name, layer in layers.items()

@@ -21,8 +21,6 @@ CLASSES = 2965
 BATCH = 128
 # Whole groups of 8 images.
 GROUP = 8
-# A backward has two products for each of the forward's.
-FORWARDS_PER_UPDATE = 3
 SEEDS = (0, 1, 2)
 # Updates in which the learning rate rises.
 WARMUP = 300
