@@ -31,9 +31,11 @@ class Size:
     """A width and what it is trained for."""
 
     width: int
-    """Of the tokens; a head has 32 channels."""
+    """Of the tokens; a head has 32 channels where that divides it, else 16."""
     updates: int
     """Of the sparse model and of the dense one at equal epochs, of 128 images each."""
+    patch: int = 8
+    """Side of a patch in pixels: 16 tokens of an image, or 64 with half of it."""
 
 
 SIZES = {"small": Size(96, 6000), "middle": Size(128, 4800), "large": Size(192, 3000)}
@@ -50,6 +52,14 @@ SPARSE = {
 LR = {"dense": 2e-3, "sparse": 2e-3, "upcycled": 1e-3, "continued": 1e-3}
 # Two gates that sum to 1, so that the model is at first the one it was made from.
 UPCYCLED = {**SPARSE, "num_selected_experts": 2, "renormalize_gates": True}
+# Where a dense model may be at its capacity: both kinds, for a few updates.
+REGIME_UPDATES = 1600
+REGIMES = {
+    "96 wide, patch 8": Size(96, REGIME_UPDATES),
+    "128 wide, patch 8": Size(128, REGIME_UPDATES),
+    "48 wide, patch 4": Size(48, REGIME_UPDATES, 4),
+    "64 wide, patch 4": Size(64, REGIME_UPDATES, 4),
+}
 # The designs that were tried, at the middle size and for fewer updates; what they change in SPARSE and in the recipe.
 SWEEP_UPDATES = 1600
 SWEEP: dict[str, tuple[str, dict, tuple[str, ...]]] = {
@@ -77,7 +87,7 @@ class Run:
     kind: str
     """"dense", "sparse", "continued" (a dense one) or "upcycled"."""
     size: str
-    """A key of SIZES."""
+    """A key of SIZES or REGIMES."""
     seed: int
     """Of the weights, of the order of images and of their distortions."""
     updates: int
@@ -93,14 +103,14 @@ class Run:
 
     def config(self, folder: Path) -> Config:
         """The whole recipe; runs lie beside each other in a folder, which holds the fonts as well."""
-        size = SIZES[self.size]
+        size = {**SIZES, **REGIMES}[self.size]
         arguments = {
             "img_size": SIDE,
-            "patch_size": 8,
+            "patch_size": size.patch,
             "in_chans": 1,
             "embed_dim": size.width,
             "depth": 6,
-            "num_heads": size.width // 32,
+            "num_heads": size.width // (32 if size.width % 32 == 0 else 16),
             "class_token": False,
             "global_pool": "avg",
             "pos_embed": "sincos2d",
@@ -138,11 +148,24 @@ class Run:
         return config.override(*self.changes)
 
 
+def regimes() -> list[Run]:
+    """Both kinds at every width and patch that was thought of; one seed."""
+    return [
+        Run(_name("regime", f"{kind}, {name}"), kind, name, 0, size.updates, tested=False)
+        for name, size in REGIMES.items()
+        for kind in ("sparse", "dense")
+    ]
+
+
+def _name(part: str, label: str) -> str:
+    return f"{part}_" + "".join(c if c.isalnum() else "_" for c in label)
+
+
 def sweep() -> list[Run]:
     """The trainings that choose; one seed, the middle size."""
     return [
         Run(
-            "sweep_" + "".join(c if c.isalnum() else "_" for c in name),
+            _name("sweep", name),
             kind,
             "middle",
             0,
@@ -181,7 +204,7 @@ def upcycling() -> list[Run]:
     return found
 
 
-PARTS = {"sweep": sweep, "sizes": sizes, "upcycling": upcycling}
+PARTS = {"regimes": regimes, "sweep": sweep, "sizes": sizes, "upcycling": upcycling}
 
 
 def runs_of(parts: Sequence[str] = tuple(PARTS)) -> Iterator[Run]:
