@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = work_through(runs, options.runs, options.jobs, time.monotonic() + 60 * options.minutes)
     found = [json.loads((options.runs / run.name / RESULT).read_text()) for run in runs if _finished(run, options.runs)]
     if found:
-        for name, canvas in figures.drawn(found).items():
+        for name, canvas in figures.drawn(found, options.runs).items():
             canvas.savefig(options.figures / f"typefaces_{name}.png", dpi=150)
         publish(options.out, "results", {"environment": made, "runs": found}, report.markdown)
     left = [run.name for run in runs if not _finished(run, options.runs)]

@@ -2,18 +2,27 @@
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.studies.typefaces.measure import ROUTING
 from benchmarks.studies.typefaces.runs import CLASSES, SIZES
-from vmoe_torch.report.style import BLUE, GREY, ORANGE
+from vmoe_torch.report.style import BLUE, GREY, ORANGE, layer_label
+
+# Whose experts are shown.
+SHOWN_RUN = "sparse_middle_0"
 
 
-def drawn(found: Sequence[dict]) -> dict[str, Figure]:
-    """Figures by file name, those that the finished runs allow."""
-    makers = {"training_flops": training_flops, "capacity": capacity, "experts": experts}
-    made = {name: maker(found) for name, maker in makers.items()}
+def drawn(found: Sequence[dict], runs: Path) -> dict[str, Figure]:
+    """Figures by file name, those that the finished runs allow; some need the folder of the runs."""
+    made = {
+        "training_flops": training_flops(found),
+        "capacity": capacity(found),
+        "experts": experts(found, runs),
+        "specialists": specialists(found, runs),
+    }
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
@@ -92,23 +101,76 @@ def capacity(found: Sequence[dict]) -> Figure | None:
     return figure
 
 
-def experts(found: Sequence[dict]) -> Figure | None:
+def experts(found: Sequence[dict], runs: Path) -> Figure | None:
     """Experts by character in the first and the last MoE layer, each layer's characters sorted by their expert."""
-    sparse = [run for run in found if run["name"].startswith("sparse_middle")]
-    if not sparse:
+    arrays = _routing(found, runs)
+    if arrays is None:
         return None
-    layers = sparse[0]["routing"]
-    first, last = next(iter(layers)), next(reversed(layers))
+    layers = next(run for run in found if run["name"] == SHOWN_RUN)["routing"]
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     panels = figure.subplots(1, 2)
-    for axes, name in zip(panels, (first, last)):
-        counts = np.asarray(layers[name]["wanted"], float)
+    names = next(iter(layers)), next(reversed(layers))
+    for axes, name, counts in zip(panels, names, (arrays["first"], arrays["last"])):
         shares = counts / counts.sum(1, keepdims=True).clip(min=1)
         order = np.lexsort((-shares.max(1), shares.argmax(1)))
-        image = axes.imshow(shares[order].T, aspect="auto", cmap="magma", interpolation="nearest", vmin=0)
-        bits = layers[name]["information"]["bits"]
-        axes.set_title(f"{name}: {bits:.2f} bits of the character", fontsize="small")
+        image = axes.imshow(shares[order].T, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0)
+        bits = layers[name]["character"]["bits"]
+        axes.set_title(f"{layer_label(name)}: {bits:.2f} bits of the character", fontsize="small")
         axes.set_xlabel("characters, sorted by their expert", fontsize="small")
         figure.colorbar(image, ax=axes, label="share of a character's tokens")
     panels[0].set_ylabel("expert", fontsize="small")
     return figure
+
+
+def specialists(found: Sequence[dict], runs: Path) -> Figure | None:
+    """What the experts of the last MoE layer are sure of: their patches, and the characters that use them most."""
+    arrays = _routing(found, runs)
+    if arrays is None:
+        return None
+    images, places, glyphs = arrays["images"], arrays["places"], arrays["glyphs"]
+    shares = arrays["last"] / arrays["last"].sum(1, keepdims=True).clip(min=1)
+    experts, count = places.shape
+    patch = SIZES["middle"].patch
+    columns = images.shape[-1] // patch
+    size, gap = images.shape[-1] + 4, 12
+    canvas = np.ones((experts * size, 2 * count * size + gap, 3))
+    for expert in range(experts):
+        favourites = np.argsort(-shares[:, expert], kind="stable")[:count]
+        for column in range(count):
+            place = places[expert, column]
+            if place >= 0:
+                tile = np.repeat(1 - images[expert, column, :, :, None] / 255, 3, axis=2)
+                tile = 0.55 + 0.45 * tile
+                row, left = place // columns * patch, place % columns * patch
+                inside = np.s_[row : row + patch, left : left + patch]
+                ink = images[expert, column][inside][..., None] / 255
+                tile[inside] = (1 - ink) * np.array([1.0, 0.86, 0.72]) + ink * np.array([0.75, 0.2, 0.0])
+                _paste(canvas, tile, expert * size, column * size)
+            glyph = np.repeat(1 - glyphs[favourites[column], :, :, None] / 255, 3, axis=2)
+            _paste(canvas, glyph, expert * size, (count + column) * size + gap)
+    figure = Figure(figsize=(10, 10 * experts / (2 * count) + 0.6), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_yticks([(expert + 0.5) * size for expert in range(experts)], [str(expert) for expert in range(experts)])
+    axes.set_xticks(
+        [count * size / 2, 1.5 * count * size + gap], ["the patches it is surest of", "the characters that use it most"]
+    )
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.set_ylabel("expert of the last MoE layer")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return figure
+
+
+def _paste(canvas: np.ndarray, tile: np.ndarray, top: int, left: int) -> None:
+    canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+
+
+def _routing(found: Sequence[dict], runs: Path) -> dict[str, np.ndarray] | None:
+    """What the shown run kept for figures; None where it is not finished, or its folder is not here."""
+    file = runs / SHOWN_RUN / ROUTING
+    if not file.exists() or not any(run["name"] == SHOWN_RUN for run in found):
+        return None
+    with np.load(file) as arrays:
+        return dict(arrays)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from benchmarks.studies.fashion_mnist import FORWARDS_PER_UPDATE
+from benchmarks.studies.typefaces import specialisation
 from benchmarks.studies.typefaces.fonts import scripts
 from benchmarks.studies.typefaces.runs import Run, forward_flops
-from vmoe_torch.analyze import collect_routing
 from vmoe_torch.budget import set_budget
 from vmoe_torch.control import moe_layers, routing
 from vmoe_torch.data import Typefaces, evaluation_loader
@@ -26,7 +26,7 @@ SHOTS = (1, 5, 10, 25)
 BUDGETS = (0.9, 0.8)
 # Images that set_budget is calibrated on, of the validation typefaces.
 CALIBRATION = 2048
-RESULT = "result.json"
+RESULT, ROUTING = "result.json", "routing.npz"
 
 
 def execute(run: Run, folder: Path) -> dict | None:
@@ -137,33 +137,12 @@ def budgeted(model: nn.Module, config: Config, share: float) -> dict:
 
 
 def routed(model: nn.Module, config: Config) -> dict[str, dict]:
-    """By layer: choices by character and expert on the test typefaces, and the experts' mutual information."""
+    """What the experts go by on the test typefaces, layer by layer; what figures need of it stays in the folder."""
     images = _images(config, "test")
-    layers = collect_routing(model, _loader(model, config, images), len(images.class_names))
-    return {
-        name: {"wanted": layer.wanted.tolist(), "information": information(layer.wanted.numpy())}
-        for name, layer in layers.items()
-    }
-
-
-def information(counts: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mutual information of class and expert in bits, and what it is by chance: with the experts shuffled.
-
-    Args:
-        counts: (N, E) choices.
-        seed: of the shuffling, which keeps how many choices a class made and how many an expert had.
-    """
-    rng = np.random.default_rng(seed)
-    totals = counts.sum(1)
-    shuffled = rng.permutation(np.repeat(np.arange(counts.shape[1]), counts.sum(0)))
-    classes = np.repeat(np.arange(counts.shape[0]), totals)
-    chance = np.zeros_like(counts)
-    np.add.at(chance, (classes, shuffled), 1)
-    return {"bits": _bits(counts), "chance": _bits(chance), "most": float(np.log2(counts.shape[1]))}
-
-
-def _bits(counts: np.ndarray) -> float:
-    joint = counts / counts.sum()
-    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    there = joint > 0
-    return float((joint[there] * np.log2(joint[there] / independent[there])).sum())
+    patch = config.model.kwargs["patch_size"]
+    found, arrays = specialisation.routed(
+        model, _loader(model, config, images), images.face_numbers, len(images.class_names), patch
+    )
+    with replacing(Path(config.run.output) / ROUTING) as partial, open(partial, "wb") as stream:
+        np.savez_compressed(stream, **arrays)
+    return found

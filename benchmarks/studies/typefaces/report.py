@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.harness.results import heading
 from benchmarks.studies.typefaces.runs import SIZES, SWEEP, sweep
+from vmoe_torch.report.style import layer_label
 
 # The order of claiming slots that a trained V-MoE is evaluated with.
 PRIORITY = True
@@ -141,16 +142,24 @@ def _place(row: dict) -> tuple[int, float]:
 
 
 def layers(found: Sequence[dict]) -> list[str]:
-    """How much the expert tells about the character, layer by layer."""
+    """How much a token's expert tells, and by chance, of what it may go by, layer by layer."""
     sparse = of(found, "sparse", "middle", "sparse")
     if not sparse:
         return []
-    lines = ["Mutual information of character and expert, and what it is by chance, in bits:", ""]
-    lines += ["| layer | information | chance | most possible |", "| --- " * 4 + "|"]
+    what = tuple(next(iter(sparse[0]["routing"].values())))
+    lines = [
+        "What a token's first expert tells of it: mutual information in bits, and in brackets what it is by chance.",
+        "",
+    ]
+    lines += [f"| layer | {' | '.join(what)} |", "| --- " * (len(what) + 1) + "|"]
     for name in sparse[0]["routing"]:
-        own = [run["routing"][name]["information"] for run in sparse]
-        cells = (f"{statistics.mean(each[key] for each in own):.3f}" for key in ("bits", "chance", "most"))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        cells = []
+        for each in what:
+            bits, chance = (
+                statistics.mean(run["routing"][name][each][key] for run in sparse) for key in ("bits", "chance")
+            )
+            cells.append(f"{bits:.3f} ({chance:.3f})")
+        lines.append(f"| {layer_label(name)} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 

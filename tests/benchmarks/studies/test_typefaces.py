@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from benchmarks.studies.typefaces import figures, fonts, measure, report, runs
+from benchmarks.studies.typefaces import figures, fonts, measure, report, runs, specialisation
 from benchmarks.studies.typefaces.__main__ import main
 
 FACES = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -65,10 +65,10 @@ def test_runs_compared_have_equal_flops():
 
 def test_information_of_independent_experts_is_its_chance_level():
     bound = np.repeat(100 * np.eye(4, dtype=int), 2, axis=0)
-    found = measure.information(bound)
+    found = specialisation.information(bound)
     assert found["bits"] == pytest.approx(2.0) == found["most"]
     assert found["chance"] < 0.05
-    assert measure.information(np.full((8, 4), 25))["bits"] == pytest.approx(0.0)
+    assert specialisation.information(np.full((8, 4), 25))["bits"] == pytest.approx(0.0)
 
 
 def test_equal_inference_flops_lie_between_settings():
@@ -110,10 +110,11 @@ def test_a_whole_study(tiny, tmp_path):
     again = dataclasses.replace(next(iter(runs.sizes())), updates=9)
     assert measure.execute(again, tiny) == found[0]
     text = "\n".join(report.markdown({"environment": {"machine": "any"}, "runs": found}))
-    for part in ("equal inference FLOPs", "digits | 1", "set_budget", "Mutual information", "upcycled |"):
+    for part in ("equal inference FLOPs", "digits | 1", "set_budget", "| layer | character |", "upcycled |"):
         assert part in text
     assert "half drawn" not in text
-    assert figures.drawn(found).keys() == {"training_flops", "capacity", "experts"}
+    assert figures.drawn(found, tiny).keys() == {"training_flops", "capacity", "experts", "specialists"}
+    assert figures.drawn(found, tmp_path / "elsewhere").keys() == {"training_flops", "capacity"}
     assert json.loads(json.dumps(found)) == found
 
 
