@@ -215,6 +215,16 @@ def test_distortion_of_nothing_is_a_plain_resize(root, cache):
     assert np.array_equal(np.asarray(still(image)), np.asarray(image))
 
 
+def test_distortions_of_a_strength(root, cache):
+    image, _ = Typefaces(root, cache=cache)[0]
+    assert np.array_equal(np.asarray(Distort.of_strength((48, 48), 0)(image)), np.asarray(image))
+    assert vars(Distort.of_strength((48, 48), 1)) == vars(Distort((48, 48)))
+    half = Distort.of_strength((48, 48), 0.5)
+    assert (half.degrees, half.scale, half.contrast, half.stroke) == (6.0, (0.875, 1.05), 0.75, 0.25)
+    with pytest.raises(ValueError, match=r"strength must be in 0\.\.2, got 3"):
+        Distort.of_strength((48, 48), 3)
+
+
 def test_distortions_each_change_the_picture(root, cache):
     image, _ = Typefaces(root, cache=cache)[3]
     none = {"degrees": 0, "shear": 0, "scale": (1, 1), "shift": 0, "stroke": 0, "blur": 0, "contrast": 1, "noise": 0}

@@ -37,6 +37,8 @@ BASE = Config().override("data.name=fashion_mnist")
         "data.auto_augment=rand-m5 data.augment=false",
         "data.mixup_mode=pair",
         'data.kwargs={"side":64}',
+        "data.distort=0.5",
+        "data.distort=0.5 data.augment=false data.name=typefaces data.root=FONTS",
         "data.hflip=0 data.name=typefaces data.root=FONTS",
         "data.auto_augment=rand-m5 data.name=typefaces data.root=FONTS",
         "data.exif=true data.name=typefaces data.root=FONTS",

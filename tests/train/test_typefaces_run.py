@@ -42,6 +42,8 @@ def test_typefaces_run_is_distorted_in_training_only(on_typefaces):
     assert not torch.equal(training(image), training(image))
     plain, _ = build_transforms(on_typefaces.override("data.augment=false").data, build_model(on_typefaces.model, 40))
     assert torch.equal(plain(image), plain(image))
+    still, _ = build_transforms(on_typefaces.override("data.distort=0").data, build_model(on_typefaces.model, 40))
+    assert torch.equal(still(image), still(image))
 
 
 def test_typefaces_run_resumes_to_equal_bits(on_typefaces, tmp_path):

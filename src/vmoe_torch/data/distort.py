@@ -55,6 +55,32 @@ class Distort:
         self.degrees, self.shear, self.scale, self.shift = degrees, shear, scale, shift
         self.stroke, self.blur, self.contrast, self.noise = stroke, blur, contrast, noise
 
+    @classmethod
+    def of_strength(cls, size: tuple[int, int], strength: float) -> "Distort":
+        """All defaults at so many times their distance from changing nothing.
+
+        Args:
+            size: (height, width) of the result.
+            strength: in 0..2; 1 is `Distort(size)`.
+
+        Raises:
+            ValueError: if the strength is out of its range.
+        """
+        if not 0 <= strength <= 2:
+            raise ValueError(f"strength must be in 0..2, got {strength}")
+        plain = cls(size)
+        return cls(
+            size,
+            degrees=strength * plain.degrees,
+            shear=strength * plain.shear,
+            scale=tuple(1 + strength * (scale - 1) for scale in plain.scale),
+            shift=strength * plain.shift,
+            stroke=strength * plain.stroke,
+            blur=strength * plain.blur,
+            contrast=1 + strength * (plain.contrast - 1),
+            noise=strength * plain.noise,
+        )
+
     def __call__(self, image: Image.Image) -> Image.Image:
         image = self._blurred(self._moved(self._stroked(image)))
         ink = np.asarray(image, np.float32)

@@ -205,7 +205,7 @@ def build_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[An
     if config.name == TYPEFACES and config.augment:
         # A crop that misses a stroke, or a mirror, would make another character.
         plain = create_transform(**common, crop_pct=1.0, crop_mode="squash")
-        return Compose([Distort((height, width)), plain]), evaluation
+        return Compose([Distort.of_strength((height, width), config.distort), plain]), evaluation
     try:
         train = create_transform(
             **common,

@@ -111,6 +111,8 @@ class DataConfig:
     """timm's RandAugment and AutoAugment strings, as "rand-m10-n2"."""
     random_erasing: Annotated[float, SHARE] = 0.0
     """Probability that a rectangle of an image is erased, in 0..1."""
+    distort: Annotated[float, Number(0, 2)] = 1.0
+    """How strongly characters of typefaces are distorted, in 0..2: times the defaults of `Distort`."""
     mixup: Annotated[float, NOT_NEGATIVE] = 0.0
     """Concentration of the distribution that images are mixed by; 0 mixes none."""
     cutmix: Annotated[float, NOT_NEGATIVE] = 0.0

@@ -69,7 +69,7 @@ def _combinations(config: Any) -> list[tuple[bool, str, str]]:
         (not model.pretrained and model.checkpoint is None, "without weights to begin with", "model.drop_head"),
         (model.checkpoint is not None, "with model.checkpoint, whose weights replace it", "model.pretrained"),
         (data.name == FASHION_MNIST, "with data.name=fashion_mnist", "data.train_split data.val_split"),
-        (data.name != TYPEFACES, f"with data.name={data.name}", "data.kwargs"),
+        (data.name != TYPEFACES, f"with data.name={data.name}", "data.kwargs data.distort"),
         (
             data.name == TYPEFACES,
             "with data.name=typefaces, which has distortions of its own",
@@ -84,7 +84,7 @@ def _combinations(config: Any) -> list[tuple[bool, str, str]]:
         (
             not data.augment,
             "with data.augment=false",
-            "data.scale data.ratio data.hflip data.color_jitter data.auto_augment data.random_erasing",
+            "data.scale data.ratio data.hflip data.color_jitter data.auto_augment data.random_erasing data.distort",
         ),
         # timm jitters colours beside "3a" only.
         (randaugment, "with data.auto_augment, which does it itself", "data.color_jitter"),
