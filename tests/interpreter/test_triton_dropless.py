@@ -13,7 +13,7 @@ from vmoe_kernels.common import launch
 from vmoe_kernels.common.groups import dropless_rows
 from vmoe_kernels.common.impl import ROW_TILE
 from vmoe_kernels.common.philox import philox_bits, uniform
-from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS, Buffer, gemm_tile
+from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS, Buffer, gemm_config, gemm_tile
 from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
 from vmoe_kernels.testing import (
     assert_compiles_and_exports,
@@ -82,17 +82,18 @@ def test_mlp_drops_as_on_cuda(monkeypatch):
     assert_matches_eager(*ops, _inputs(13, 2, 4, "random"), ulps=ULPS)
 
 
-def test_mlp_takes_no_tile_of_two_experts():
+def test_no_tile_holds_rows_of_two_experts():
     """The library and tiles of other heights are passed over for one that keeps experts apart."""
-    inputs = _inputs(13, 2, 4, "random", torch.float16)
-    want = outputs_and_gradients(OPS[0], inputs)
-    tall = gemm_tile(256, 128, 64, warps=8, stages=3)
+    buffer = Buffer(4, 512, torch.zeros(128, 2, dtype=torch.int32), spans=torch.zeros(2, 4, dtype=torch.int32))
+    tall, cpu = gemm_tile(256, 128, 64, warps=8, stages=3), torch.device("cpu")
     for op in (*LINEAR_OPS, "expert_d_hidden", *WEIGHT_OPS):
-        for config in (CUBLAS,) if op in WEIGHT_OPS else (CUBLAS, tall):
-            with launch.override(op, config):
-                got = outputs_and_gradients(OPS[0], inputs)
-            difference = max((got[name] - tensor).abs().max().item() for name, tensor in want.items())
-            assert difference <= 1e-2
+        for dtype in (torch.float16, torch.float32):
+            name = f"{op}/fp32" if dtype == torch.float32 else op
+            for other in (CUBLAS, tall):
+                with launch.override(name, other):
+                    config = gemm_config(op, dtype, buffer, cpu)
+                assert config not in (CUBLAS, tall)
+                assert op in WEIGHT_OPS or ROW_TILE % config.constexprs["BLOCK_ROWS"] == 0
 
 
 @pytest.mark.parametrize("persistent", [False, True])
