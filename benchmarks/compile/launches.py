@@ -200,6 +200,15 @@ def _experts(
         _backward(out)
 
 
+def _dropless(dtype: torch.dtype, activation: str, tokens: int = 256, drop: float = 0.0) -> None:
+    """A step of dropless slots and experts."""
+    leaf = partial(_leaf, dtype)
+    slots, spans = kernels.assign_dropless_slots(torch.empty(tokens, 2, dtype=torch.int32), num_experts=2)
+    weights = leaf(2, 3072, 768), leaf(2, 3072), leaf(2, 768, 3072), leaf(2, 768)
+    settings = {"activation": activation, "drop": drop, "seed": _seed() if drop else None}
+    _backward(kernels.dropless_mlp(leaf(tokens, 768), slots, spans, _leaf(FP32, tokens, 2), *weights, **settings))
+
+
 _HEADLINE = "routed/bf16/gelu_tanh/768x3072"
 # Widths of V-MoE-B and, the larger ones, V-MoE-H; 48 takes the tall tiles.
 CALLS: dict[str, Callable[[], None]] = {
@@ -240,6 +249,10 @@ CALLS: dict[str, Callable[[], None]] = {
     "routed/fp32/gelu/768x3072/dropout": partial(_experts, True, FP32, "gelu", 768, 3072, drop=0.1),
     "unrouted/bf16/gelu_tanh/768x3072": partial(_experts, False, BF16, "gelu_tanh", 768, 3072),
     "unrouted/fp32/gelu/768x3072": partial(_experts, False, FP32, "gelu", 768, 3072),
+    "dropless/bf16/gelu_tanh/768x3072": partial(_dropless, BF16, "gelu_tanh"),
+    "dropless/bf16/gelu_tanh/768x3072/le64": partial(_dropless, BF16, "gelu_tanh", tokens=64),
+    "dropless/bf16/gelu_tanh/768x3072/dropout": partial(_dropless, BF16, "gelu_tanh", drop=0.1),
+    "dropless/fp32/gelu/768x3072": partial(_dropless, FP32, "gelu"),
 }
 # With cuBLAS for every GEMM, which leaves the epilogues to kernels of their own.
 _BY_CUBLAS: dict[str, Callable[[], None]] = {

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vmoe_kernels.common.checks import MAX_ROWS
-from vmoe_kernels.common.groups import rows_per_expert
-from vmoe_kernels.common.impl import wants_grad
+from vmoe_kernels.common.groups import expert_of_slot, rows_per_expert
+from vmoe_kernels.common.impl import row_tile, wants_grad
 
 
 def _samples(tensor: Tensor | None, dim: int | None, count: int) -> Tensor | None:
@@ -95,6 +95,25 @@ def assign_slots(
     return torch.where(slots < 0, slots, own), 0
 
 
+def assign_dropless_slots(info, in_dims, experts, num_experts, group_size, tile):
+    count = info.batch_size
+    experts = _samples(experts, in_dims[0], count)
+    group_size = _whole_groups("assign_dropless_slots", experts.shape[1], group_size)
+    # Every sample has experts of its own: its rows lie together, and count from the first of them.
+    own = _own_experts(experts, num_experts)
+    slots, spans = torch.ops.vmoe.assign_dropless_slots(_joined(own), count * num_experts, group_size, tile)
+    spans = spans.unflatten(1, (count, num_experts)).transpose(0, 1)
+    first = spans[:, 0, :1]
+    slots = slots.view(experts.shape)
+    return (torch.where(slots < 0, slots, slots - first.unsqueeze(-1)), spans - first.unsqueeze(-1)), (0, 0)
+
+
+def _own_experts(experts: Tensor, num_experts: int) -> Tensor:
+    """(B, T, K) experts of each sample's own, sample b's from b * E on; -1 stays."""
+    first = torch.arange(len(experts), device=experts.device, dtype=experts.dtype).view(-1, 1, 1) * num_experts
+    return torch.where(experts < 0, experts, experts + first)
+
+
 def dispatch(info, in_dims, x, slots, num_rows):
     count = info.batch_size
     x, slots = (_samples(each, dim, count) for each, dim in zip((x, slots), in_dims))
@@ -143,3 +162,26 @@ def moe_mlp(info, in_dims, x, slots, gates, *arguments):
     y, pre = torch.ops.vmoe.moe_mlp(_joined(x), joined, _joined(gates), *weights, all_rows, *settings)
     pre = _apart(pre, count) if shared else pre.unflatten(0, (count, -1))
     return (y.unflatten(0, (count, x.shape[1])), pre), (0, 0)
+
+
+def dropless_mlp(info, in_dims, x, slots, spans, gates, *arguments):
+    *weights, activation, drop, _, save = arguments
+    _refuse_dropout("dropless_mlp", drop)
+    save = save or wants_grad(x, gates, *weights)
+    count = info.batch_size
+    inputs = zip((x, slots, spans, gates), in_dims)
+    x, slots, spans, gates = (_samples(each, dim, count) for each, dim in inputs)
+    num_experts = spans.shape[2]
+    # Parts of the samples lie elsewhere when these are joined: the rows are assigned anew.
+    experts = expert_of_slot(slots, spans[:, :1].unsqueeze(1))
+    if any(dim is not None for dim in in_dims[4:8]):
+        weights = [_joined(_samples(each, dim, count)) for each, dim in zip(weights, in_dims[4:8])]
+        experts, num_experts = _own_experts(experts, num_experts), count * num_experts
+    experts = _joined(experts)
+    slots, spans = torch.ops.vmoe.assign_dropless_slots(
+        experts, num_experts, max(len(experts), 1), row_tile(experts.device)
+    )
+    y, pre = torch.ops.vmoe.dropless_mlp(
+        _joined(x), slots, spans, _joined(gates), *weights, activation, drop, None, save
+    )
+    return (y.unflatten(0, (count, x.shape[1])), pre), (0, None)

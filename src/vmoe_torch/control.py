@@ -24,9 +24,9 @@ def set_routing(model: nn.Module, *, layers: Iterable[str] | None = None, **chan
     Args:
         model: any module with MoE layers.
         layers: names of the layers to change, as `moe_layers` has them; None is all.
-        **changes: num_selected_experts, K, in 1..E of every layer; capacity_factor, in training and, unless
-            eval_capacity_factor is given too, in eval mode; eval_capacity_factor, in eval mode only (None is
-            capacity_factor); batch_priority, Batch Priority Routing or position order; priority, "max" or "sum" of a
+        **changes: num_selected_experts, K, in 1..E of every layer; capacity_factor, a number or "dropless", in training
+            and, unless eval_capacity_factor is given too, in eval mode; eval_capacity_factor, in eval mode only (None
+            is capacity_factor); batch_priority, Batch Priority Routing or position order; priority, "max" or "sum" of a
             token's gates; group_size, images per group, "batch" or "image".
 
     Raises:

@@ -12,6 +12,7 @@ from timm.models import save_for_hf as timm_save
 from torch import nn
 
 from vmoe_torch.control import moe_layers
+from vmoe_torch.layers.settings import capacity_text
 from vmoe_torch.models.description import model_arguments
 from vmoe_torch.models.vmoe import VMoE
 
@@ -115,7 +116,7 @@ def card_of(model: nn.Module, name: str) -> dict[str, Any]:
 def _routing_text(routing: dict[str, Any]) -> str:
     order = f"BPR by {routing['priority']} gate" if routing["batch_priority"] else "position order"
     return (
-        f"K={routing['num_selected_experts']}, capacity factor {routing['eval_capacity_factor']:g}, "
+        f"K={routing['num_selected_experts']}, capacity factor {capacity_text(routing['eval_capacity_factor'])}, "
         f"{order}, groups of {routing['group_size']}"
     )
 

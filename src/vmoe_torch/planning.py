@@ -15,6 +15,7 @@ from torch import Size, nn
 from vmoe_kernels import num_groups
 from vmoe_kernels.common.flops import linear_flops, mlp_flops
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.layers.settings import DROPLESS, refuse_dropless
 
 MASTER = 4  # bytes of a parameter, of its gradient, and of each of AdamW's two moments: float32
 LABEL = 4  # bytes of what routing keeps: float32 and int32
@@ -84,6 +85,8 @@ class PlannedRun:
         for block in model.blocks:
             if isinstance(block.mlp, MoeMlp) and block.mlp.num_experts % self.ep:
                 raise ValueError(f"ep must divide num_experts={block.mlp.num_experts}, got ep={self.ep}")
+            if isinstance(block.mlp, MoeMlp) and self.ep > 1 and block.mlp.capacity_factor == DROPLESS:
+                refuse_dropless(self.ep)
 
     @property
     def dp(self) -> int:
@@ -179,7 +182,7 @@ def plan(model: nn.Module, settings: PlannedRun) -> PlannedStep:
     else:
         kept = sum(per_block)
 
-    buffers = [layer.num_experts * _rows(layer, images, tokens) * layer.fc1.weight.shape[2] for layer in layers]
+    buffers = [_rows(layer, images, tokens) * layer.fc1.weight.shape[2] for layer in layers]
     sent = [2 * size * settings.wire_bytes * (settings.ep - 1) // settings.ep for size in buffers]
     passes = 3 if settings.recompute else 2
     gathers = 2 * stream + MASTER
@@ -208,7 +211,9 @@ def plan(model: nn.Module, settings: PlannedRun) -> PlannedStep:
 
 def changes_that_fit(model: nn.Module, settings: PlannedRun) -> list[tuple[str, PlannedStep]]:
     """The smallest change of each kind with which the run fits, and its plan."""
-    experts = [block.mlp.num_experts for block in model.blocks if isinstance(block.mlp, MoeMlp)]
+    layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoeMlp)]
+    # Without capacities the experts of a layer stay together.
+    experts = [1 if layer.capacity_factor == DROPLESS else layer.num_experts for layer in layers]
     kinds = [[("recompute the activations", replace(settings, recompute=True))]]
     again = replace(settings, recompute=True)
     doubled = [settings.ep * 2**i for i in range(1, 12)]
@@ -242,16 +247,16 @@ def forward_flops(model: nn.Module, images: int) -> int:
         mlp, rows = block.mlp, tokens
         if isinstance(mlp, MoeMlp):
             flops += linear_flops(tokens, mlp.router.weight.shape)
-            rows = mlp.num_experts * _rows(mlp, images, tokens)
+            rows = _rows(mlp, images, tokens)
         flops += mlp_flops(rows, mlp.fc1.weight.shape, mlp.fc2.weight.shape)
     return flops
 
 
 def _rows(layer: MoeMlp, images: int, tokens: int) -> int:
-    """R of a training forward."""
+    """Rows of all experts in a training forward."""
     router = layer.own_router()
     mode, router.training = router.training, True
-    rows = layer.groups(tokens, tokens // images).rows
+    rows = layer.num_rows(tokens, tokens // images)
     router.training = mode
     return rows
 
@@ -286,7 +291,7 @@ def _block_activations(block: nn.Module, images: int, tokens: int, settings: Pla
     if not sparse:
         # Before and after the activation.
         return kept + 2 * tokens * mlp.fc1.weight.shape[0] * a
-    rows = mlp.num_experts * _rows(mlp, images, tokens)
+    rows = _rows(mlp, images, tokens)
     hidden = mlp.fc1.weight.shape[1]
     groups = num_groups(tokens, mlp.group_size * (tokens // images) or tokens)
     # Rows that arrived, the pre-activation, and the outputs that came back; per group and expert, what losses keep.

@@ -29,6 +29,17 @@ def test_eval_is_evaluate_on_a_grid(run_folder, image_folder, tmp_path, capsys):
         assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in want]
 
 
+def test_eval_takes_dropless_among_capacities(run_folder, image_folder, tmp_path, capsys):
+    data = [str(run_folder), f"--data={image_folder}", f"--out={tmp_path}/x.json"]
+    assert main(["eval", *data, "--capacity=dropless,0.25", "--order=vanilla"]) == 0
+    dropless, short = (line.split() for line in capsys.readouterr().out.splitlines()[2:4])
+    assert (dropless[1], dropless[2], short[1]) == ("dropless", "1.000", "0.25")
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert [row["capacity_factor"] for row in rows] == ["dropless", 0.25]
+    assert rows[0]["dropped"] == 0 < rows[1]["dropped"]
+    fails(capsys, ["eval", *data, "--capacity=none"], "must be numbers or dropless with commas between, got 'none'")
+
+
 def test_eval_without_settings_takes_the_models(run_folder, image_folder, capsys):
     assert main(["eval", str(run_folder), "--data", str(image_folder)]) == 0
     header, _, row = capsys.readouterr().out.splitlines()

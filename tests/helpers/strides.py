@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from vmoe_kernels import assign_dropless_slots
+from vmoe_kernels.common.groups import dropless_rows
+from vmoe_kernels.common.impl import row_tile
 from vmoe_kernels.testing import make_experts, make_routed
 
 # (T, K, E, R, D) and H
@@ -20,6 +23,9 @@ OPS = (
     "expert_mlp_backward",
     "moe_mlp",
     "moe_mlp_backward",
+    "assign_dropless_slots",
+    "dropless_mlp",
+    "dropless_mlp_backward",
 )
 
 
@@ -33,6 +39,8 @@ def arguments(op: str) -> tuple:
     experts = torch.randint(num_experts, (num_tokens, num_choices), dtype=torch.int32)
     router, logits = torch.randn(num_experts, width), torch.randn(num_tokens, num_experts)
     per_group = torch.randn(3, num_experts)
+    dropless = assign_dropless_slots(experts, num_experts=num_experts)
+    filled = torch.randn(dropless_rows(experts.numel(), num_experts, row_tile(x.device)), HIDDEN)
     weights = tuple(make_experts((num_experts, width, HIDDEN, width), torch.float32).values())
     settings = ("gelu", 0.0, None)
     return {
@@ -47,6 +55,9 @@ def arguments(op: str) -> tuple:
         "expert_mlp_backward": (data, data, pre, *weights, *settings),
         "moe_mlp": (x, slots, gates, *weights, rows, *settings, False),
         "moe_mlp_backward": (x, x, slots, gates, pre, *weights, rows, *settings),
+        "assign_dropless_slots": (experts, num_experts, 4, 16),
+        "dropless_mlp": (x, *dropless, gates, *weights, *settings, False),
+        "dropless_mlp_backward": (x, x, *dropless, gates, filled, *weights, *settings),
     }[op]
 
 

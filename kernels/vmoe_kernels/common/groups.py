@@ -97,6 +97,34 @@ def rows_per_expert(num_tokens: int, group_size: int, capacity: int, last_capaci
     return rows
 
 
+def dropless_rows(num_choices: int, num_experts: int, tile: int) -> int:
+    """Rows of a buffer that holds every choice, however they fall: each expert's begin at a whole tile.
+
+    Args:
+        num_choices: T * K.
+        num_experts: E.
+        tile: rows that belong to one expert.
+
+    Returns:
+        N, a multiple of the tile, at most T * K + E * (tile - 1).
+    """
+    return (num_choices + num_experts * (tile - 1)) // tile * tile
+
+
+def expert_of_slot(slots: Tensor, starts: Tensor) -> Tensor:
+    """The expert that owns each row of a dropless buffer.
+
+    Args:
+        slots: (...) int32 rows, or -1.
+        starts: (..., E) int32 first row of each expert, ascending; leading dims as those of slots, or 1.
+
+    Returns:
+        (...) int32 in 0..E-1, or -1.
+    """
+    # Experts without rows begin where the next one does: the last that begins there is the owner.
+    return (slots.unsqueeze(-1) >= starts).sum(-1, dtype=torch.int32) - 1
+
+
 def split_groups(num_tokens: int, group_size: int) -> list[tuple[slice, int]]:
     """All whole groups, then a smaller last one: the tokens, which may be none, and how many groups they form."""
     groups = num_tokens // group_size

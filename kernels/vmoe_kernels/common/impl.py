@@ -18,6 +18,15 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# Rows of the buffer that the Triton GEMMs take at once: in a dropless one, none may hold rows of two experts.
+ROW_TILE = 128
+
+
+def row_tile(device: torch.device) -> int:
+    """Rows at whose multiples an expert's part of a dropless buffer begins on a device: CPU loops need no padding."""
+    return ROW_TILE if device.type == "cuda" or (INTERPRET and device.type == "cpu") else 1
+
+
 def register_triton(op, launcher: Callable) -> None:
     """Makes `launcher` the CUDA kernel of a custom op, and its CPU kernel under the interpreter."""
 

@@ -3,11 +3,13 @@
 Dims: E experts, R rows per expert, n rows of a block, D width in, H hidden width, O width out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vmoe_kernels.common.impl import accumulation_dtype
 from vmoe_kernels.experts.activations import activate, chain
 from vmoe_kernels.experts.types import Activation, ExpertWeights
 
@@ -51,20 +53,28 @@ def _drop(values: Tensor, keep: Tensor | None, block: slice, drop: float) -> Non
 
 
 class ExpertOutputs:
-    """Runs blocks of rows, and keeps their pre-activation where a backward may come."""
+    """Runs blocks of rows, and keeps their pre-activation where a backward may come.
 
-    def __init__(self, weights: ExpertWeights, activation: Activation, rows: int, save: bool):
-        num_experts, width, _ = weights.fc1_weight.shape
-        self.weights, self.activation = weights, activation
-        # Blocks lie packed at the front of each expert's part; the rest is never touched.
-        self.pre = weights.fc1_weight.new_empty(num_experts, rows if save else 0, width)
-        self.scratch = weights.fc1_weight.new_empty(1 if save else 2, largest_block(rows, width), width)
+    Args:
+        weights: of all experts.
+        activation: and dropout.
+        rows: of an expert at most.
+        pre: memory for the pre-activation, (R, H) for each expert, or None; blocks lie packed at the front of each
+            expert's part, and the rest is never touched.
+    """
+
+    def __init__(
+        self, weights: ExpertWeights, activation: Activation, rows: int, pre: Tensor | Sequence[Tensor] | None
+    ):
+        width = weights.fc1_weight.shape[1]
+        self.weights, self.activation, self.pre = weights, activation, pre
+        self.scratch = weights.fc1_weight.new_empty(2 if pre is None else 1, largest_block(rows, width), width)
 
     def fill(self, out: Tensor, expert: int, block: slice, x: Tensor, keep: Tensor | None) -> None:
         """One block of an expert: x (n, D) fills out (n, O); keep (R, H) says what dropout leaves of all its rows."""
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = self.weights.of(expert)
         hidden, *others = self.scratch[:, : block.stop - block.start]
-        pre = others[0] if others else self.pre[expert, block]
+        pre = others[0] if others else self.pre[expert][block]
         _linear(x, fc1_weight, fc1_bias, pre)
         activate(self.activation.name, pre, hidden)
         _drop(hidden, keep, block, self.activation.drop)
@@ -74,7 +84,7 @@ class ExpertOutputs:
 class ExpertGradients:
     """The weight gradients of all experts, accumulated over blocks of rows; hidden activations are recomputed."""
 
-    def __init__(self, weights: ExpertWeights, activation: Activation, pre: Tensor):
+    def __init__(self, weights: ExpertWeights, activation: Activation, pre: Tensor | Sequence[Tensor]):
         self.weights, self.activation, self.pre = weights, activation, pre
         self.sums = weights.new_gradients()
         for d_bias in (self.sums.fc1_bias, self.sums.fc2_bias):
@@ -101,7 +111,7 @@ class ExpertGradients:
         """
         fc1_weight, _, fc2_weight, fc2_bias = self.weights.of(expert)
         d_fc1_weight, d_fc1_bias, d_fc2_weight, d_fc2_bias = self.sums
-        (name, drop, _), pre = self.activation, self.pre[expert, block]
+        (name, drop, _), pre = self.activation, self.pre[expert][block]
         if self.scratch is None or self.scratch.shape[1] < len(x):
             self.scratch = pre.new_empty(3, *pre.shape)
         hidden, d_hidden, work = self.scratch[:, : len(x)]
@@ -140,3 +150,58 @@ class ExpertGradients:
             self.sums.fc1_weight[expert].zero_()
             self.sums.fc2_weight[expert].zero_()
         return self.sums
+
+
+class Filled(NamedTuple):
+    """The filled rows of one expert, in order."""
+
+    expert: int
+    """Which one."""
+    choices: Tensor
+    """(n,) int64 flat choices t * K + k that hold them."""
+    tokens: Tensor
+    """(n,) int64 tokens of the choices."""
+    keep: Tensor | None
+    """(n, H) bool, what dropout keeps of their hidden activations, or None without dropout."""
+
+
+def gated_outputs(
+    x: Tensor, gates: Tensor, y: Tensor, filled: Iterable[Filled], outputs: ExpertOutputs, rows: int
+) -> None:
+    """Adds gate * output of every filled row to its token.
+
+    Args:
+        x: (T, D) tokens.
+        gates: (T, K).
+        y: (T, O) in the dtype that accumulates.
+        filled: of each expert.
+        outputs: runs them.
+        rows: of an expert at most.
+    """
+    width = outputs.weights.fc1_weight.shape[1]
+    weight = gates.reshape(-1, 1).to(y.dtype)
+    largest = largest_block(rows, width)
+    inputs, outs = x.new_empty(largest, x.shape[1]), x.new_empty(largest, y.shape[1])
+    for expert, choices, tokens, keep in filled:
+        for block in row_blocks(len(choices), width):
+            x_rows, out = (memory[: block.stop - block.start] for memory in (inputs, outs))
+            torch.index_select(x, 0, tokens[block], out=x_rows)
+            outputs.fill(out, expert, block, x_rows, keep)
+            y.index_add_(0, tokens[block], out.to(y.dtype).mul_(weight.index_select(0, choices[block])))
+
+
+def gated_gradients(
+    d_y: Tensor, x: Tensor, gates: Tensor, filled: Iterable[Filled], gradients: ExpertGradients
+) -> tuple[Tensor, Tensor]:
+    """The way back: the gradients of x (T, D) and of the gates (T, K); those of the weights wait in `gradients`."""
+    width = gradients.weights.fc1_weight.shape[1]
+    d_x = torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device)
+    d_gates = gates.new_zeros(gates.shape)
+    weight = gates.reshape(-1, 1).to(d_x.dtype)
+    for expert, choices, tokens, keep in filled:
+        for block in gradient_blocks(len(choices), width, x.dtype):
+            x_rows, d_out = (each.index_select(0, tokens[block]) for each in (x, d_y))
+            d_rows, d_gate = gradients.add(expert, block, x_rows, d_out, keep, weight.index_select(0, choices[block]))
+            d_x.index_add_(0, tokens[block], d_rows.to(d_x.dtype))
+            d_gates.view(-1)[choices[block]] = d_gate.to(gates.dtype)
+    return d_x.to(x.dtype), d_gates

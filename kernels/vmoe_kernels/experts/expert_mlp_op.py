@@ -41,12 +41,29 @@ def expert_mlp_reference(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Eager twin of `expert_mlp`: two batched GEMMs."""
+    keep = None
+    if drop > 0:
+        shape = x.shape[1], fc1_weight.shape[1]
+        keep = torch.stack([dropout_keep(seed, e, shape, drop) for e in range(x.shape[0])])
+    return masked_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, keep)
+
+
+def masked_mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    drop: float,
+    keep: Tensor | None,
+) -> Tensor:
+    """The eager MLPs of (E, R, D) rows; keep (E, R, H) says what dropout leaves, None is without."""
     hidden = x @ fc1_weight.transpose(1, 2)
     if fc1_bias is not None:
         hidden = hidden + fc1_bias.unsqueeze(1)
     hidden = FORWARD[activation](hidden)
-    if drop > 0:
-        keep = torch.stack([dropout_keep(seed, e, tuple(hidden.shape[1:]), drop) for e in range(x.shape[0])])
+    if keep is not None:
         hidden = torch.where(keep, hidden / (1.0 - drop), 0.0)
     out = hidden @ fc2_weight.transpose(1, 2)
     return out if fc2_bias is None else out + fc2_bias.unsqueeze(1)
@@ -65,12 +82,13 @@ def _expert_mlp_op(x, *arguments):
     num_experts, rows, _ = x.shape
     width = weights.fc1_weight.shape[1]
     out = x.new_empty(num_experts, rows, weights.fc2_weight.shape[1])
-    outputs = ExpertOutputs(weights, activation, rows, save)
+    pre = x.new_empty(num_experts, rows if save else 0, width)
+    outputs = ExpertOutputs(weights, activation, rows, pre if save else None)
     for e in range(num_experts):
         keep = activation.keep(e, rows, width)
         for block in row_blocks(rows, width):
             outputs.fill(out[e, block], e, block, x[e, block], keep)
-    return out, outputs.pre
+    return out, pre
 
 
 @_expert_mlp_op.register_fake

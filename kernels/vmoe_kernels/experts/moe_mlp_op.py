@@ -24,7 +24,7 @@ from vmoe_kernels.common.impl import (
     wants_grad,
 )
 from vmoe_kernels.common.transforms import differs_backward, twin_gradients
-from vmoe_kernels.experts.cpu import ExpertGradients, ExpertOutputs, gradient_blocks, largest_block, row_blocks
+from vmoe_kernels.experts.cpu import ExpertGradients, ExpertOutputs, Filled, gated_gradients, gated_outputs
 from vmoe_kernels.experts.expert_mlp_op import expert_mlp_reference
 from vmoe_kernels.experts.types import ACTIVATION, WEIGHTS, Activation, bundle, check_experts
 from vmoe_kernels.rows.combine_op import combine_reference, nan_gates
@@ -54,13 +54,13 @@ def moe_mlp_reference(
 
 
 def _filled_rows(slots: Tensor, num_experts: int, rows_per_expert: int, width: int, activation: Activation):
-    """Per expert: the flat choices that hold its filled rows, their tokens, and what dropout keeps of the rows."""
+    """`Filled` of each expert."""
     choice_of = choice_of_row(slots, num_experts * rows_per_expert).view(num_experts, rows_per_expert)
     for e in range(num_experts):
         rows = (choice_of[e] >= 0).nonzero().squeeze(1)
         choices = choice_of[e, rows]
         keep = activation.keep(e, rows_per_expert, width)
-        yield e, choices, choices // slots.shape[1], None if keep is None else keep[rows]
+        yield Filled(e, choices, choices // slots.shape[1], None if keep is None else keep[rows])
 
 
 @torch.library.custom_op(
@@ -77,17 +77,11 @@ def _moe_mlp_op(x, slots, gates, *arguments):
     num_experts, width, _ = weights.fc1_weight.shape
     dtype = accumulation_dtype(x.dtype)
     y = nan_gates(gates.to(dtype), slots).expand(-1, weights.fc2_weight.shape[1]).contiguous()
-    weight = gates.reshape(-1, 1).to(dtype)
-    largest = largest_block(rows_per_expert, width)
-    inputs, outs = x.new_empty(largest, x.shape[1]), x.new_empty(largest, y.shape[1])
-    outputs = ExpertOutputs(weights, activation, rows_per_expert, save)
-    for e, choices, tokens, keep in _filled_rows(slots, num_experts, rows_per_expert, width, activation):
-        for block in row_blocks(len(choices), width):
-            x_rows, out = (memory[: block.stop - block.start] for memory in (inputs, outs))
-            torch.index_select(x, 0, tokens[block], out=x_rows)
-            outputs.fill(out, e, block, x_rows, keep)
-            y.index_add_(0, tokens[block], out.to(dtype).mul_(weight.index_select(0, choices[block])))
-    return y.to(x.dtype), outputs.pre
+    pre = x.new_empty(num_experts, rows_per_expert if save else 0, width)
+    outputs = ExpertOutputs(weights, activation, rows_per_expert, pre if save else None)
+    filled = _filled_rows(slots, num_experts, rows_per_expert, width, activation)
+    gated_outputs(x, gates, y, filled, outputs, rows_per_expert)
+    return y.to(x.dtype), pre
 
 
 @_moe_mlp_op.register_fake
@@ -112,16 +106,8 @@ def _moe_mlp_backward_op(d_y, x, slots, gates, pre, *arguments):
     weights, activation = bundle(*weights, activation, drop, seed)
     num_experts, width, _ = weights.fc1_weight.shape
     gradients = ExpertGradients(weights, activation, pre)
-    d_x = torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device)
-    d_gates = gates.new_zeros(gates.shape)
-    weight = gates.reshape(-1, 1).to(d_x.dtype)
-    for e, choices, tokens, keep in _filled_rows(slots, num_experts, rows_per_expert, width, activation):
-        for block in gradient_blocks(len(choices), width, x.dtype):
-            x_rows, d_out = (each.index_select(0, tokens[block]) for each in (x, d_y))
-            d_rows, d_gate = gradients.add(e, block, x_rows, d_out, keep, weight.index_select(0, choices[block]))
-            d_x.index_add_(0, tokens[block], d_rows.to(d_x.dtype))
-            d_gates.view(-1)[choices[block]] = d_gate.to(gates.dtype)
-    return (d_x.to(x.dtype), d_gates, *gradients.results())
+    filled = _filled_rows(slots, num_experts, rows_per_expert, width, activation)
+    return (*gated_gradients(d_y, x, gates, filled, gradients), *gradients.results())
 
 
 @_moe_mlp_backward_op.register_fake

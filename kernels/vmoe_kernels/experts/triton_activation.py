@@ -39,8 +39,9 @@ def _activation_kernel(
     cols = start + tl.arange(0, BLOCK_COLS)
     offsets = place * WIDTH + tl.arange(0, BLOCK_ROWS)[:, None] * WIDTH + cols[None, :]
     raw = tl.load(raw_ptr + offsets, mask=tile_mask(held, cols, WIDTH, BLOCK_COLS), other=0.0).to(tl.float32)
+    draws = place - expert * num_rows + tl.arange(0, BLOCK_ROWS)
     store_hidden(
-        raw, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, expert, place, num_rows, held, start,
+        raw, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, expert, expert, draws, place, held, start,
         ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK_COLS, 1, BLOCK_COLS,
     )  # fmt: skip
 
@@ -82,8 +83,9 @@ def _activation_backward_kernel(
         gates = tl.load(gates_ptr + choices, mask=held, other=0.0).to(tl.float32)
     if column_sums_ptr is not None:
         column_sums_ptr += (expert * row_tiles + tile_row) * WIDTH
+    draws = place - expert * num_rows + rows
     row_dots = store_hidden_gradient(
-        d_hidden, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, expert, place, num_rows, count,
+        d_hidden, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, expert, draws, place, count,
         held, tile_col * BLOCK_COLS, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK_COLS, 1, BLOCK_COLS,
     )  # fmt: skip
     if row_dots_ptr is not None:

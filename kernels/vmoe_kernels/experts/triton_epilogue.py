@@ -59,9 +59,10 @@ def _activate_with_slope(x, NAME: tl.constexpr):
 
 
 @triton.jit
-def _dropout_scale(seed_ptr, drop, expert, first, offsets):
+def _dropout_scale(seed_ptr, drop, stream, draws, cols, WIDTH: tl.constexpr):
     """0 where dropped, else 1 / (1 - drop): the stream and offsets of `philox.dropout_keep` on CUDA."""
-    uniform = tl.rand(tl.load(seed_ptr) + expert, (first + offsets).to(tl.uint32))
+    offsets = draws[:, None] * WIDTH + cols[None, :]
+    uniform = tl.rand(tl.load(seed_ptr) + stream, offsets.to(tl.uint32))
     return tl.where(uniform >= drop, 1.0 / (1.0 - drop), 0.0)
 
 
@@ -81,6 +82,22 @@ def tile_rows(choices_ptr, expert, tile_row, num_rows, BLOCK_ROWS: tl.constexpr)
     else:
         choices = tl.load(choices_ptr + place + rows, mask=rows < count, other=-1)
     return place, count, choices
+
+
+@triton.jit
+def tile_owner(owners_ptr, expert, place, num_rows, choices, BLOCK_ROWS: tl.constexpr, TILE: tl.constexpr):
+    """The expert whose weights a tile meets; the stream, and the rows in it, of its random numbers.
+
+    Without a map that is the expert whose part of the buffer the tile is in, and its rows count. A dropless buffer is
+    one part with a map, (N / TILE,) int32: a stream for all, in which choices count.
+    """
+    if owners_ptr is None:
+        owner, stream = expert, expert
+        draws = place - expert * num_rows + tl.arange(0, BLOCK_ROWS)
+    else:
+        owner, stream = tl.load(owners_ptr + place // TILE).to(tl.int64), tl.zeros((), tl.int64)
+        draws = choices.to(tl.int64)
+    return owner, stream, draws
 
 
 @triton.jit
@@ -106,9 +123,10 @@ def store_hidden(
     out_ptr,  # (E * R, W)
     seed_ptr,  # () int64, or None
     drop,
-    expert,
+    owner,
+    stream,
+    draws,
     place,
-    num_rows,
     held,
     start,
     ACTIVATION: tl.constexpr,
@@ -126,17 +144,17 @@ def store_hidden(
     if PARTS > 1:
         left, right = _halves(tile, BLOCK_ROWS, BLOCK)
         store_hidden(
-            left, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, expert, place, num_rows, held,
+            left, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, owner, stream, draws, place, held,
             start, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
         )  # fmt: skip
         store_hidden(
-            right, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, expert, place, num_rows, held,
+            right, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, owner, stream, draws, place, held,
             start + BLOCK // 2, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
         )  # fmt: skip
         return
     cols = start + tl.arange(0, BLOCK)
     if bias_ptr is not None:
-        tile += tl.load(bias_ptr + expert * WIDTH + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)[None, :]
+        tile += tl.load(bias_ptr + owner * WIDTH + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)[None, :]
     first = place * WIDTH
     offsets = tl.arange(0, BLOCK_ROWS)[:, None] * WIDTH + cols[None, :]
     mask = tile_mask(held, cols, WIDTH, TILE)
@@ -144,7 +162,7 @@ def store_hidden(
         tl.store(pre_ptr + first + offsets, tile.to(pre_ptr.dtype.element_ty), mask=mask)
     hidden = _activate(tile, ACTIVATION)
     if seed_ptr is not None:
-        hidden *= _dropout_scale(seed_ptr, drop, expert, first - expert * num_rows * WIDTH, offsets)
+        hidden *= _dropout_scale(seed_ptr, drop, stream, draws, cols, WIDTH)
     tl.store(out_ptr + first + offsets, hidden.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -158,9 +176,9 @@ def store_hidden_gradient(
     column_sums_ptr,  # (W,) float32 of this tile of rows, or None
     seed_ptr,  # () int64, or None
     drop,
-    expert,
+    stream,
+    draws,
     place,
-    num_rows,
     count,
     held,
     start,
@@ -179,12 +197,12 @@ def store_hidden_gradient(
     if PARTS > 1:
         left, right = _halves(d_hidden, BLOCK_ROWS, BLOCK)
         left_dots = store_hidden_gradient(
-            left, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, expert, place, num_rows, count,
+            left, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, stream, draws, place, count,
             held, start, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
         )  # fmt: skip
         right_dots = store_hidden_gradient(
-            right, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, expert, place, num_rows,
-            count, held, start + BLOCK // 2, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
+            right, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, stream, draws, place, count,
+            held, start + BLOCK // 2, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
         )  # fmt: skip
         return left_dots + right_dots
     rows = tl.arange(0, BLOCK_ROWS)
@@ -197,7 +215,7 @@ def store_hidden_gradient(
     d_hidden = tl.where(mask, d_hidden, 0.0)
     hidden, slope = _activate_with_slope(pre, ACTIVATION)
     if seed_ptr is not None:
-        scale = _dropout_scale(seed_ptr, drop, expert, first - expert * num_rows * WIDTH, offsets)
+        scale = _dropout_scale(seed_ptr, drop, stream, draws, cols, WIDTH)
         hidden *= scale
         slope *= scale
     row_dots = tl.sum(d_hidden * hidden, 1)

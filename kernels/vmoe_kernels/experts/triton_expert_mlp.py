@@ -1,6 +1,6 @@
 """Launchers of `expert_mlp` and its backward in Triton, and the sums over rows that complete the biases' gradients.
 
-Dims: E experts, R rows per expert, D width in, H hidden width, O width out, P partial sums, W columns.
+Dims: E experts, R rows per part of the buffer, D width in, H hidden width, O width out, P partial sums, W columns.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vmoe_kernels.common.checks import MAX_DRAWS, check_triton_dtypes
-from vmoe_kernels.common.impl import no_autocast
+from vmoe_kernels.common.impl import ROW_TILE, no_autocast
 from vmoe_kernels.common.launch import ANY, Config, look_up, register_table
 from vmoe_kernels.experts.triton_epilogue import tile_rows
 from vmoe_kernels.experts.triton_gemm import Buffer, Rows, linear
@@ -21,6 +21,7 @@ from vmoe_kernels.experts.types import Activation, ExpertWeights, bundle, contig
 def _output_bias_kernel(
     d_out_ptr,  # (T, O) where a map is given, else (E * R, O)
     choices_ptr,  # (E * R,) int32, or None
+    owners_ptr,  # (R / TILE,) int32 expert of each tile of one part, or None where part and expert are one
     gates_ptr,  # (T * K,) floating, or None
     bias_ptr,  # (E, O), or None
     row_dots_ptr,  # (E * R,) float32, or None
@@ -28,6 +29,7 @@ def _output_bias_kernel(
     num_rows,
     O: tl.constexpr,  # noqa: E741
     K: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -36,6 +38,11 @@ def _output_bias_kernel(
     tile = tl.program_id(0).to(tl.int64)
     expert = tile // row_tiles
     place, count, choices = tile_rows(choices_ptr, expert, tile % row_tiles, num_rows, BLOCK_ROWS)
+    if owners_ptr is not None:
+        # Nobody reads the sums of rows that hold nothing.
+        if tl.max(choices, 0) < 0:
+            return
+        expert = tl.load(owners_ptr + place // TILE).to(tl.int64)
     held = choices >= 0
     rows = tl.arange(0, BLOCK_ROWS)
     if choices_ptr is None:
@@ -57,11 +64,14 @@ def _output_bias_kernel(
         tl.store(row_dots_ptr + place + rows, row_dots, mask=rows < count)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["num_experts", "num_parts", "part_rows"])
 def _sum_parts_kernel(
-    parts_ptr,  # (E, P, W) float32
+    parts_ptr,  # (E, P, W) float32, or (P, W) where experts have spans
+    spans_ptr,  # (2, E) int32 first row of each expert, and past its last, or None
     out_ptr,  # (E, W)
+    num_experts,
     num_parts,
+    part_rows,
     WIDTH: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -70,7 +80,12 @@ def _sum_parts_kernel(
     col_tiles: tl.constexpr = (WIDTH + BLOCK_COLS - 1) // BLOCK_COLS
     expert = tl.program_id(0).to(tl.int64) // col_tiles
     cols = tl.program_id(0) % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    parts_ptr += expert * num_parts * WIDTH
+    first = expert * num_parts
+    if spans_ptr is not None:
+        row = tl.load(spans_ptr + expert).to(tl.int64)
+        first = row // part_rows
+        num_parts = tl.cdiv((tl.load(spans_ptr + num_experts + expert) - row).to(tl.int32), part_rows)
+    parts_ptr += first * WIDTH
     total = tl.zeros((BLOCK_PARTS, BLOCK_COLS), tl.float32)
     for start in range(0, num_parts, BLOCK_PARTS):
         parts = start + tl.arange(0, BLOCK_PARTS)
@@ -100,23 +115,37 @@ def output_bias_gradient(d_out: Rows, gates: Tensor | None, bias: Tensor, row_do
     buffer, width = d_out.buffer, bias.shape[1]
     config = look_up("output_bias", bias.device)
     row_tiles = triton.cdiv(buffer.rows, config.constexprs["BLOCK_ROWS"])
-    column_sums = bias.new_empty(buffer.num_experts, row_tiles, width, dtype=torch.float32)
-    if buffer.num_experts * row_tiles > 0:
-        _output_bias_kernel[(buffer.num_experts * row_tiles,)](
-            d_out.data, buffer.choices, gates, bias, row_dots, column_sums, buffer.rows,
-            O=width, K=buffer.num_choices, **config.kwargs(),
+    column_sums = bias.new_empty(buffer.parts, row_tiles, width, dtype=torch.float32)
+    if buffer.parts * row_tiles > 0:
+        _output_bias_kernel[(buffer.parts * row_tiles,)](
+            d_out.data, buffer.choices, buffer.owners, gates, bias, row_dots, column_sums, buffer.rows,
+            O=width, K=buffer.num_choices, TILE=ROW_TILE, **config.kwargs(),
         )  # fmt: skip
-    return sum_parts(column_sums, bias.dtype)
+    return sum_parts(column_sums, bias.dtype, buffer)
 
 
-def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Adds up (E, P, W) float32 over P, in one order; (E, W) in dtype."""
+def sum_parts(parts: Tensor, dtype: torch.dtype, buffer: Buffer | None = None) -> Tensor:
+    """Adds up float32 sums over rows, in one order.
+
+    Args:
+        parts: (E, P, W), or (1, P, W) of a buffer with spans.
+        dtype: of the result.
+        buffer: whose rows they are of; needed for its spans.
+
+    Returns:
+        (E, W).
+    """
     num_experts, num_parts, width = parts.shape
+    spans, part_rows = None, 1
+    if buffer is not None and buffer.spans is not None:
+        num_experts, spans, part_rows = buffer.num_experts, buffer.spans, buffer.rows // max(num_parts, 1)
     out = parts.new_empty(num_experts, width, dtype=dtype)
     config = look_up("sum_parts", parts.device)
     tiles = num_experts * triton.cdiv(width, config.constexprs["BLOCK_COLS"])
     if tiles > 0:
-        _sum_parts_kernel[(tiles,)](parts, out, num_parts, WIDTH=width, **config.kwargs())
+        _sum_parts_kernel[(tiles,)](
+            parts, spans, out, num_experts, num_parts, part_rows, WIDTH=width, **config.kwargs()
+        )
     return out
 
 
@@ -179,7 +208,9 @@ def experts_backward(
     if fc2_bias is not None:
         bias_dots = None if row_dots is None else row_dots.new_empty(row_dots.shape[1])
         d_fc2_bias = output_bias_gradient(d_out, gates, fc2_bias, bias_dots)
-    d_fc1_bias = fc1_weight.new_empty(0) if column_sums is None else sum_parts(column_sums, fc1_weight.dtype)
+    d_fc1_bias = fc1_weight.new_empty(0)
+    if column_sums is not None:
+        d_fc1_bias = sum_parts(column_sums, fc1_weight.dtype, buffer)
     gated, d_pre = Rows(gated, buffer), Rows(d_pre, buffer)
     d_fc2 = weight_gradient("expert_d_fc2", d_out, gated)
     d_fc1 = weight_gradient("expert_d_fc1", d_pre, x)

@@ -1,14 +1,17 @@
 """Triton GEMMs over the rows of every expert, with the work around them in the epilogue, or cuBLAS where it is chosen.
 
 Rows come from the experts' buffers as they lie, or straight from the tokens that hold them; rows that no choice holds
-are neither read nor written, and a tile without any costs a load of its map. Weights come by pointers or, if a config
-says so, by descriptors (TMA on chips that have it), which take no registers for addresses.
+are neither read nor written, and a tile of such rows costs a load of its map. Experts have R rows each, or in a
+dropless buffer as many as they need, and a map from tiles to experts. Weights come by pointers or, if a config says so,
+by descriptors (TMA on chips that have it), which take no registers for addresses.
 
-Dims: E experts, R rows per expert, T tokens, K choices per token, IN and OUT columns of a GEMM.
+Dims: E experts, R rows per expert, N rows in all, T tokens, K choices per token, IN and OUT columns of a GEMM.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 import triton
@@ -16,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vmoe_kernels.common.launch import ANY, Config, look_up, register_table, size_bucket
+from vmoe_kernels.common.impl import ROW_TILE
+from vmoe_kernels.common.launch import ANY, Config, candidates, look_up, register_table, size_bucket
 from vmoe_kernels.experts.triton_activation import activation_after_gemm
-from vmoe_kernels.experts.triton_epilogue import store_hidden, tile_mask, tile_rows
+from vmoe_kernels.experts.triton_epilogue import store_hidden, tile_mask, tile_owner, tile_rows
 from vmoe_kernels.experts.types import NO_ACTIVATION, Activation
 from vmoe_kernels.rows.triton_move import dispatch_triton
 
@@ -79,21 +83,68 @@ def product(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_rows"])
+@triton.jit
+def _linear_tile(
+    x_ptr,
+    weight,
+    bias_ptr,
+    pre_ptr,
+    out_ptr,
+    seed_ptr,
+    drop,
+    owner,
+    stream,
+    draws,
+    place,
+    choices,
+    start,
+    end,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    K: tl.constexpr,
+    GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    PARTS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """One tile of `_linear_kernel`, whose arguments these are, beside what it found out about the tile."""
+    held = choices >= 0
+    if GATHER:
+        x_tile_ptr, sources = x_ptr, (choices // K).to(tl.int64)
+    else:
+        x_tile_ptr, sources = x_ptr + place * IN, tl.arange(0, BLOCK_ROWS)
+    acc = product(
+        x_tile_ptr, sources, held, weight, owner, start, end,
+        IN, OUT, TRANSPOSED, TMA, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN,
+    )  # fmt: skip
+    store_hidden(
+        acc, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, owner, stream, draws, place, held,
+        start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS, BLOCK_COLS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_parts", "num_rows"])
 def _linear_kernel(
     x_ptr,  # (T, IN) if GATHER, else (E * R, IN)
     choices_ptr,  # (E * R,) int32, or None
+    owners_ptr,  # (R / TILE,) int32 expert of each tile of one part, or None where part and expert are one
     weight,  # (E, OUT, IN), or (E, IN, OUT) if TRANSPOSED: a pointer, or a descriptor if TMA
     bias_ptr,  # (E, OUT), or None
     pre_ptr,  # (E * R, OUT), or None
     out_ptr,  # (E * R, OUT)
     seed_ptr,  # () int64, or None
     drop,
-    num_experts,
+    num_parts,
     num_rows,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     K: tl.constexpr,
+    TILE: tl.constexpr,
     GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -109,7 +160,7 @@ def _linear_kernel(
     """A program owns whole (BLOCK_ROWS, BLOCK_COLS) tiles of out, one, or every so many if PERSISTENT."""
     col_tiles: tl.constexpr = (OUT + BLOCK_COLS - 1) // BLOCK_COLS
     row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
-    num_tiles = num_experts * row_tiles * col_tiles
+    num_tiles = num_parts * row_tiles * col_tiles
     first = tl.program_id(0)
     step = num_tiles
     if PERSISTENT:
@@ -118,23 +169,23 @@ def _linear_kernel(
         expert, tile_row, tile_col = tile_of(tile, row_tiles, col_tiles, GROUP_ROWS)
         expert = expert.to(tl.int64)
         place, _, choices = tile_rows(choices_ptr, expert, tile_row, num_rows, BLOCK_ROWS)
-        held = choices >= 0
-        if GATHER:
-            x_tile_ptr, sources = x_ptr, (choices // K).to(tl.int64)
-        else:
-            x_tile_ptr, sources = x_ptr + place * IN, tl.arange(0, BLOCK_ROWS)
-        end = IN
-        if choices_ptr is not None:
-            end = IN * tl.max(held.to(tl.int32), 0)
+        owner, stream, draws = tile_owner(owners_ptr, expert, place, num_rows, choices, BLOCK_ROWS, TILE)
         start = tile_col * BLOCK_COLS
-        acc = product(
-            x_tile_ptr, sources, held, weight, expert, start, end,
-            IN, OUT, TRANSPOSED, TMA, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN,
-        )  # fmt: skip
-        store_hidden(
-            acc, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, expert, place, num_rows, held,
-            start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS, BLOCK_COLS,
-        )  # fmt: skip
+        if choices_ptr is None or PERSISTENT:
+            end = IN
+            if choices_ptr is not None:
+                end = IN * (tl.max(choices, 0) >= 0).to(tl.int32)
+            _linear_tile(
+                x_ptr, weight, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, owner, stream, draws, place, choices,
+                start, end, IN, OUT, K, GATHER, TRANSPOSED, ACTIVATION, PRECISION,
+                BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
+            )  # fmt: skip
+        elif tl.max(choices, 0) >= 0:
+            _linear_tile(
+                x_ptr, weight, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, owner, stream, draws, place, choices,
+                start, IN, IN, OUT, K, GATHER, TRANSPOSED, ACTIVATION, PRECISION,
+                BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,11 +195,32 @@ class Buffer:
     num_experts: int
     """E, number of experts."""
     rows: int
-    """R, rows per expert."""
+    """R, rows of a part: of each expert, or of all of them together where they have spans."""
     slots: Tensor | None = None
     """(T, K) int32 row of each choice, or -1 where dropped."""
     choices: Tensor | None = None
     """(E * R,) int32, the inverse of slots."""
+    spans: Tensor | None = None
+    """(2, E) int32 first row of each expert, a multiple of ROW_TILE, and the row past its last, or None."""
+
+    @property
+    def parts(self) -> int:
+        """Parts of R rows: the experts, or 1."""
+        return self.num_experts if self.spans is None else 1
+
+    @property
+    def rows_of_expert(self) -> int:
+        """R, or the mean of what the experts have."""
+        return self.rows if self.spans is None else self.slots.numel() // self.num_experts
+
+    @cached_property
+    def owners(self) -> Tensor | None:
+        """(R / ROW_TILE,) int32 expert of each tile; behind the last expert's rows, any."""
+        if self.spans is None:
+            return None
+        places = torch.arange(0, self.rows, ROW_TILE, device=self.spans.device, dtype=torch.int32)
+        # An expert without rows begins where the next one does.
+        return torch.searchsorted(self.spans[0, 1:], places, right=True, out_int32=True)
 
     @property
     def num_choices(self) -> int:
@@ -172,8 +244,8 @@ class Rows:
         """(E, R, W) in memory, as cuBLAS wants it; empty rows of gathered tokens are 0."""
         data = self.data
         if self.gather:
-            data = dispatch_triton(data, self.buffer.slots, self.buffer.num_experts * self.buffer.rows)
-        return data.view(self.buffer.num_experts, self.buffer.rows, data.shape[-1])
+            data = dispatch_triton(data, self.buffer.slots, self.buffer.parts * self.buffer.rows)
+        return data.view(self.buffer.parts, self.buffer.rows, data.shape[-1])
 
 
 # Stands in a launch table for the library's batched GEMM, with the epilogue as a kernel of its own.
@@ -249,13 +321,21 @@ for _op in LINEAR_OPS:
 register_table("expert_up/dropout", {(ANY, ANY, ANY): _DROPOUT}, candidates=(CUBLAS,))
 
 
-def gemm_config(op: str, dtype: torch.dtype, device: torch.device, rows: int, drop: float = 0.0) -> Config:
-    """The table entry of a GEMM over `rows` rows per expert; float32 and dropout have tables of their own."""
+def gemm_config(op: str, dtype: torch.dtype, buffer: Buffer, device: torch.device, drop: float = 0.0) -> Config:
+    """The table entry of a GEMM over a buffer's rows; float32 and dropout have tables of their own."""
     if dtype == torch.float32:
         op = f"{op}/fp32"
     elif drop > 0:
         op = f"{op}/dropout"
-    return look_up(op, device, size_bucket(rows, ROW_BOUNDS))
+    config = look_up(op, device, size_bucket(buffer.rows_of_expert, ROW_BOUNDS))
+    if buffer.spans is None:
+        return config
+    # The library has no product of experts of so many rows each, and no tile may hold rows of two.
+    return next(each for each in (config, *candidates(op)) if _keeps_experts_apart(each.constexprs))
+
+
+def _keeps_experts_apart(sizes: Mapping[str, Any]) -> bool:
+    return "BLOCK_M" in sizes or ("BLOCK_ROWS" in sizes and ROW_TILE % sizes["BLOCK_ROWS"] == 0)
 
 
 def dot_precision(tensor: Tensor) -> str:
@@ -315,26 +395,26 @@ def linear(
         save: whether the pre-activation is wanted.
 
     Returns:
-        (E, R, OUT), and the pre-activation (E, R, OUT) or None.
+        (E, R, OUT), or (1, R, OUT) of a buffer with spans, and the pre-activation likewise or None.
     """
     buffer = x.buffer
-    num_experts, rows = buffer.num_experts, buffer.rows
     width_in, width_out = x.data.shape[-1], weight.shape[2 if transposed else 1]
-    config = gemm_config(op, weight.dtype, weight.device, rows, activation.drop)
+    config = gemm_config(op, weight.dtype, buffer, weight.device, activation.drop)
     if config == CUBLAS:
         raw = torch.bmm(x.gathered, weight if transposed else weight.transpose(1, 2))
         if bias is None and activation.name == "none":
             return raw, None
         return activation_after_gemm(raw, bias, buffer.choices, activation, save), raw if save else None
-    out = weight.new_empty(num_experts, rows, width_out)
+    out = weight.new_empty(buffer.parts, buffer.rows, width_out)
     pre = torch.empty_like(out) if save else None
     sizes = config.constexprs
-    tiles = num_experts * triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(width_out, sizes["BLOCK_COLS"])
+    tiles = buffer.parts * triton.cdiv(buffer.rows, sizes["BLOCK_ROWS"]) * triton.cdiv(width_out, sizes["BLOCK_COLS"])
     if tiles > 0:
         operand, launch = weight_operand(weight, config, transposed)
         _linear_kernel[(programs(config, tiles, weight.device),)](
-            x.data, buffer.choices, operand, bias, pre, out, activation.seed, activation.drop, num_experts, rows,
-            IN=width_in, OUT=width_out, K=buffer.num_choices, GATHER=x.gather, TRANSPOSED=transposed,
+            x.data, buffer.choices, buffer.owners, operand, bias, pre, out, activation.seed, activation.drop,
+            buffer.parts, buffer.rows,
+            IN=width_in, OUT=width_out, K=buffer.num_choices, TILE=ROW_TILE, GATHER=x.gather, TRANSPOSED=transposed,
             ACTIVATION=activation.name, PRECISION=dot_precision(weight), **launch,
         )  # fmt: skip
     return out, pre

@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe_kernels.common.impl import ROW_TILE
 from vmoe_kernels.common.launch import ANY, Config, register_table
 from vmoe_kernels.experts.triton_activation import (
     activation_backward_after_gemm,
     hidden_gradient_outputs,
 )
-from vmoe_kernels.experts.triton_epilogue import store_hidden_gradient, tile_rows
+from vmoe_kernels.experts.triton_epilogue import store_hidden_gradient, tile_owner, tile_rows
 from vmoe_kernels.experts.triton_gemm import (
     CUBLAS,
     Rows,
@@ -31,10 +32,65 @@ from vmoe_kernels.experts.triton_gemm import (
 from vmoe_kernels.experts.types import Activation
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_rows"])
+@triton.jit
+def _hidden_gradient_tile(
+    d_out_ptr,
+    gates_ptr,
+    weight,
+    pre_ptr,
+    d_pre_ptr,
+    gated_ptr,
+    row_dots_ptr,
+    column_sums_ptr,
+    seed_ptr,
+    drop,
+    owner,
+    stream,
+    draws,
+    place,
+    count,
+    choices,
+    start,
+    end,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    K: tl.constexpr,
+    GATHER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    PARTS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """One tile of `_hidden_gradient_kernel`, whose arguments these are, its sums' pointers moved to the tile."""
+    held = choices >= 0
+    rows = tl.arange(0, BLOCK_ROWS)
+    if GATHER:
+        d_out_tile_ptr, sources = d_out_ptr, (choices // K).to(tl.int64)
+    else:
+        d_out_tile_ptr, sources = d_out_ptr + place * IN, rows
+    acc = product(
+        d_out_tile_ptr, sources, held, weight, owner, start, end,
+        IN, OUT, True, TMA, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN,
+    )  # fmt: skip
+    gates = None
+    if gates_ptr is not None:
+        gates = tl.load(gates_ptr + choices, mask=held, other=0.0).to(tl.float32)
+    row_dots = store_hidden_gradient(
+        acc, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, stream, draws, place, count,
+        held, start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS, BLOCK_COLS,
+    )  # fmt: skip
+    if row_dots_ptr is not None:
+        tl.store(row_dots_ptr + place + rows, row_dots, mask=rows < count)
+
+
+@triton.jit(do_not_specialize=["num_parts", "num_rows"])
 def _hidden_gradient_kernel(
     d_out_ptr,  # (T, O) if GATHER, else (E * R, O)
     choices_ptr,  # (E * R,) int32, or None
+    owners_ptr,  # (R / TILE,) int32 expert of each tile of one part, or None where part and expert are one
     gates_ptr,  # (T * K,) floating, or None
     weight,  # (E, O, H): a pointer, or a descriptor if TMA
     pre_ptr,  # (E * R, H)
@@ -44,11 +100,12 @@ def _hidden_gradient_kernel(
     column_sums_ptr,  # (E, row tiles, H) float32, or None
     seed_ptr,  # () int64, or None
     drop,
-    num_experts,
+    num_parts,
     num_rows,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     K: tl.constexpr,
+    TILE: tl.constexpr,
     GATHER: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -60,10 +117,13 @@ def _hidden_gradient_kernel(
     PERSISTENT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """A program owns whole tiles of d_pre and gated, and the partial sums of their rows and columns."""
+    """A program owns whole tiles of d_pre and gated, and the partial sums of their rows and columns.
+
+    A tile without a filled row is zeros, but in a dropless buffer nobody reads it.
+    """
     col_tiles: tl.constexpr = (OUT + BLOCK_COLS - 1) // BLOCK_COLS
     row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
-    num_tiles = num_experts * row_tiles * col_tiles
+    num_tiles = num_parts * row_tiles * col_tiles
     first = tl.program_id(0)
     step = num_tiles
     if PERSISTENT:
@@ -72,41 +132,38 @@ def _hidden_gradient_kernel(
         expert, tile_row, tile_col = tile_of(tile, row_tiles, col_tiles, GROUP_ROWS)
         expert = expert.to(tl.int64)
         place, count, choices = tile_rows(choices_ptr, expert, tile_row, num_rows, BLOCK_ROWS)
-        held = choices >= 0
-        rows = tl.arange(0, BLOCK_ROWS)
-        if GATHER:
-            d_out_tile_ptr, sources = d_out_ptr, (choices // K).to(tl.int64)
-        else:
-            d_out_tile_ptr, sources = d_out_ptr + place * IN, rows
-        end = IN
-        if choices_ptr is not None:
-            end = IN * tl.max(held.to(tl.int32), 0)
-        start = tile_col * BLOCK_COLS
-        acc = product(
-            d_out_tile_ptr, sources, held, weight, expert, start, end,
-            IN, OUT, True, TMA, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN,
-        )  # fmt: skip
-        gates = None
-        if gates_ptr is not None:
-            gates = tl.load(gates_ptr + choices, mask=held, other=0.0).to(tl.float32)
-        sums_ptr = None
+        owner, stream, draws = tile_owner(owners_ptr, expert, place, num_rows, choices, BLOCK_ROWS, TILE)
+        dots_ptr, sums_ptr = None, None
+        if row_dots_ptr is not None:
+            dots_ptr = row_dots_ptr + tile_col.to(tl.int64) * num_parts * num_rows
         if column_sums_ptr is not None:
             sums_ptr = column_sums_ptr + (expert * row_tiles + tile_row) * OUT
-        row_dots = store_hidden_gradient(
-            acc, gates, pre_ptr, d_pre_ptr, gated_ptr, sums_ptr, seed_ptr, drop, expert, place, num_rows, count,
-            held, start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS, BLOCK_COLS,
-        )  # fmt: skip
-        if row_dots_ptr is not None:
-            dots_ptr = row_dots_ptr + tile_col.to(tl.int64) * num_experts * num_rows
-            tl.store(dots_ptr + place + rows, row_dots, mask=rows < count)
+        start = tile_col * BLOCK_COLS
+        if owners_ptr is None or PERSISTENT:
+            end = IN
+            if choices_ptr is not None:
+                end = IN * (tl.max(choices, 0) >= 0).to(tl.int32)
+            _hidden_gradient_tile(
+                d_out_ptr, gates_ptr, weight, pre_ptr, d_pre_ptr, gated_ptr, dots_ptr, sums_ptr, seed_ptr, drop,
+                owner, stream, draws, place, count, choices, start, end, IN, OUT, K, GATHER, ACTIVATION, PRECISION,
+                BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
+            )  # fmt: skip
+        elif tl.max(choices, 0) >= 0:
+            _hidden_gradient_tile(
+                d_out_ptr, gates_ptr, weight, pre_ptr, d_pre_ptr, gated_ptr, dots_ptr, sums_ptr, seed_ptr, drop,
+                owner, stream, draws, place, count, choices, start, IN, IN, OUT, K, GATHER, ACTIVATION, PRECISION,
+                BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_experts", "num_rows"])
 def _weight_gradient_kernel(
     a_ptr,  # (T, M) if GATHER_A, else (E * R, M)
     b_ptr,  # (T, N) if GATHER_B, else (E * R, N)
     choices_ptr,  # (E * R,) int32, or None
+    spans_ptr,  # (2, E) int32 first row of each expert, and past its last, or None where each has R
     out_ptr,  # (E, M, N)
+    num_experts,
     num_rows,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -127,10 +184,14 @@ def _weight_gradient_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, num_rows, BLOCK_ROWS):
+    first, count = expert * num_rows, num_rows
+    if spans_ptr is not None:
+        first = tl.load(spans_ptr + expert).to(tl.int64)
+        count = (tl.load(spans_ptr + num_experts + expert) - first).to(tl.int32)
+    for start in range(0, count, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
-        places = expert * num_rows + rows
-        inside = rows < num_rows
+        places = first + rows
+        inside = rows < count
         a_rows, b_rows, a_held, b_held = places, places, inside, inside
         if GATHER_A or GATHER_B:
             choices = tl.load(choices_ptr + places, mask=inside, other=-1)
@@ -207,22 +268,23 @@ def hidden_gradient(
     Returns:
         d_pre (E, R, H), gated (E, R, H), which is gate * hidden, both 0 in empty rows; row_dots (parts, E * R) float32,
         which add up to <d_out W2, hidden>, or None without gates; column_sums (E, parts, H) float32, which add up to
-        the gradient of the first bias, or None.
+        the gradient of the first bias, or None. Of a buffer with spans E is 1, and tiles without a filled row are
+        undefined.
     """
     buffer = d_out.buffer
-    config = gemm_config("expert_d_hidden", weight.dtype, weight.device, buffer.rows)
+    config = gemm_config("expert_d_hidden", weight.dtype, buffer, weight.device)
     if config == CUBLAS:
         d_hidden = torch.bmm(d_out.gathered, weight)
         return activation_backward_after_gemm(d_hidden, pre, gates, buffer.choices, biased, activation)
     outputs = hidden_gradient_outputs(pre, config, gates is not None, biased)
-    num_experts, rows, width = pre.shape
+    parts, rows, width = pre.shape
     sizes = config.constexprs
-    tiles = num_experts * triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(width, sizes["BLOCK_COLS"])
+    tiles = parts * triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(width, sizes["BLOCK_COLS"])
     if tiles > 0:
         operand, launch = weight_operand(weight, config, transposed=True)
         _hidden_gradient_kernel[(programs(config, tiles, weight.device),)](
-            d_out.data, buffer.choices, gates, operand, pre, *outputs, activation.seed, activation.drop,
-            num_experts, rows, IN=weight.shape[1], OUT=width, K=buffer.num_choices, GATHER=d_out.gather,
+            d_out.data, buffer.choices, buffer.owners, gates, operand, pre, *outputs, activation.seed, activation.drop,
+            parts, rows, IN=weight.shape[1], OUT=width, K=buffer.num_choices, TILE=ROW_TILE, GATHER=d_out.gather,
             ACTIVATION=activation.name, PRECISION=dot_precision(weight), **launch,
         )  # fmt: skip
     return outputs
@@ -240,7 +302,7 @@ def weight_gradient(op: str, a: Rows, b: Rows) -> Tensor:
         (E, M, N), 0 for an expert without rows.
     """
     buffer = a.buffer
-    config = gemm_config(op, a.data.dtype, a.data.device, buffer.rows)
+    config = gemm_config(op, a.data.dtype, buffer, a.data.device)
     if config == CUBLAS:
         return torch.bmm(a.gathered.transpose(1, 2), b.gathered)
     m, n = a.data.shape[-1], b.data.shape[-1]
@@ -249,7 +311,7 @@ def weight_gradient(op: str, a: Rows, b: Rows) -> Tensor:
     tiles = buffer.num_experts * triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"])
     if tiles > 0:
         _weight_gradient_kernel[(tiles,)](
-            a.data, b.data, buffer.choices, out, buffer.rows,
+            a.data, b.data, buffer.choices, buffer.spans, out, buffer.num_experts, buffer.rows,
             M=m, N=n, K=buffer.num_choices, GATHER_A=a.gather, GATHER_B=b.gather,
             PRECISION=dot_precision(a.data), **config.kwargs(),
         )  # fmt: skip

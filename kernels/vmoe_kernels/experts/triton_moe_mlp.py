@@ -1,4 +1,4 @@
-"""Launchers of `moe_mlp` and its backward in Triton: tokens are gathered inside the GEMMs, no buffer of them is made.
+"""Launchers of `moe_mlp`, `dropless_mlp` and their backwards in Triton: the GEMMs gather, no buffer of tokens is made.
 
 Dims: T tokens, K choices per token, E experts, R rows per expert, N = E * R, D width in, H hidden width, O width out.
 """
@@ -8,11 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vmoe_kernels.common.checks import check_triton_dtypes
-from vmoe_kernels.common.impl import no_autocast
+from vmoe_kernels.common.groups import dropless_rows
+from vmoe_kernels.common.impl import ROW_TILE, no_autocast
 from vmoe_kernels.common.launch import ANY, Config, look_up, register_table
 from vmoe_kernels.experts.triton_expert_mlp import check_sizes, experts_backward, run_experts
 from vmoe_kernels.experts.triton_gemm import Buffer, Rows
-from vmoe_kernels.experts.types import ExpertWeights, bundle
+from vmoe_kernels.experts.types import Activation, ExpertWeights, bundle
 from vmoe_kernels.rows.triton_move import choice_of_row_triton, sum_rows
 
 
@@ -68,19 +69,11 @@ def gate_gradient(row_dots: Tensor, bias_dots: Tensor | None, slots: Tensor, gat
 @no_autocast
 def moe_mlp_triton(x: Tensor, slots: Tensor, gates: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """Launcher of `vmoe::moe_mlp`."""
-    check_triton_dtypes(x=x)
     *weights, rows, activation, drop, seed, save = arguments
     weights, activation = bundle(*weights, activation, drop, seed)
     check_sizes(rows, weights, activation)
-    slots = slots.contiguous()
-    tokens = Rows(x.contiguous(), _buffer(slots, weights, rows), gather=True)
-    out, pre = run_experts(tokens, weights, activation, save)
-    return sum_rows("combine", out.flatten(0, 1), slots, gates), pre
-
-
-def _buffer(slots: Tensor, weights: ExpertWeights, rows: int) -> Buffer:
-    num_experts = weights.fc1_weight.shape[0]
-    return Buffer(num_experts, rows, slots, choice_of_row_triton(slots, num_experts * rows))
+    y, pre = _forward(x, _buffer(slots.contiguous(), weights, rows), gates, weights, activation, save)
+    return y, pre
 
 
 @no_autocast
@@ -88,12 +81,61 @@ def moe_mlp_backward_triton(
     d_y: Tensor, x: Tensor, slots: Tensor, gates: Tensor, pre: Tensor, *arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher of `vmoe::moe_mlp_backward`."""
-    check_triton_dtypes(x=x)
     *weights, rows, activation, drop, seed = arguments
     weights, activation = bundle(*weights, activation, drop, seed)
-    slots = slots.contiguous()
-    buffer = _buffer(slots, weights, rows)
+    return _backward(d_y, x, _buffer(slots.contiguous(), weights, rows), gates, pre, weights, activation)
+
+
+@no_autocast
+def dropless_mlp_triton(x: Tensor, slots: Tensor, spans: Tensor, gates: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """Launcher of `vmoe::dropless_mlp`."""
+    *arguments, save = arguments
+    weights, activation = bundle(*arguments)
+    y, pre = _forward(x, _dropless_buffer(slots, spans), gates, weights, activation, save)
+    return y, pre.flatten(0, 1)
+
+
+@no_autocast
+def dropless_mlp_backward_triton(
+    d_y: Tensor, x: Tensor, slots: Tensor, spans: Tensor, gates: Tensor, pre: Tensor, *arguments
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launcher of `vmoe::dropless_mlp_backward`."""
+    weights, activation = bundle(*arguments)
+    return _backward(d_y, x, _dropless_buffer(slots, spans), gates, pre.unsqueeze(0), weights, activation)
+
+
+def _buffer(slots: Tensor, weights: ExpertWeights, rows: int) -> Buffer:
+    num_experts = weights.fc1_weight.shape[0]
+    return Buffer(num_experts, rows, slots, choice_of_row_triton(slots, num_experts * rows))
+
+
+def _dropless_buffer(slots: Tensor, spans: Tensor) -> Buffer:
+    slots, num_experts = slots.contiguous(), spans.shape[1]
+    rows = dropless_rows(slots.numel(), num_experts, ROW_TILE)
+    return Buffer(num_experts, rows, slots, choice_of_row_triton(slots, rows), spans.contiguous())
+
+
+def _forward(
+    x: Tensor, buffer: Buffer, gates: Tensor, weights: ExpertWeights, activation: Activation, save: bool
+) -> tuple[Tensor, Tensor]:
+    """The gated sum (T, O), and the pre-activation (parts, R, H), or (parts, 0, H) unless saved."""
+    check_triton_dtypes(x=x)
+    out, pre = run_experts(Rows(x.contiguous(), buffer, gather=True), weights, activation, save)
+    return sum_rows("combine", out.flatten(0, 1), buffer.slots, gates), pre
+
+
+def _backward(
+    d_y: Tensor,
+    x: Tensor,
+    buffer: Buffer,
+    gates: Tensor,
+    pre: Tensor,
+    weights: ExpertWeights,
+    activation: Activation,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, of the gates and of the weights."""
+    check_triton_dtypes(x=x)
     d_y, x = Rows(d_y.contiguous(), buffer, gather=True), Rows(x.contiguous(), buffer, gather=True)
     d_rows, gradients, dots = experts_backward(d_y, x, pre, gates, weights, activation)
-    d_x = sum_rows("dispatch_backward", d_rows.flatten(0, 1), slots, None)
-    return d_x, gate_gradient(*dots, slots, gates), *gradients
+    d_x = sum_rows("dispatch_backward", d_rows.flatten(0, 1), buffer.slots, None)
+    return d_x, gate_gradient(*dots, buffer.slots, gates), *gradients

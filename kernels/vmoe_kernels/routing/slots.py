@@ -43,7 +43,7 @@ def assign_slots_reference(
         if batch_priority:
             key = gates[tokens, 0] if priority == "max" else gates[tokens].sum(-1)
             key = key.detach().view(count, -1)
-        position = _positions(index, key, num_experts)
+        position = queue_places(index, key, num_experts)
         start = first_row + places * torch.arange(count, device=experts.device).view(-1, 1, 1)
         row = torch.where(position < places, index * rows + start + position, -1)
         parts.append(row.flatten(0, 1))
@@ -53,8 +53,8 @@ def assign_slots_reference(
     return torch.cat(parts).to(torch.int32)
 
 
-def _positions(experts: Tensor, key: Tensor | None, num_experts: int) -> Tensor:
-    """(G, S, K) int64 experts -> (G, S, K) place of each choice in its expert's queue."""
+def queue_places(experts: Tensor, key: Tensor | None, num_experts: int) -> Tensor:
+    """(G, S, K) int64 experts -> (G, S, K) place of each choice in its expert's queue, by key (G, S) or position."""
     groups, tokens, choices = experts.shape
     device = experts.device
     order = None
@@ -76,7 +76,6 @@ def _positions(experts: Tensor, key: Tensor | None, num_experts: int) -> Tensor:
         length = queue.new_zeros(groups * num_experts).scatter_add(0, queue, torch.ones_like(queue))
         begin = length.cumsum(0) - length
     else:
-        sorted_queue, index = queue.sort(stable=True)
         begin = torch.searchsorted(sorted_queue, torch.arange(groups * num_experts, device=device))
     place = torch.empty_like(queue)
     place[index] = torch.arange(queue.numel(), device=device) - begin[sorted_queue]

@@ -77,7 +77,8 @@ def _count_kernel(
     tokens = _queued(order_ptr, group, group_size, size, places)
     wanted = tl.load(experts_ptr + tokens * K + k, mask=places < size, other=0)
     experts = tl.arange(0, BLOCK_E)
-    counts = tl.histogram(wanted, BLOCK_E, mask=places < size)
+    # A choice of no expert, which only dropless slots have, is -1.
+    counts = tl.histogram(wanted, BLOCK_E, mask=(places < size) & (wanted >= 0))
     row = (group * K + k) * blocks_per_group + block % blocks_per_group
     tl.store(counts_ptr + row * E + experts, counts, mask=experts < E)
 
@@ -85,6 +86,7 @@ def _count_kernel(
 @triton.jit(do_not_specialize=["rows_per_group"])
 def _scan_kernel(
     counts_ptr,  # (G, rows_per_group, E) int32: counts, then what came before
+    totals_ptr,  # (G, E) int32, or None
     rows_per_group,
     E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -101,6 +103,8 @@ def _scan_kernel(
         counts = tl.load(pointers, mask=mask, other=0)
         tl.store(pointers, before[None, :] + tl.cumsum(counts, axis=0) - counts, mask=mask)
         before += tl.sum(counts, axis=0)
+    if totals_ptr is not None:
+        tl.store(totals_ptr + group * E + experts, before, mask=experts < E)
 
 
 @triton.jit(
@@ -117,6 +121,7 @@ def _place_kernel(
     experts_ptr,  # (T, K) int32
     order_ptr,  # (T,) int64 or None
     counts_ptr,  # (G, K, blocks_per_group, E) int32: what came before each block
+    starts_ptr,  # (E,) int32 first row of each expert, where none is full, or None
     slots_ptr,  # (T, K) int32
     num_tokens,
     group_size,
@@ -142,11 +147,16 @@ def _place_kernel(
     other_experts = tl.load(experts_ptr + other_tokens * K + k, mask=others < size, other=-1)
     earlier = (other_experts[None, :] == experts[:, None]) & (others[None, :] < places[:, None])
     row = (group * K + k) * blocks_per_group + block % blocks_per_group
-    before = tl.load(counts_ptr + row * E + experts, mask=places < size, other=0)
+    before = tl.load(counts_ptr + row * E + experts, mask=experts >= 0, other=0)
     place = before + tl.sum(earlier.to(tl.int32), axis=1)
-    limit = tl.where(size < group_size, last_capacity, capacity)
-    slot = experts.to(tl.int64) * rows_per_expert + group * capacity + place
-    tl.store(slots_ptr + tokens * K + k, tl.where(place < limit, slot, -1).to(tl.int32), mask=places < size)
+    if starts_ptr is None:
+        limit = tl.where(size < group_size, last_capacity, capacity)
+        slot = experts.to(tl.int64) * rows_per_expert + group * capacity + place
+        kept = place < limit
+    else:
+        kept = experts >= 0
+        slot = tl.load(starts_ptr + experts, mask=kept, other=0) + place
+    tl.store(slots_ptr + tokens * K + k, tl.where(kept, slot, -1).to(tl.int32), mask=places < size)
 
 
 def _priority_order(gates: Tensor, group_size: int, use_sum: bool) -> Tensor:
@@ -164,6 +174,69 @@ def _priority_order(gates: Tensor, group_size: int, use_sum: bool) -> Tensor:
     return order
 
 
+def _blocks_per_group(experts: Tensor, group_size: int) -> int:
+    return triton.cdiv(min(group_size, experts.shape[0]), _BLOCK_N)
+
+
+def count_choices(experts: Tensor, order: Tensor | None, num_experts: int, group_size: int) -> Tensor:
+    """How many want each expert, for each block of a group's queue.
+
+    Args:
+        experts: (T, K) int32, contiguous, T at least 1.
+        order: (T,) int64 place in its group of the token of each rank, or None for position order.
+        num_experts: E.
+        group_size: S.
+
+    Returns:
+        (G, K, blocks, E) int32.
+    """
+    num_tokens, num_choices = experts.shape
+    groups, blocks = num_groups(num_tokens, group_size), _blocks_per_group(experts, group_size)
+    counts = experts.new_empty((groups, num_choices, blocks, num_experts))
+    block_e = max(2, triton.next_power_of_2(num_experts))
+    _count_kernel[(groups * blocks, num_choices)](
+        experts, order, counts, num_tokens, group_size, blocks,
+        E=num_experts, K=num_choices, BLOCK_N=_BLOCK_N, BLOCK_E=block_e, num_warps=4,
+    )  # fmt: skip
+    return counts
+
+
+def scan_counts(counts: Tensor, totals: Tensor | None = None) -> None:
+    """Turns (G, rows, E) counts into what came before each row, in place; the sums of all rows go to totals (G, E)."""
+    groups, rows, num_experts = counts.shape
+    _scan_kernel[(groups, triton.cdiv(num_experts, _BLOCK_E))](
+        counts, totals, rows, E=num_experts, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_E=_BLOCK_E, num_warps=4
+    )
+
+
+def place_choices(
+    experts: Tensor,
+    order: Tensor | None,
+    counts: Tensor,
+    group_size: int,
+    limits: tuple[int, int, int] = (0, 0, 0),
+    starts: Tensor | None = None,
+) -> Tensor:
+    """Slots (T, K) of what `scan_counts` made of `count_choices`, whose arguments these are.
+
+    Args:
+        experts: (T, K) int32.
+        order: (T,) int64, or None.
+        counts: (G, K, blocks, E) int32.
+        group_size: S.
+        limits: C, that of a smaller last group, and R; none where starts are given.
+        starts: (E,) int32 at least, first row of each expert, none of which is full, or None.
+    """
+    num_tokens, num_choices = experts.shape
+    groups, _, blocks, num_experts = counts.shape
+    slots = torch.empty_like(experts)
+    _place_kernel[(groups * blocks, num_choices)](
+        experts, order, counts, starts, slots, num_tokens, group_size, blocks, *limits,
+        E=num_experts, K=num_choices, BLOCK_N=_BLOCK_N, num_warps=4,
+    )  # fmt: skip
+    return slots
+
+
 def sort_slots(
     experts: Tensor,
     gates: Tensor,
@@ -176,30 +249,7 @@ def sort_slots(
     use_sum: bool,
 ) -> Tensor:
     """Slots (T, K) by design A, for any S; arguments are contiguous and T is at least 1."""
-    num_tokens, num_choices = experts.shape
-    slots = torch.empty_like(experts)
     order = _priority_order(gates, group_size, use_sum) if batch_priority else None
-    groups = num_groups(num_tokens, group_size)
-    blocks = triton.cdiv(min(group_size, num_tokens), _BLOCK_N)
-    counts = experts.new_empty((groups, num_choices, blocks, num_experts))
-    grid = (groups * blocks, num_choices)
-    block_e = max(2, triton.next_power_of_2(num_experts))
-    shape = {"E": num_experts, "K": num_choices, "BLOCK_N": _BLOCK_N, "num_warps": 4}
-    _count_kernel[grid](experts, order, counts, num_tokens, group_size, blocks, BLOCK_E=block_e, **shape)
-    _scan_kernel[(groups, triton.cdiv(num_experts, _BLOCK_E))](
-        counts, num_choices * blocks, E=num_experts, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_E=_BLOCK_E, num_warps=4
-    )
-    _place_kernel[grid](
-        experts,
-        order,
-        counts,
-        slots,
-        num_tokens,
-        group_size,
-        blocks,
-        capacity,
-        last_capacity,
-        rows_per_expert,
-        **shape,
-    )
-    return slots
+    counts = count_choices(experts, order, num_experts, group_size)
+    scan_counts(counts.flatten(1, 2))
+    return place_choices(experts, order, counts, group_size, (capacity, last_capacity, rows_per_expert))

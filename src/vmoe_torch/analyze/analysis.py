@@ -15,6 +15,7 @@ from vmoe_torch.analyze.patches import KeptPatches, collect_kept_patches
 from vmoe_torch.analyze.statistics import LayerRouting, collect_routing, routed_layers
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.evaluate import Evaluation, RoutingSetting, as_rows, evaluate, setting_grid, write_csv
+from vmoe_torch.layers.settings import capacity_text
 from vmoe_torch.report import Report, Section, write_report
 
 CAPACITY_FACTORS = (1.0, 0.5, 0.25, 0.1)
@@ -209,6 +210,9 @@ def analyze(
             `max_broken` cannot be read, a label is not among the model's classes, or a setting does not suit the model.
     """
     layers = routed_layers(model)
+    for capacity in capacity_factors:
+        if isinstance(capacity, str):
+            raise ValueError(f"capacity_factors must be numbers, which have a place on an axis, got {capacity!r}")
     if class_names is None:
         class_names = tuple(map(str, range(model.num_classes)))
     if len(dataset) == 0:
@@ -264,7 +268,7 @@ def describe_routing(model: nn.Module) -> str:
         " or ".join(dict.fromkeys(values))
         for values in (
             [f"K={layer.num_selected_experts}" for layer in layers],
-            [f"C={layer.eval_capacity_factor:g}" for layer in layers],
+            [f"C={capacity_text(layer.eval_capacity_factor)}" for layer in layers],
             ["BPR" if layer.batch_priority else "vanilla" for layer in layers],
         )
     )

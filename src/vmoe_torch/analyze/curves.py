@@ -66,7 +66,8 @@ def capacity_curve(
         if against == "flops":
             axes.plot(dense.flops.total / scale, 100 * dense.top1, color=GREY, marker="*", markersize=12)
     if against == "capacity":
-        ticks = sorted({e.setting.capacity_factor or e.capacity_factor for e in evaluations})
+        asked = (e.setting.capacity_factor for e in evaluations)
+        ticks = sorted({a if isinstance(a, int | float) else e.capacity_factor for a, e in zip(asked, evaluations)})
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())

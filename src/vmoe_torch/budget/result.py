@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vmoe_torch.budget.settings import Assignment, assign
+from vmoe_torch.layers.settings import capacity_text
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Budget:
         layers = [("layer", "K", "capacity", "order")]
         for name, setting in self.chosen.settings.items():
             order = "BPR" if setting.batch_priority else "vanilla"
-            layers.append((name, str(setting.num_selected_experts), f"{setting.eval_capacity_factor:g}", order))
+            layers.append((name, str(setting.num_selected_experts), capacity_text(setting.eval_capacity_factor), order))
         rows = [("", unit, "predicted", "% of present", loss, "predicted", top1)]
         shown = {"present": self.present, "best alike": self.best_global(), "chosen": self.chosen}
         for role, each in shown.items():

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from vmoe_torch.control import moe_layers, routing, set_routing
+from vmoe_torch.layers.options import CapacityFactor
+from vmoe_torch.layers.settings import DROPLESS, capacity_text
 
 CAPACITY_FACTORS = (3.0, 2.0, 1.5, 1.05, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 
@@ -17,14 +19,14 @@ class LayerSetting:
 
     num_selected_experts: int
     """K, in 1..E."""
-    eval_capacity_factor: float
-    """Slots per expert in eval mode, as a multiple of the balanced load; above 0."""
+    eval_capacity_factor: CapacityFactor
+    """Slots per expert in eval mode, as a multiple of the balanced load; above 0, or "dropless"."""
     batch_priority: bool = True
     """Batch Priority Routing, or position order."""
 
     def __str__(self) -> str:
         order = "BPR" if self.batch_priority else "vanilla"
-        return f"K={self.num_selected_experts} C={self.eval_capacity_factor:g} {order}"
+        return f"K={self.num_selected_experts} C={capacity_text(self.eval_capacity_factor)} {order}"
 
 
 # The setting of each MoE layer, by the names of `vmoe_torch.moe_layers`.
@@ -56,6 +58,7 @@ def assigned(model: nn.Module, settings: Mapping[str, LayerSetting]) -> Iterator
 def default_settings(present: Assignment) -> list[LayerSetting]:
     """Every K up to the largest that is set, at every capacity factor up to the largest that is set; all with BPR."""
     selected = max(setting.num_selected_experts for setting in present.values())
-    largest = max(setting.eval_capacity_factor for setting in present.values())
-    factors = [largest, *(factor for factor in CAPACITY_FACTORS if factor < largest)]
+    set_now = {setting.eval_capacity_factor for setting in present.values()}
+    largest = DROPLESS if DROPLESS in set_now else max(set_now)
+    factors = [largest, *(factor for factor in CAPACITY_FACTORS if largest == DROPLESS or factor < largest)]
     return [LayerSetting(k, factor) for k in range(selected, 0, -1) for factor in factors]

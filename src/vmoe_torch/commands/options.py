@@ -9,6 +9,8 @@ from torch import nn
 from tqdm import tqdm
 
 from vmoe_torch.control import moe_layers, set_routing
+from vmoe_torch.layers.options import CapacityFactor
+from vmoe_torch.layers.settings import DROPLESS
 from vmoe_torch.train.rules import DEVICE, Rule, count
 
 MODEL_HELP = (
@@ -41,9 +43,19 @@ def integers(text: str) -> tuple[int, ...]:
     return _listed(text, int, "whole numbers")
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """Numbers "1.05,0.5" as argparse wants them."""
-    return _listed(text, float, "numbers")
+def number(text: str) -> CapacityFactor:
+    """A capacity as argparse wants it: a number, or "dropless"."""
+    if text.strip() == DROPLESS:
+        return DROPLESS
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or {DROPLESS}, got {text!r}") from None
+
+
+def numbers(text: str) -> tuple[CapacityFactor, ...]:
+    """Capacities "1.05,0.5,dropless" as argparse wants them."""
+    return _listed(text, number, f"numbers or {DROPLESS}")
 
 
 def orders(text: str) -> tuple[str, ...]:
@@ -67,10 +79,10 @@ def count_or(*words: str) -> Callable[[str], int | str]:
     return parse
 
 
-def _listed(text: str, kind: type, name: str) -> tuple:
+def _listed(text: str, kind: Callable, name: str) -> tuple:
     try:
         return tuple(kind(part) for part in text.split(","))
-    except ValueError:
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"must be {name} with commas between, got {text!r}") from None
 
 
@@ -119,9 +131,9 @@ def add_routing(parser: argparse.ArgumentParser, several: bool = False, order: b
         order: whether there is a choice of the order.
         **defaults: said of "capacity" and "k"; without, it is what the model is set to.
     """
-    kinds = (numbers, integers, orders) if several else (float, int, None)
+    kinds = (numbers, integers, orders) if several else (number, int, None)
     words = (
-        ("capacity", "C", "slots per expert, times the balanced load"),
+        ("capacity", "C", f"slots per expert, times the balanced load, or {DROPLESS}"),
         ("k", "K", "experts per token"),
         ("order", "ORDER", "who claims slots first: vanilla by position, bpr by priority"),
     )

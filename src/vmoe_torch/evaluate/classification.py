@@ -78,7 +78,9 @@ class _Sums:
 
 
 def slots_of(layer: MoeMlp) -> int:
-    """Slots that a layer's experts had in its last forward, used or not."""
+    """Slots that a layer's experts had in its last forward, used or not; as many as choices where none is dropped."""
+    if layer.record.spans is not None:
+        return layer.record.slots.numel()
     return layer.record.groups.rows * layer.num_experts
 
 

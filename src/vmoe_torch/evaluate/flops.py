@@ -18,7 +18,8 @@ from vmoe_torch.layers import MoeMlp
 class Flops:
     """FLOPs per image of a forward in eval mode, a multiply-add counting as two.
 
-    Experts are counted at full capacity, as in the paper: an empty slot costs as much as a used one.
+    Experts are counted at full capacity, as in the paper: an empty slot costs as much as a used one. Without
+    capacities ("dropless") they are counted at the choices of the tokens, K each.
     """
 
     total: float
@@ -80,7 +81,6 @@ def _count_layer(layer: MoeMlp, inputs: tuple[Tensor], _: Tensor) -> None:
     """ptflops' hook on a module, which adds to an attribute that ptflops has made."""
     sizes = inputs[0].shape[:-1]
     tokens = sizes.numel()
-    rows = layer.groups(tokens, sizes[1:].numel()).rows
     flops = linear_flops(tokens, layer.router.weight.shape)
-    flops += mlp_flops(layer.num_experts * rows, layer.fc1.weight.shape, layer.fc2.weight.shape)
+    flops += mlp_flops(layer.num_rows(tokens, sizes[1:].numel()), layer.fc1.weight.shape, layer.fc2.weight.shape)
     layer.__flops__ += flops // 2

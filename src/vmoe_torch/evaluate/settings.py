@@ -7,13 +7,15 @@ from itertools import product
 
 from torch import nn
 
+from vmoe_torch.layers.options import CapacityFactor
+
 
 @dataclasses.dataclass(frozen=True)
 class RoutingSetting:
     """One way to run the MoE layers of a model; None leaves every layer its own value."""
 
-    capacity_factor: float | None = None
-    """Slots per expert, as a multiple of the balanced load; above 0."""
+    capacity_factor: CapacityFactor | None = None
+    """Slots per expert, as a multiple of the balanced load; above 0, or "dropless"."""
     num_selected_experts: int | None = None
     """K, in 1..E of every layer."""
     batch_priority: bool | None = None
@@ -25,7 +27,7 @@ class RoutingSetting:
 
 
 def setting_grid(
-    capacity_factors: Iterable[float],
+    capacity_factors: Iterable[CapacityFactor],
     num_selected_experts: Iterable[int],
     batch_priority: Iterable[bool] = (False, True),
 ) -> list[RoutingSetting]:

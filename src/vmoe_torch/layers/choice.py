@@ -23,6 +23,9 @@ class TravellingRouting(nn.Module):
     A subclass has `routing`, {name: value} of all that may change, and `set_routing`, which checks and sets it all.
     """
 
+    # TorchScript knows none of their types, and none of its functions reads them.
+    __jit_ignored_attributes__ = ("_made", "_chosen", "_before_load")
+
     # As the layer was made; None in layers that were pickled before this was kept.
     _made: dict[str, Any] | None = None
     # What was set since, though it may be what the layer was made with.

@@ -22,7 +22,7 @@ from vmoe_torch.layers.record import Record
 from vmoe_torch.layers.recording import is_recorded, static_sizes
 from vmoe_torch.layers.routers import ROUTERS
 from vmoe_torch.layers.routers.base import Routed, Router
-from vmoe_torch.layers.settings import activation_name, group_images, one_of
+from vmoe_torch.layers.settings import activation_name, group_images, one_of, refuse_dropless
 
 # The options that are the router's to check and to keep.
 _OF_ROUTER = get_type_hints(opt.MoeOptions).keys() - {
@@ -67,7 +67,8 @@ class MoeMlp(TravellingRouting):
     Shape:
         (B, L, D) -> (B, L, O); any dims may stand for L.
 
-    A capacity drop makes a token's result depend on its group; group_size="image" keeps it inside the image.
+    A capacity drop makes a token's result depend on its group; group_size="image" keeps it inside the image, and with
+    capacity_factor="dropless" there is none.
     """
 
     num_selected_experts = _OfRouter()
@@ -96,8 +97,8 @@ class MoeMlp(TravellingRouting):
         drop: float = 0.0,
         num_experts: int = 32,
         num_selected_experts: int = 2,
-        capacity_factor: float = 1.05,
-        eval_capacity_factor: float | None = None,
+        capacity_factor: opt.CapacityFactor = 1.05,
+        eval_capacity_factor: opt.CapacityFactor | None = None,
         capacity_rounding: opt.CapacityRounding = "ceil",
         capacity_multiple_of: int | None = 4,
         batch_priority: bool = True,
@@ -185,6 +186,13 @@ class MoeMlp(TravellingRouting):
         rest = num_tokens % size
         return grouped(num_tokens, size, capacity, self.capacity(rest) if rest > 0 else capacity)
 
+    @torch.jit.unused
+    def num_rows(self, num_tokens: int, per_image: int) -> int:
+        """Rows that all experts together process of so many tokens, in the current mode; empty slots count."""
+        if self.own_router().is_dropless():
+            return num_tokens * self.num_selected_experts
+        return self.num_experts * self.groups(num_tokens, per_image).rows
+
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         if torch.jit.is_scripting():
@@ -225,6 +233,8 @@ class MoeMlp(TravellingRouting):
                 tokens = tokens.to(dtype)
                 weights = tuple(None if weight is None else weight.to(dtype) for weight in weights)
             seed = None if seeds is None else seeds[1]
+            if routed.spans is not None:
+                return self._run_dropless(tokens, routed.slots, routed.spans, gates, weights, seed, impl)
             return self.run_experts(tokens, routed.slots, gates, weights, groups.rows, seed, impl)
 
         if torch.compiler.is_exporting() or is_recorded():
@@ -290,6 +300,25 @@ class MoeMlp(TravellingRouting):
         else:
             out = self._exchanged(buffer, weights, tokens.dtype, seed, impl)
         return steps.combine(out.to(tokens.dtype).flatten(0, 1), slots, gates, impl)
+
+    @torch.jit.unused
+    def _run_dropless(
+        self,
+        tokens: Tensor,
+        slots: Tensor,
+        spans: Tensor,
+        gates: Tensor,
+        weights: Weights,
+        seed: Tensor | None,
+        impl: str,
+    ) -> Tensor:
+        """The same without capacities."""
+        if self.exchange is not None and self.exchange.size > 1:
+            refuse_dropless(self.exchange.size)
+        drop = self.expert_drop if self.training else 0.0
+        return steps.dropless_mlp(
+            tokens, slots, spans, gates, weights, self.activation, drop, seed, impl, self.dispatch_dtype
+        )
 
     @torch.jit.unused
     def _exchanged(

@@ -6,6 +6,7 @@ For readers, type checkers and editors; tests hold the signatures and their defa
 from typing import Literal, TypedDict
 
 AuxiliaryMode = Literal["injected", "manual"]
+CapacityFactor = float | Literal["dropless"]
 CapacityRounding = Literal["ceil", "round"]
 DispatchDtype = Literal["float32", "bfloat16"]
 GroupSize = int | Literal["batch", "image"]
@@ -19,10 +20,11 @@ class RoutingOptions(TypedDict, total=False):
 
     num_selected_experts: int
     """K, in 1..E."""
-    capacity_factor: float
+    capacity_factor: CapacityFactor
     """C = ceil(S * K * capacity_factor / E) slots per expert in a group of S tokens, then up to a multiple of
-    capacity_multiple_of; 1.0 is just enough for perfectly balanced experts."""
-    eval_capacity_factor: float | None
+    capacity_multiple_of; 1.0 is just enough for perfectly balanced experts. "dropless" is without capacities: every
+    choice is processed, so BPR and groups have no effect on the result, and no slot stays empty."""
+    eval_capacity_factor: CapacityFactor | None
     """The same in eval mode; None is capacity_factor."""
     batch_priority: bool
     """Batch Priority Routing (BPR) instead of position order."""

@@ -32,6 +32,7 @@ class Record:
         self.mean_gates: Tensor | None = None  # (G, E)
         self.top1_share: Tensor | None = None  # (G, E)
         self.loss: Tensor | None = None  # 0-dim; part of the graph in the "manual" mode
+        self.spans: Tensor | None = None  # (2, E) int32 of dropless slots
         self.groups: Groups | None = None
         self.losses: list[weakref.ref[Tensor]] = []  # of the forwards that `waiting` adds up
         self.is_closed = False  # whether the next forward starts a new sum
@@ -62,6 +63,7 @@ class Record:
     def note(self, routed: Routed, groups: Groups) -> None:
         """To call after `keep`: what a router did, off the graph but for a loss that waits."""
         self.gates, self.slots, self.groups = _off_graph(routed.record.get("gates", routed.gates)), routed.slots, groups
+        self.spans = routed.spans
         for name in _OF_ROUTERS:
             setattr(self, name, _off_graph(routed.record.get(name)))
         self.loss = routed.record.get("loss")

@@ -1,11 +1,16 @@
 """Checks of a layer's settings, and the forms in which they may be given."""
 
+import math
 from typing import Any
 
-from vmoe_kernels.common.checks import check_integer
+from vmoe_kernels.common.checks import check_integer, check_number
 from vmoe_kernels.experts.activations import check_activation
-from vmoe_torch.layers.options import GroupSize
+from vmoe_torch.layers.options import CapacityFactor, GroupSize
 
+# Stands for a capacity factor.
+DROPLESS = "dropless"
+# The least number above 0.
+_TINY = math.ulp(0.0)
 GROUP_SIZES = {"batch": 0, "image": 1}
 
 
@@ -13,6 +18,28 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """The value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def check_capacity_factor(name: str, value: CapacityFactor) -> CapacityFactor:
+    """The value, a number above 0 or "dropless"."""
+    if isinstance(value, str):
+        if value != DROPLESS:
+            raise ValueError(f"{name} must be above 0 or {DROPLESS!r}, got {value!r}")
+        return value
+    return check_number(name, value, "above 0", _TINY)
+
+
+def refuse_dropless(ranks: int) -> None:
+    """Experts that are spread over ranks exchange equal numbers of rows: capacities say how many."""
+    raise ValueError(
+        f"capacity_factor must be a number with expert parallelism (ep={ranks}), got {DROPLESS!r}: set one, e.g. by "
+        "vmoe_torch.set_routing(model, capacity_factor=1.05)"
+    )
+
+
+def capacity_text(value: CapacityFactor) -> str:
+    """As tables and descriptions show it."""
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def group_images(group_size: GroupSize) -> int:

@@ -64,6 +64,11 @@ def assign_slots(
     )
 
 
+def assign_dropless_slots(experts: Tensor, num_experts: int, groups: Groups, impl: str) -> tuple[Tensor, Tensor | None]:
+    """`vmoe_kernels.assign_dropless_slots`: slots and spans."""
+    return kernels.assign_dropless_slots(experts, num_experts=num_experts, group_size=groups.size, impl=impl)
+
+
 def dispatch(x: Tensor, slots: Tensor, num_rows: int, impl: str) -> Tensor:
     """`vmoe_kernels.dispatch`."""
     if torch.jit.is_scripting():
@@ -135,3 +140,27 @@ def moe_mlp(
         seed=seed,
         impl=impl,
     )
+
+
+def dropless_mlp(
+    x: Tensor,
+    slots: Tensor,
+    spans: Tensor,
+    gates: Tensor,
+    weights: Weights,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+    impl: str,
+    wire: torch.dtype | None = None,
+) -> Tensor:
+    """`vmoe_kernels.dropless_mlp`; with `wire`, what goes into and comes out of the experts is rounded to that."""
+    settings = {"activation": activation, "drop": drop, "seed": seed, "impl": impl}
+    if wire is None:
+        return kernels.dropless_mlp(x, slots, spans, gates, *weights, **settings)
+    # Every choice as a token of its own, as its output is rounded before its gate meets it.
+    choices = torch.arange(slots.numel(), device=x.device, dtype=torch.int32).view(slots.shape)
+    copies = x.to(wire).to(x.dtype).repeat_interleave(slots.shape[1], 0)
+    slots = slots.view(-1, 1)
+    out = kernels.dropless_mlp(copies, slots, spans, torch.ones_like(slots, dtype=gates.dtype), *weights, **settings)
+    return kernels.combine(out.to(wire).to(x.dtype), choices, gates, impl=impl)

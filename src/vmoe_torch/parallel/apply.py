@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.layers.settings import DROPLESS, refuse_dropless
 from vmoe_torch.parallel.exchange import ExpertExchange
 from vmoe_torch.parallel.forwards import Forwards, routing_settings
 from vmoe_torch.parallel.mesh import by_mesh, keep_timeout
@@ -58,7 +59,8 @@ def parallelize(
 
     Raises:
         ValueError: if the mesh lacks an axis, the model has no blocks or is parallelised already, the experts do not
-            divide among the ranks, a MoeMlp is not a block's, or ranks differ in the model, its routing or an argument.
+            divide among the ranks or have no capacities ("dropless" is for one rank's experts), a MoeMlp is not a
+            block's, or ranks differ in the model, its routing or an argument.
     """
     names = mesh.mesh_dim_names or ()
     if names != ("dp", "ep"):
@@ -88,6 +90,8 @@ def parallelize(
     for layer in layers:
         if layer.num_experts % ep:
             raise ValueError(f"ep must divide num_experts={layer.num_experts}, got ep={ep}")
+        if ep > 1 and DROPLESS in (layer.capacity_factor, layer.eval_capacity_factor):
+            refuse_dropless(ep)
     # One for all layers: each has process groups of its own where it has two levels.
     exchange = ExpertExchange(mesh["ep"].get_group(), wire_dtype, chunks, ranks_per_node)
     Forwards(model, mesh.device_type)

@@ -8,7 +8,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 
 def _keep_routing(_context, op, *_args, **_kwargs) -> CheckpointPolicy:
-    kept = (torch.ops.vmoe.router.default, torch.ops.vmoe.assign_slots.default)
+    ops = torch.ops.vmoe
+    kept = (ops.router.default, ops.assign_slots.default, ops.assign_dropless_slots.default)
     return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -7,7 +7,6 @@ its own, and a line in `routers/__init__.py`.
 Dims: T tokens, D width, E experts, K choices of a token, R rows per expert.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +16,13 @@ from vmoe_kernels import compute_capacity
 from vmoe_kernels.common.checks import check_flag, check_integer, check_number, check_selected
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
 from vmoe_torch.layers.groups import Groups
+from vmoe_torch.layers.options import CapacityFactor
 from vmoe_torch.layers.quantised import plain
 from vmoe_torch.layers.recording import is_recorded
 from vmoe_torch.layers.scores import lecun_normal_, logits
-from vmoe_torch.layers.settings import one_of
+from vmoe_torch.layers.settings import DROPLESS, check_capacity_factor, one_of
 
 AUXILIARY_MODES = ("injected", "manual")
-# The least number above 0.
-_TINY = math.ulp(0.0)
 
 
 class Routed(NamedTuple):
@@ -36,6 +34,8 @@ class Routed(NamedTuple):
     """(T, K) int32 row of each choice in the (E * R, D) buffer, or -1 where dropped."""
     record: dict[str, Tensor]
     """What a `Record` remembers, by its names, and what else a hook may want; "loss", 0-dim, is an auxiliary loss."""
+    spans: Tensor | None = None
+    """(2, E) int32 rows of each expert where slots are dropless, as `vmoe_kernels.assign_dropless_slots` gives them."""
 
     @property
     def logits(self) -> Tensor:
@@ -64,6 +64,9 @@ class Router(nn.Module):
     )
     # Whether a record of it may leave the number of tokens open.
     takes_any_batch = False
+    # Whether it can do without capacities. It then gives slots and spans where `has_spans` says so; where not, its
+    # groups have room for every token at every expert.
+    takes_dropless = False
 
     def __init__(
         self,
@@ -151,7 +154,12 @@ class Router(nn.Module):
 
     def slots_for(self, group_tokens: int, selected: int) -> int:
         """C for a group of so many tokens with so many choices each, in the current mode."""
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        factor = self.eval_capacity_factor
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self.training:
+                factor = self.capacity_factor
+        if isinstance(factor, str):
+            return group_tokens
         return compute_capacity(
             group_tokens,
             self.num_experts,
@@ -160,6 +168,16 @@ class Router(nn.Module):
             rounding=self.capacity_rounding,
             multiple_of=self.capacity_multiple_of,
         )
+
+    @torch.jit.unused
+    def is_dropless(self) -> bool:
+        """Whether every choice is processed, in the current mode."""
+        return (self.capacity_factor if self.training else self.eval_capacity_factor) == DROPLESS
+
+    @torch.jit.unused
+    def has_spans(self) -> bool:
+        """Whether this forward's slots are dropless ones; what is recorded for others knows nothing but capacities."""
+        return self.is_dropless() and not (is_recorded() or torch.compiler.is_exporting())
 
     @torch.jit.unused
     def routing(self) -> dict[str, Any]:
@@ -171,8 +189,8 @@ class Router(nn.Module):
         self,
         *,
         num_selected_experts: int,
-        capacity_factor: float,
-        eval_capacity_factor: float | None,
+        capacity_factor: CapacityFactor,
+        eval_capacity_factor: CapacityFactor | None,
         batch_priority: bool,
         priority: str,
     ) -> None:
@@ -180,8 +198,8 @@ class Router(nn.Module):
         num_selected_experts = check_selected(num_selected_experts, self.num_experts)
         if eval_capacity_factor is None:
             eval_capacity_factor = capacity_factor
-        capacity_factor = check_number("capacity_factor", capacity_factor, "above 0", _TINY)
-        eval_capacity_factor = check_number("eval_capacity_factor", eval_capacity_factor, "above 0", _TINY)
+        capacity_factor = self._capacity_factor("capacity_factor", capacity_factor)
+        eval_capacity_factor = self._capacity_factor("eval_capacity_factor", eval_capacity_factor)
         batch_priority = check_flag("batch_priority", batch_priority)
         one_of("priority", priority, ("max", "sum"))
         self.num_selected_experts = num_selected_experts
@@ -189,6 +207,12 @@ class Router(nn.Module):
         self.eval_capacity_factor = eval_capacity_factor
         self.batch_priority = batch_priority
         self.priority = priority
+
+    @torch.jit.unused
+    def _capacity_factor(self, name: str, value: CapacityFactor) -> CapacityFactor:
+        if value == DROPLESS and not self.takes_dropless:
+            raise ValueError(f"{name} must be a number for {type(self).__name__}, got {value!r}")
+        return check_capacity_factor(name, value)
 
     def implementation(self) -> str:
         """`impl` as it is, or what can be recorded: without noise and losses, in operators that every reader has."""

@@ -16,6 +16,7 @@ class TopExperts(Router):
     """Noise, the K largest gates, slots in position order or by BPR, and the paper's auxiliary losses."""
 
     takes_any_batch = True
+    takes_dropless = True
     # Installed from outside by vmoe_torch.analyze: takes the router's experts (T, K) and gives others.
     choices: Callable[[Tensor], Tensor] | None = None
 
@@ -32,13 +33,21 @@ class TopExperts(Router):
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self.choices is not None:
                 experts = self.choices(experts)
-        slots = steps.assign_slots(experts, gates, self.num_experts, groups, self.batch_priority, self.priority, impl)
+        slots, spans = self._slots(experts, gates, groups, impl)
         if self.renormalize_gates:
             gates = self._renormalized(gates)
         record = {"logits": scored.logits}
         if not torch.jit.is_scripting():
             record = self._record(scored, experts)
-        return Routed(gates, slots, record)
+        return Routed(gates, slots, record, spans)
+
+    def _slots(self, experts: Tensor, gates: Tensor, groups: Groups, impl: str) -> tuple[Tensor, Tensor | None]:
+        """And, without capacities, the spans."""
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self.has_spans():
+                return steps.assign_dropless_slots(experts, self.num_experts, groups, impl)
+        slots = steps.assign_slots(experts, gates, self.num_experts, groups, self.batch_priority, self.priority, impl)
+        return slots, None
 
     def _renormalized(self, gates: Tensor) -> Tensor:
         if self.training and self.num_selected_experts == 1 and gates.requires_grad:
