@@ -70,6 +70,8 @@ class Router(nn.Module):
     NOTE = ""
     # The noise where none is given.
     NOISE_STD = 1.0
+    # P of a router that has slots of its own, once it is known.
+    slots_per_expert: int | None = None
     # Whether a record of it may leave the number of tokens open.
     takes_any_batch = False
 
