@@ -283,6 +283,9 @@ def _block_activations(block: nn.Module, images: int, tokens: int, settings: Pla
     # Mean and deviation of two norms, and the attention's logsumexp, in float32.
     kept += 4 * tokens * (4 + heads)
     kept += sum(tokens * width * a for scale in (block.ls1, block.ls2) if not isinstance(scale, nn.Identity))
+    if not isinstance(block.attn.q_norm, nn.Identity):
+        # As measured: both normalised, and once more their size for the rest; mean and deviation of both.
+        kept += 3 * tokens * width * a + 16 * tokens * heads
     if not sparse:
         # Before and after the activation.
         return kept + 2 * tokens * mlp.fc1.weight.shape[0] * a

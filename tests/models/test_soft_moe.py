@@ -192,6 +192,25 @@ def test_flops_and_plan():
     assert plan(model, PlannedRun(2, 2, 4)).exchange_per_layer == 2 * 2 * 8 * 64 * 2 // 2
 
 
+@pytest.mark.parametrize("changes", [{"slots_per_expert": 2}, {"slots_per_expert": 8, "qk_norm": False}])
+def test_plan_is_what_a_step_holds(changes):
+    model = timm.create_model("test_soft_moe", img_size=32, patch_size=4, num_classes=10, **changes)
+    held = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(_images(8)).logsumexp(1).sum()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    size = sum(nbytes for pointer, (nbytes, _) in held.items() if pointer not in parameters)
+    planned = plan(model, PlannedRun(1, 1, 8, compute_bytes=4)).activations
+    assert abs(size / planned - 1) <= 0.03
+    assert loss.isfinite()
+
+
 def test_recipe_decays_as_the_original():
     config = load_recipe("pretrain_soft_moe").override("data.root=somewhere")
     config.check()
