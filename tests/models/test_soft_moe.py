@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import vmoe_torch
 from tests.tiny import randomized
@@ -238,3 +239,24 @@ def test_timms_own_decay_leaves_slots_alone():
     for layer in vmoe_torch.moe_layers(model).values():
         assert id(layer.router.mu) not in decaying
         assert id(layer.fc1.weight) in decaying
+
+
+def test_timm_takes_them_apart():
+    """FX, intermediate features, a new head, pruning: what timm does with any of its ViTs."""
+    model, images = _tiny(), _images()
+    names = get_graph_node_names(model)[1]
+    assert "blocks.3.mlp" in names
+    extracted = create_feature_extractor(model, {"blocks.3.mlp": "y", "head": "logits"})(images)
+    assert torch.equal(extracted["logits"], model(images))
+    final, intermediates = model.forward_intermediates(images)
+    assert (final.shape, len(intermediates)) == ((3, 16, 64), 4)
+    features = timm.create_model("test_soft_moe", features_only=True, img_size=32, patch_size=8)
+    assert features(images)[-1].shape == (3, 64, 4, 4)
+    model.reset_classifier(7)
+    assert not model.head.weight.any()
+    model.prune_intermediate_layers(2)
+    assert len(model.blocks) == 3
+    moved = timm.create_model("test_soft_moe", device="meta", **SMALL).to_empty(device="cpu")
+    moved.init_weights()
+    assert moved(images).isfinite().all()
+    assert all(layer.router.scale == 1 for layer in vmoe_torch.moe_layers(moved).values())
