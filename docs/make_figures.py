@@ -1,4 +1,4 @@
-"""Draws the figures of docs/how-it-works.md; every number in them comes from vmoe_kernels.
+"""Draws the figures of docs/how-it-works.md and docs/soft_moe.md; every number in them comes from our own layers.
 
 python docs/make_figures.py [FOLDER]
 """
@@ -13,6 +13,7 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 from torch import Tensor
 
 import vmoe_kernels as kernels
+from vmoe_torch.layers import MoeMlp
 
 FIGURES = Path(__file__).parent / "figures"
 # Okabe and Ito's, which colour-blind readers can tell apart; an expert each.
@@ -207,10 +208,65 @@ def dispatch_combine() -> Figure:
     return figure
 
 
+def drawing() -> Tensor:
+    """(12, 12, 3): a sky with a sun, a tree, and the ground."""
+    names = {"s": (0.45, 0.70, 0.95), "y": (0.98, 0.80, 0.15), "t": (0.10, 0.50, 0.20), "g": (0.62, 0.45, 0.28)}
+    rows = ["ssssssssssss"] * 8 + ["gggggggggggg"] * 4
+    picture = torch.tensor([[names[kind] for kind in row] for row in rows])
+    picture[1:4, 8:11] = torch.tensor(names["y"])
+    for top, left, right in ((3, 3, 5), (4, 2, 6), (5, 1, 7), (6, 1, 7), (7, 3, 5), (8, 3, 5)):
+        picture[top, left:right] = torch.tensor(names["t"])
+    shade = 0.06 * torch.randn(12, 12, 1, generator=torch.Generator().manual_seed(1))
+    return (picture + shade).clamp(0, 1)
+
+
+@torch.no_grad()
+def soft_moe() -> Figure:
+    """Which patches the slots of a soft layer draw from, and what some patches get back."""
+    picture = drawing()
+    tokens = picture.flatten(0, 1) - picture.mean((0, 1))
+    layer = MoeMlp(3, num_experts=EXPERTS, router="soft", slots_per_expert=1)
+    patches = {"sky": (2, 2), "sun": (2, 9), "tree": (5, 4), "ground": (10, 9)}
+    # Slots that look for the colours of these patches.
+    colours = torch.stack([tokens[12 * row + column] for row, column in patches.values()])
+    layer.router.mu.copy_(colours.t().unsqueeze(-1))
+    layer.router.scale.fill_(4.0)
+    routed = layer.router(tokens, layer.groups(144, 144))
+    figure = Figure(figsize=(9.2, 5.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    for place, axes in enumerate(above.subplots(1, 1 + EXPERTS)):
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if place == 0:
+            axes.imshow(picture)
+            axes.set_title("144 patches", fontsize=10)
+            for name, (row, column) in patches.items():
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.6))
+                axes.text(column, row - 0.8, name, ha="center", va="bottom", fontsize=8)
+            continue
+        shares = routed.mix[0, :, place - 1].view(12, 12)
+        axes.imshow(100 * shares, cmap="cividis", vmin=0)
+        axes.set_title(f"slot of expert {place - 1}", fontsize=10, color=EXPERT_COLOURS[place - 1])
+        axes.set_xlabel(f"{100 * shares.min():.2f} to {100 * shares.max():.1f} %", fontsize=9)
+    above.suptitle("Dispatch: the share of every patch in a slot; over the patches they sum to 1", fontsize=11)
+    for axes, (name, (row, column)) in zip(below.subplots(1, len(patches), sharey=True), patches.items()):
+        gates = routed.gates[12 * row + column]
+        axes.bar(range(EXPERTS), gates.tolist(), color=EXPERT_COLOURS)
+        for expert, gate in enumerate(gates.tolist()):
+            axes.text(expert, gate + 0.02, f"{gate:.2f}", ha="center", fontsize=9, color=GREY)
+        axes.set_xticks(range(EXPERTS))
+        axes.set_xlabel("slot of expert")
+        axes.set_ylim(0, 1.1)
+        axes.set_title(name, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    below.suptitle("Combine: the share of every slot's output in what a patch gets back; they sum to 1", fontsize=11)
+    return figure
+
+
 def main(folder: Path = FIGURES) -> None:
     """Draws all of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for draw in (routing, capacity, batch_priority, dispatch_combine):
+    for draw in (routing, capacity, batch_priority, dispatch_combine, soft_moe):
         draw().savefig(folder / f"{draw.__name__}.png", dpi=130)
 
 

@@ -119,7 +119,8 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             "unprocessed": 0-dim share of tokens whose choices were all dropped,
             "gates": (K,) mean gate of each choice rank,
         }}; layers that have not run are left out, also those whose last forward was recorded by a tracer. Expert-choice
-        layers drop nothing: they have no "dropped", "assigned" and "importance". After `torch.vmap`, of all samples.
+        and soft layers drop nothing: they have no "dropped", "assigned" and "importance", and a gate for every expert
+        or slot. After `torch.vmap`, of all samples.
 
     Raises:
         ValueError: if the last forward had no values: on the meta device or with fake tensors.
@@ -135,7 +136,9 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         kept = record.slots >= 0
         experts = record.experts
         if experts is None:
-            experts = torch.arange(layer.num_experts, device=kept.device).expand_as(kept)
+            # As many columns for one expert as for any other, in order.
+            experts = torch.arange(kept.shape[1], device=kept.device) * layer.num_experts // kept.shape[1]
+            experts = experts.expand_as(kept)
         count = torch.zeros(layer.num_experts, device=kept.device)
         load = count.index_add(0, experts.reshape(-1).long(), kept.reshape(-1).float())
         layer_stats = {

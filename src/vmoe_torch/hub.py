@@ -83,7 +83,7 @@ def card_of(model: nn.Module, name: str) -> dict[str, Any]:
         model: a VMoE that timm made.
         name: that `timm.create_model` will take, as "hf-hub:someone/vmoe".
     """
-    layers = {f"`{layer_name}`": _routing_text(layer.routing()) for layer_name, layer in moe_layers(model).items()}
+    layers = {f"`{layer_name}`": _routing_text(layer) for layer_name, layer in moe_layers(model).items()}
     lines = [
         "This model is a V-MoE of the package `vmoe-torch`, which must be imported: without it, timm says",
         '"Unknown model".',
@@ -113,7 +113,10 @@ def card_of(model: nn.Module, name: str) -> dict[str, Any]:
     }
 
 
-def _routing_text(routing: dict[str, Any]) -> str:
+def _routing_text(layer: nn.Module) -> str:
+    routing, slots = layer.routing(), layer.own_router().slots_per_expert
+    if slots is not None:
+        return f"{layer.router_type}, {layer.num_experts} experts of {slots} slots, every image on its own"
     order = f"BPR by {routing['priority']} gate" if routing["batch_priority"] else "position order"
     return (
         f"K={routing['num_selected_experts']}, capacity factor {capacity_text(routing['eval_capacity_factor'])}, "

@@ -188,7 +188,7 @@ def plan(model: nn.Module, settings: PlannedRun) -> PlannedStep:
     gathers = 2 * stream + MASTER
     shards = int(sum(size * gathers * (ranks - 1) / ranks for size, ranks in units))
     # Routers are not gathered, their gradients are summed.
-    routers = sum(layer.router.weight.numel() for layer in layers)
+    routers = sum(parameter.numel() for layer in layers for parameter in layer.router.parameters())
     shards += int(2 * MASTER * routers * (settings.gpus - 1) / settings.gpus)
     flops = (4 if settings.recompute else 3) * forward_flops(model, images)
     return PlannedStep(
@@ -246,7 +246,7 @@ def forward_flops(model: nn.Module, images: int) -> int:
         flops += 2 * linear_flops(tokens, (length, model.embed_dim))
         mlp, rows = block.mlp, tokens
         if isinstance(mlp, MoeMlp):
-            flops += linear_flops(tokens, mlp.router.weight.shape)
+            flops += mlp.own_router().flops(tokens)
             rows = _rows(mlp, images, tokens)
         flops += mlp_flops(rows, mlp.fc1.weight.shape, mlp.fc2.weight.shape)
     return flops
@@ -262,10 +262,10 @@ def _rows(layer: MoeMlp, images: int, tokens: int) -> int:
 
 
 def _routing_bytes(mlp: nn.Module, tokens: int) -> int:
-    """Logits (T, E); gates, experts and slots (T, K)."""
+    """What its router says: for top experts, logits (T, E); gates, experts and slots (T, K)."""
     if not isinstance(mlp, MoeMlp):
         return 0
-    return LABEL * tokens * (mlp.num_experts + 3 * mlp.num_selected_experts)
+    return LABEL * tokens * mlp.own_router().kept_numbers()
 
 
 def _block_activations(block: nn.Module, images: int, tokens: int, settings: PlannedRun) -> int:
@@ -288,6 +288,9 @@ def _block_activations(block: nn.Module, images: int, tokens: int, settings: Pla
     # Mean and deviation of two norms, and the attention's logsumexp, in float32.
     kept += 4 * tokens * (4 + heads)
     kept += sum(tokens * width * a for scale in (block.ls1, block.ls2) if not isinstance(scale, nn.Identity))
+    if not isinstance(block.attn.q_norm, nn.Identity):
+        # As measured: both normalised, and once more their size for the rest; mean and deviation of both.
+        kept += 3 * tokens * width * a + 16 * tokens * heads
     if not sparse:
         # Before and after the activation.
         return kept + 2 * tokens * mlp.fc1.weight.shape[0] * a
@@ -325,7 +328,7 @@ def _local_parameters(model: nn.Module, settings: PlannedRun) -> int:
     total = sum(_part(p.shape or Size([1]), 0, settings.gpus) for p in model.parameters() if id(p) not in in_layers)
     for layer in layers:
         # Whole on every rank.
-        total += layer.router.weight.numel()
+        total += sum(parameter.numel() for parameter in layer.router.parameters())
         for fc in (layer.fc1, layer.fc2):
             for parameter in fc.parameters():
                 shape = Size([parameter.shape[0] // settings.ep, *parameter.shape[1:]])
@@ -340,7 +343,7 @@ def _unit_sizes(model: nn.Module, settings: PlannedRun) -> list[tuple[int, int]]
         size = whole = sum(parameter.numel() for parameter in block.parameters())
         rest -= whole
         if isinstance(block.mlp, MoeMlp):
-            router = block.mlp.router.weight.numel()
+            router = sum(parameter.numel() for parameter in block.mlp.router.parameters())
             experts = sum(parameter.numel() for parameter in block.mlp.parameters()) - router
             units.append((experts // settings.ep, settings.dp))
             size -= experts + router

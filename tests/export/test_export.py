@@ -57,6 +57,17 @@ def test_files_give_the_models_logits(build, tmp_path, case):
     assert case == "expert choice" or _dropped(model) > 0.1
 
 
+def test_soft_layers(build, tmp_path):
+    """With a free batch, too: an image is a group."""
+    model = build(router="soft", slots_per_expert=2, capacity_factor=1.05)
+    program = export_program(model, torch.zeros(1, *SHAPE[1:]), dynamic_batch=True)
+    for suffix, save in SAVE.items():
+        path = tmp_path / f"x{suffix}"
+        save(program, path)
+        for batch in (1, 2, 7):
+            assert check_file(path, model, (batch, *SHAPE[1:])) < 1e-4
+
+
 def test_equal_priorities_keep_their_order(build, tmp_path):
     """All patches of two grey levels: hundreds of tokens want the same slots with the same gates."""
     model = build(img_size=64, batch_priority=True, group_size="batch", capacity_factor=0.25, pos_embed="none")

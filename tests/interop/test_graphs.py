@@ -30,6 +30,7 @@ CASES = {
     "sum": {"priority": "sum", "group_size": "batch"},
     "as released": {"dispatch_dtype": "bfloat16", "act_layer": nn.GELU, "group_size": 4},
     "expert choice": {"router": "expert_choice", "group_size": 4},
+    "soft": {"router": "soft", "slots_per_expert": 2, "capacity_factor": 1.05},
     "renormalised": {"renormalize_gates": True, "num_selected_experts": 3, "group_size": 2},
     "images": {"group_size": "image"},
 }

@@ -13,6 +13,8 @@ from vmoe_torch.parallel import build_mesh, clip_grad_norm, parallelize, paramet
 
 IMAGES = 8  # of all ranks together
 STEPS = 10
+# Weights of the router that the others have not; the capacity is theirs.
+SOFT = {"router": "soft", "slots_per_expert": 3, "capacity_factor": 1.05}
 
 
 def _model(dtype, **kwargs):
@@ -32,7 +34,8 @@ def _model(dtype, **kwargs):
     torch.nn.init.normal_(model.head.weight, std=0.1)
     # Experts start alike and routers weak: spread them, so that a wrong expert or a wrong drop shows.
     for layer in vmoe_torch.moe_layers(model).values():
-        torch.nn.init.normal_(layer.router.weight, std=0.5)
+        for router in (p for p in layer.router.parameters() if p.ndim > 1):
+            torch.nn.init.normal_(router, std=0.5)
         for fc in (layer.fc1, layer.fc2):
             torch.nn.init.normal_(fc.weight, std=0.1)
     return model
@@ -108,6 +111,7 @@ TWO_RANKS = [
     (1, 2, torch.float32, 1e-5, {}, {}, False),
     (2, 1, torch.float64, 1e-9, {}, {}, False),
     (1, 2, torch.float64, 1e-9, {"chunks": 3, "recompute": True}, {"num_selected_experts": 1}, True),
+    (1, 2, torch.float64, 1e-9, {"chunks": 2, "recompute": True}, SOFT, False),
 ]
 FOUR_RANKS = [
     (2, 2, torch.float64, 1e-9, {"reshard_after_forward": False}, {}, True),

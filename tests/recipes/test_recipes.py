@@ -79,7 +79,7 @@ def test_recipe_describes_its_model(name):
         assert layer.renormalize_gates == (name == "finetune_upcycled")
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", [*PAPER, "pretrain_soft_moe"])
 def test_recipe_runs(name, photos, tmp_path):
     config = load_recipe(name).override(*TINY, f"data.root={photos}", f"run.output={tmp_path / name}")
     result = train(config)

@@ -6,6 +6,9 @@ from vmoe_torch.analyze.curves import capacity_curve, router_ablation, selected_
 from vmoe_torch.analyze.heatmaps import expert_by_class, expert_by_position
 from vmoe_torch.analyze.loads import expert_loads, gates_by_depth
 from vmoe_torch.analyze.patches import KeptPatches, collect_kept_patches, kept_patches_animation, kept_patches_grid
+from vmoe_torch.analyze.share_figures import experts_per_token, patch_shares
+from vmoe_torch.analyze.share_report import ShareAnalysis
+from vmoe_torch.analyze.shares import ExpertsPerToken, Mixtures, Spread, collect_shares, shares_of_patches
 from vmoe_torch.analyze.statistics import LayerRouting, collect_routing, kept_choices_per_patch
 from vmoe_torch.report import Figure, Report, Section, Table, write_report
 
@@ -13,29 +16,37 @@ __all__ = [
     "CAPACITY_FACTORS",
     "Ablation",
     "Analysis",
+    "ExpertsPerToken",
     "Figure",
     "KeptPatches",
     "LayerRouting",
+    "Mixtures",
     "Report",
     "Section",
+    "ShareAnalysis",
+    "Spread",
     "Table",
     "ablate_routers",
     "analyze",
     "capacity_curve",
     "collect_kept_patches",
     "collect_routing",
+    "collect_shares",
     "describe_model",
     "describe_routing",
     "expert_by_class",
     "expert_by_position",
     "expert_loads",
+    "experts_per_token",
     "gates_by_depth",
     "kept_choices_per_patch",
     "kept_patches_animation",
     "kept_patches_grid",
+    "patch_shares",
     "random_routers",
     "router_ablation",
     "sample",
     "selected_experts_curve",
+    "shares_of_patches",
     "write_report",
 ]

@@ -12,7 +12,10 @@ from torch.utils.data import Dataset, Subset
 from vmoe_torch.analyze import accuracy_sections, routing_sections
 from vmoe_torch.analyze.ablation import Ablation, ablate_routers
 from vmoe_torch.analyze.patches import KeptPatches, collect_kept_patches
+from vmoe_torch.analyze.share_report import ShareAnalysis, analyze_shares
+from vmoe_torch.analyze.shares import layers_without_choices
 from vmoe_torch.analyze.statistics import LayerRouting, collect_routing, routed_layers
+from vmoe_torch.control import moe_layers
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.evaluate import Evaluation, RoutingSetting, as_rows, evaluate, setting_grid, write_csv
 from vmoe_torch.layers.settings import capacity_text
@@ -187,11 +190,13 @@ def analyze(
     max_broken: int = 0,
     warn: Callable[[str], None] = lambda message: None,
     progress: Callable[[str], Callable[[Iterable], Iterable]] = lambda text: iter,
-) -> Analysis:
+) -> Analysis | ShareAnalysis:
     """Runs every analysis on a model, reading the images three times and keeping none; the model stays as it is.
 
+    A model whose tokens choose nothing (expert choice, soft) has analyses of its own, and no grid of settings.
+
     Args:
-        model: a VMoE with layers of top experts, on any device.
+        model: a VMoE, on any device.
         dataset: items (PIL image, label), in an order that mixes the classes: see `sample`.
         transform: for evaluation, PIL image -> (C, H, W).
         class_names: by label; None numbers them.
@@ -209,7 +214,11 @@ def analyze(
         ValueError: if the model has no MoE layer or one that cannot be counted, there is no image, more images than
             `max_broken` cannot be read, a label is not among the model's classes, or a setting does not suit the model.
     """
-    layers = routed_layers(model)
+    shared = layers_without_choices(model)
+    layers = {} if shared else routed_layers(model)
+    if shared and (num_selected_experts is not None or tuple(capacity_factors) != CAPACITY_FACTORS):
+        kinds = " and ".join(dict.fromkeys(layer.router_type for layer in shared.values()))
+        raise ValueError(f"capacity_factors and num_selected_experts must be left out for a model of {kinds}")
     for capacity in capacity_factors:
         if isinstance(capacity, str):
             raise ValueError(f"capacity_factors must be numbers, which have a place on an axis, got {capacity!r}")
@@ -220,6 +229,8 @@ def analyze(
     pin = next(model.parameters()).device.type == "cuda"
     loader = evaluation_loader(dataset, transform, batch_size, workers, pin, max_broken=max_broken, option="max_broken")
     loader.warn = warn
+    if shared:
+        return analyze_shares(model, dataset, loader, transform, class_names, pictures=pictures, progress=progress)
     counts = {layer.num_selected_experts for layer in layers.values()}
     trained = counts.pop() if len(counts) == 1 else None
     most = min(layer.num_experts for layer in layers.values())
@@ -251,7 +262,7 @@ def analyze(
 
 def describe_model(model: nn.Module) -> str:
     """What a VMoE is made of, in words."""
-    layers = list(routed_layers(model).values())
+    layers = list(moe_layers(model).values())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     experts = " or ".join(dict.fromkeys(str(layer.num_experts) for layer in layers))
     height, width = model.patch_embed.patch_size

@@ -67,7 +67,7 @@ def collect_kept_patches(
     Raises:
         ValueError: if there is no image, or the model has no MoE layer to count.
     """
-    chosen = _different_classes(dataset, count)
+    chosen = different_classes(dataset, count)
     if not chosen:
         raise ValueError("dataset must hold at least one image, got none")
     tensors = torch.stack([transform(image) for image, _ in chosen])
@@ -87,7 +87,7 @@ def collect_kept_patches(
     )
 
 
-def _different_classes(dataset: Dataset, count: int) -> list[tuple[Image.Image, int]]:
+def different_classes(dataset: Dataset, count: int) -> list[tuple[Image.Image, int]]:
     """The first images that each show another class, then the first others; only the first few hundred are read."""
     first, others = {}, []
     for index in range(min(len(dataset), 40 * count)):

@@ -67,12 +67,12 @@ def set_budget(
         raise ValueError(f"{name} must be above 0, got {share}")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    present = current_settings(model)
-    if not present:
-        raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
     for layer_name, layer in moe_layers(model).items():
         if layer.router_type != "top_experts":
             raise ValueError(f"layers must route by top_experts, got {layer.router_type} in {layer_name}")
+    present = current_settings(model)
+    if not present:
+        raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
     options = default_settings(present) if settings is None else list(dict.fromkeys(settings))
     if not options:
         raise ValueError("settings must hold at least one LayerSetting, got none")

@@ -58,8 +58,12 @@ class _Sums:
         for layer in moe_layers(model).values():
             slots = layer.record.slots
             self.slots += slots_of(layer)
-            self.choices += slots.numel()
-            self.dropped += int((slots < 0).sum())
+            if layer.record.experts is not None:
+                self.choices += slots.numel()
+                self.dropped += int((slots < 0).sum())
+            else:
+                # Who is not asked is not dropped: as if every token had wanted one expert.
+                self.choices += len(slots)
             self.tokens += len(slots)
             self.unprocessed += int((slots < 0).all(1).sum())
 

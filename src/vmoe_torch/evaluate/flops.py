@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from vmoe_kernels.common.flops import linear_flops, mlp_flops
+from vmoe_kernels.common.flops import mlp_flops
 from vmoe_torch.control import moe_layers
 from vmoe_torch.evaluate.settings import eval_mode
 from vmoe_torch.layers import MoeMlp
@@ -81,6 +81,6 @@ def _count_layer(layer: MoeMlp, inputs: tuple[Tensor], _: Tensor) -> None:
     """ptflops' hook on a module, which adds to an attribute that ptflops has made."""
     sizes = inputs[0].shape[:-1]
     tokens = sizes.numel()
-    flops = linear_flops(tokens, layer.router.weight.shape)
+    flops = layer.own_router().flops(tokens)
     flops += mlp_flops(layer.num_rows(tokens, sizes[1:].numel()), layer.fc1.weight.shape, layer.fc2.weight.shape)
     layer.__flops__ += flops // 2

@@ -37,6 +37,10 @@ class TravellingRouting(nn.Module):
         """How the layer routes now, as `set_routing` takes it."""
         raise NotImplementedError
 
+    def routing_note(self) -> str:
+        """What there is to say of a layer where other routing cannot be set."""
+        return ""
+
     def chosen_routing(self) -> dict[str, Any]:
         """The part of it that was chosen after the layer was made."""
         made = self._made or {}
@@ -57,7 +61,9 @@ class TravellingRouting(nn.Module):
         """
         now = self.routing()
         if unknown := sorted(changes.keys() - now.keys()):
-            raise ValueError(f"routing must be among {', '.join(now)} in this layer, got {', '.join(unknown)}")
+            raise ValueError(
+                f"routing must be among {', '.join(now)} in this layer{self.routing_note()}, got {', '.join(unknown)}"
+            )
         self.set_routing(**{**now, **changes})
         self._chosen = self._chosen | changes.keys()
         self._before_load = _without(self._before_load, changes)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vmoe_kernels.common.checks import check_integer, check_number
+from vmoe_torch.layers import mixing, portable, steps
 from vmoe_torch.layers import options as opt
-from vmoe_torch.layers import portable, steps
 from vmoe_torch.layers.choice import TravellingRouting
 from vmoe_torch.layers.experts import ExpertLinear, Weights
 from vmoe_torch.layers.groups import Groups, grouped
@@ -32,6 +32,10 @@ _OF_ROUTER = get_type_hints(opt.MoeOptions).keys() - {
     "router",
     "dispatch_dtype",
 }
+
+
+# Of a layer that was told nothing else.
+GROUP_SIZE = 8
 
 
 class _OfRouter:
@@ -103,14 +107,15 @@ class MoeMlp(TravellingRouting):
         capacity_multiple_of: int | None = 4,
         batch_priority: bool = True,
         priority: opt.Priority = "max",
-        group_size: opt.GroupSize = 8,
-        noise_std: float = 1.0,
+        group_size: opt.GroupSize = GROUP_SIZE,
+        noise_std: float | None = None,
         expert_drop: float | None = None,
         importance_loss_weight: float = 0.005,
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
         auxiliary_mode: opt.AuxiliaryMode = "injected",
         router: opt.RouterType = "top_experts",
+        slots_per_expert: int | None = None,
         dispatch_dtype: opt.DispatchDtype | None = None,
         renormalize_gates: bool = False,
         impl: opt.Impl = "auto",
@@ -138,7 +143,7 @@ class MoeMlp(TravellingRouting):
         self.router_type = router
         self.router = ROUTERS[router](in_features, num_experts, **dd, **{name: given[name] for name in _OF_ROUTER})
         # Images per group; 0 is the whole batch.
-        self.group_size = images
+        self.group_size = self.router.images(images, left_out=images == GROUP_SIZE)
         self._made = self.routing()
         self.fc1 = ExpertLinear(num_experts, in_features, hidden_features, bias, **dd)
         self.fc2 = ExpertLinear(num_experts, hidden_features, out_features, bias, **dd)
@@ -162,9 +167,14 @@ class MoeMlp(TravellingRouting):
     @torch.jit.unused
     def set_routing(self, *, group_size: opt.GroupSize, **settings: Any) -> None:
         """Checks and sets everything that may change after training, the router's settings too; all or nothing."""
-        images = group_images(group_size)
+        images = self.own_router().images(group_images(group_size))
         self.own_router().set_routing(**settings)
         self.group_size = images
+
+    @torch.jit.unused
+    def routing_note(self) -> str:
+        """What there is to say of a layer where other routing cannot be set."""
+        return self.own_router().NOTE
 
     def capacity(self, group_tokens: int) -> int:
         """C for a group of so many tokens, in the current mode."""
@@ -202,9 +212,9 @@ class MoeMlp(TravellingRouting):
             for size in x.shape[1:-1]:
                 per_image *= size
             groups = self.groups(tokens.shape[0], per_image)
-            routed = self.router.route(tokens, self.router.weight, groups, None)
+            routed = self.router.infer(tokens, groups)
             weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            y = self.run_experts(tokens, routed.slots, routed.gates, weights, groups.rows, None, "auto")
+            y = self.run_experts(tokens, routed, routed.gates, weights, groups.rows, None, "auto")
         else:
             y = self._routed(x, tokens)
         return self.drop(y).reshape(x.shape[:-1] + (y.shape[-1],))
@@ -235,7 +245,7 @@ class MoeMlp(TravellingRouting):
             seed = None if seeds is None else seeds[1]
             if routed.spans is not None:
                 return self._run_dropless(tokens, routed.slots, routed.spans, gates, weights, seed, impl)
-            return self.run_experts(tokens, routed.slots, gates, weights, groups.rows, seed, impl)
+            return self.run_experts(tokens, routed, gates, weights, groups.rows, seed, impl)
 
         if torch.compiler.is_exporting() or is_recorded():
             # A graph holds the parameters anyway, and its modules must not call their siblings.
@@ -279,11 +289,12 @@ class MoeMlp(TravellingRouting):
         return gates
 
     def run_experts(
-        self, tokens: Tensor, slots: Tensor, gates: Tensor, weights: Weights, rows: int, seed: Tensor | None, impl: str
+        self, tokens: Tensor, routed: Routed, gates: Tensor, weights: Weights, rows: int, seed: Tensor | None, impl: str
     ) -> Tensor:
         """Dispatch, experts and combine: (T, D) to (T, O)."""
         drop = self.expert_drop if self.training else 0.0
-        if self.exchange is None and self.dispatch_dtype is None and impl != "portable":
+        slots, mix = routed.slots, routed.mix
+        if mix is None and self.exchange is None and self.dispatch_dtype is None and impl != "portable":
             return steps.moe_mlp(tokens, slots, gates, weights, rows, self.activation, drop, seed, impl)
         wire = tokens.dtype
         if self.dispatch_dtype is not None:
@@ -293,13 +304,12 @@ class MoeMlp(TravellingRouting):
             if torch.compiler.is_exporting() or is_recorded():
                 # The rounded values: not every runtime can move bfloat16.
                 sent = sent.to(tokens.dtype)
-        buffer = steps.dispatch(sent, slots, self.num_experts * rows, impl)
-        buffer = buffer.view(self.num_experts, rows, tokens.shape[1])
+        buffer = mixing.fill(sent, slots, mix, self.num_experts, rows, impl)
         if self.exchange is None:
             out = steps.expert_mlp(buffer.to(tokens.dtype), weights, self.activation, drop, seed, impl).to(wire)
         else:
             out = self._exchanged(buffer, weights, tokens.dtype, seed, impl)
-        return steps.combine(out.to(tokens.dtype).flatten(0, 1), slots, gates, impl)
+        return mixing.collect(out.to(tokens.dtype), slots, mix, gates, impl)
 
     @torch.jit.unused
     def _run_dropless(

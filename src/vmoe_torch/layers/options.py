@@ -12,7 +12,7 @@ DispatchDtype = Literal["float32", "bfloat16"]
 GroupSize = int | Literal["batch", "image"]
 Impl = Literal["auto", "triton", "reference"]
 Priority = Literal["max", "sum"]
-RouterType = Literal["top_experts", "expert_choice"]
+RouterType = Literal["top_experts", "expert_choice", "soft"]
 
 
 class RoutingOptions(TypedDict, total=False):
@@ -42,8 +42,9 @@ class ExpertOptions(RoutingOptions, total=False):
     """Up ("ceil"), or to the nearest, half to even ("round")."""
     capacity_multiple_of: int | None
     """1 (or None) leaves the capacity as it is."""
-    noise_std: float
-    """Router noise in training, N(0, (noise_std / E)^2) per logit."""
+    noise_std: float | None
+    """Router noise in training, N(0, (noise_std / E)^2) per logit; of a soft router N(0, noise_std^2). None is 1.0, or
+    0.0 for a soft router."""
     expert_drop: float | None
     """Dropout inside the experts only; None is the layer's `drop` (a model's proj_drop_rate). Every expert draws a mask
     of its own; the original's experts, unless its split_rngs says otherwise, share one."""
@@ -57,7 +58,11 @@ class ExpertOptions(RoutingOptions, total=False):
     """The gradient reaches the router by itself ("injected"), or you add `vmoe_torch.auxiliary_loss(model)` to the loss
     ("manual")."""
     router: RouterType
-    """A word of `vmoe_torch.layers.ROUTERS`: tokens choose experts, or experts tokens."""
+    """A word of `vmoe_torch.layers.ROUTERS`: tokens choose experts, or experts tokens, or ("soft") every slot of an
+    expert is a mixture of all tokens of an image."""
+    slots_per_expert: int | None
+    """P, slots of each expert of a soft router; None or 0 is round(S * capacity_factor / E) for the S tokens of an
+    image that the model, or a layer's first forward, has."""
     dispatch_dtype: DispatchDtype | None
     """None or "float32" for the layer's own, or "bfloat16" to round what goes into and comes out of the experts, as the
     released models were trained."""

@@ -17,7 +17,7 @@ from vmoe_torch.weights.names import join_members
 from vmoe_torch.weights.sources import Weights
 
 # Of our models, as timm lists them.
-MODULES = ("vmoe", "ensemble")
+MODULES = ("vmoe", "ensemble", "soft_moe")
 
 
 def open_weights(weights: Weights) -> tuple[nn.Module, str]:
@@ -97,8 +97,12 @@ def shape_arguments(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     routers = {int(key.split(".")[1]): value for key, value in joined.items() if key.endswith(".mlp.router.weight")}
     if "head.weight" not in state:
         found["num_classes"] = 0
+    slots = {int(key.split(".")[1]): value for key, value in joined.items() if key.endswith(".mlp.router.mu")}
     if routers:
         found |= {"moe_layers": tuple(sorted(routers)), "num_experts": len(next(iter(routers.values())))}
+    elif slots:
+        _, experts, per_expert = next(iter(slots.values())).shape
+        found |= {"moe_layers": tuple(sorted(slots)), "num_experts": experts, "slots_per_expert": per_expert}
     if "pre_logits.0.weight" in state:
         found["representation_size"] = len(state["pre_logits.0.weight"])
     kernel = state.get("patch_embed.proj.weight")

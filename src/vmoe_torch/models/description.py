@@ -58,7 +58,13 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     now["global_pool"] = model.global_pool
     if model.patch_embed.img_size is not None:
         now["img_size"] = tuple(model.patch_embed.img_size)
-    return {**model.made_with, **now, **routing_arguments(model)}
+    # Left open, it would be another number for other images.
+    slots = {layer.own_router().slots_per_expert for layer in model.modules() if isinstance(layer, MoeMlp)} - {None}
+    made = dict(model.made_with)
+    if slots:
+        now["slots_per_expert"] = slots.pop()
+        made.pop("capacity_factor", None)
+    return {**made, **now, **routing_arguments(model)}
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:

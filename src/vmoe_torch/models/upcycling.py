@@ -81,7 +81,7 @@ def upcycle(
         block.mlp = _experts(block.mlp, expert_noise, options)
     # Experts' biases are 2-D, so that timm would take them for weights. A partial is copied and pickled as any value.
     spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    spared |= {f"blocks.{index}.mlp.{layer}.bias" for index in chosen for layer in ("fc1", "fc2")}
+    spared |= {f"blocks.{index}.mlp.{name}" for index in chosen for name in ("fc1.bias", "fc2.bias", "router.mu")}
     model.no_weight_decay = partial(set, sorted(spared))
     return model
 

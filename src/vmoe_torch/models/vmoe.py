@@ -77,13 +77,14 @@ class VMoE(vit.VisionTransformer):
         batch_priority: bool | dict[str, bool] = True,
         priority: opt.Priority | dict[str, opt.Priority] = "max",
         group_size: opt.GroupSize | dict[str, opt.GroupSize] = 8,
-        noise_std: float = 1.0,
+        noise_std: float | None = None,
         expert_drop: float | None = None,
         importance_loss_weight: float = 0.005,
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
         auxiliary_mode: opt.AuxiliaryMode = "injected",
         router: opt.RouterType = "top_experts",
+        slots_per_expert: int | None = None,
         dispatch_dtype: opt.DispatchDtype | None = None,
         representation_size: int | bool | None = None,
         head_bias_init: float = 0.0,
@@ -124,6 +125,9 @@ class VMoE(vit.VisionTransformer):
             block_fn=partial(kwargs.pop("block_fn", MoeBlock), moe_layers=parse_moe_layers(moe_layers, depth), moe=moe),
             **kwargs,
         )
+        for layer in self.modules():
+            if isinstance(layer, MoeMlp):
+                layer.own_router().fit(self.patch_embed.num_patches + self.num_prefix_tokens)
         if per_layer:
             description.choose_per_layer(self, per_layer)
         self.fixed_pos_embed = sincos
@@ -214,8 +218,8 @@ class VMoE(vit.VisionTransformer):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """timm's set, and the experts' biases, which are 2-D."""
-        return super().no_weight_decay() | {"blocks.*.mlp.fc1.bias", "blocks.*.mlp.fc2.bias"}
+        """timm's set, the experts' biases, which are 2-D, and soft routers' slots, of which only directions count."""
+        return super().no_weight_decay() | {"blocks.*.mlp.fc1.bias", "blocks.*.mlp.fc2.bias", "blocks.*.mlp.router.mu"}
 
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:

@@ -143,7 +143,9 @@ class OptimConfig:
     """Strength of the decay, at least 0."""
     decay: Annotated[str, OneOf(("default", "kernels"))] = "default"
     """What decays: "default" is all but biases, norms and what the model names in no_weight_decay(); "kernels" is the
-    original's, weights of linear layers and convolutions alone."""
+    original's, weights of linear layers and convolutions alone, and the scale of soft routers."""
+    head_weight_decay: Annotated[float | None, NOT_NEGATIVE] = None
+    """Strength of the decay of the head's weight, with decay="kernels"; None is `weight_decay`."""
     betas: Annotated[tuple[float, float] | None, Each(Number(0, 1, open_high=True))] = None
     """Decays of Adam's two averages, each in [0, 1); None is the optimiser's own."""
     momentum: Annotated[float, Number(0, 1, open_high=True)] = 0.9

@@ -93,6 +93,7 @@ def _combinations(config: Any) -> list[tuple[bool, str, str]]:
         (known and not takes.has_betas, lacks, "optim.betas"),
         (known and not takes.has_eps, lacks, "optim.eps"),
         (optim.weight_decay == 0, "with optim.weight_decay=0", "optim.decay"),
+        (optim.decay != "kernels", f"with optim.decay={optim.decay}", "optim.head_weight_decay"),
         (optim.ema_decay is None, "without optim.ema_decay", "optim.ema_warmup"),
         (schedule.updates is not None, "with schedule.updates, which counts instead", "schedule.epochs"),
         (

@@ -37,7 +37,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     if config.decay == "kernels":
         if config.layer_decay is not None or "muon" in name:
             raise ValueError(f"optim.decay must be default with optim.layer_decay and with Muon, got {config.decay!r}")
-        options["param_group_fn"] = partial(_kernels_decay, weight_decay=config.weight_decay)
+        head = config.weight_decay if config.head_weight_decay is None else config.head_weight_decay
+        options["param_group_fn"] = partial(_kernels_decay, weight_decay=config.weight_decay, head_weight_decay=head)
     try:
         return create_optimizer_v2(
             model,
@@ -53,16 +54,28 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         raise ValueError(f"optim of {config.name}: {str(error) or type(error).__name__}") from error
 
 
-def _kernels_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def _kernels_decay(model: nn.Module, weight_decay: float, head_weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups of what the original calls kernels, which decay, and of the rest, which do not.
 
-    Kernels are weights of two dims or more: positions, tokens and the probe of attention pooling have other names.
+    Kernels are weights of two dims or more: positions, tokens and the probe of attention pooling have other names, and
+    so have the slots of a soft router, whose scale counts as one.
     """
-    kernels, rest = [], []
+    kernels, head, rest = [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (kernels if name.endswith(".weight") and parameter.ndim > 1 else rest).append(parameter)
-    return [{"params": rest, "weight_decay": 0.0}, {"params": kernels, "weight_decay": weight_decay}]
+        if not parameter.requires_grad:
+            continue
+        if name == "head.weight":
+            head.append(parameter)
+        elif (name.endswith(".weight") and parameter.ndim > 1) or name.endswith(".router.scale"):
+            kernels.append(parameter)
+        else:
+            rest.append(parameter)
+    strengths = (0.0, weight_decay, head_weight_decay)
+    return [
+        {"params": params, "weight_decay": strength}
+        for params, strength in zip((rest, kernels, head), strengths)
+        if params
+    ]
 
 
 def _muon_fallback(model: nn.Module) -> tuple[str, ...]:

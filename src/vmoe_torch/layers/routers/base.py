@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vmoe_kernels import compute_capacity
 from vmoe_kernels.common.checks import check_flag, check_integer, check_number, check_selected
+from vmoe_kernels.common.flops import linear_flops
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
 from vmoe_torch.layers.groups import Groups
 from vmoe_torch.layers.options import CapacityFactor
@@ -36,6 +37,9 @@ class Routed(NamedTuple):
     """What a `Record` remembers, by its names, and what else a hook may want; "loss", 0-dim, is an auxiliary loss."""
     spans: Tensor | None = None
     """(2, E) int32 rows of each expert where slots are dropless, as `vmoe_kernels.assign_dropless_slots` gives them."""
+    mix: Tensor | None = None
+    """(G, S, K) of a router without choices: the share that every slot of a group takes of each of its tokens. Then
+    the K slots of a group are those of its experts, one expert after another, and `slots` numbers them."""
 
     @property
     def logits(self) -> Tensor:
@@ -62,6 +66,12 @@ class Router(nn.Module):
         "batch_priority",
         "priority",
     )
+    # Said where what is not in `ROUTING` is to be set.
+    NOTE = ""
+    # The noise where none is given.
+    NOISE_STD = 1.0
+    # P of a router that has slots of its own, once it is known.
+    slots_per_expert: int | None = None
     # Whether a record of it may leave the number of tokens open.
     takes_any_batch = False
     # Whether it can do without capacities. It then gives slots and spans where `has_spans` says so; where not, its
@@ -77,13 +87,14 @@ class Router(nn.Module):
         *,
         capacity_rounding: str,
         capacity_multiple_of: int | None,
-        noise_std: float,
+        noise_std: float | None,
         importance_loss_weight: float,
         load_loss_weight: float,
         gshard_loss_weight: float,
         auxiliary_mode: str,
         renormalize_gates: bool,
         impl: str,
+        slots_per_expert: int | None = None,
         **routing: Any,
     ):
         super().__init__()
@@ -94,6 +105,7 @@ class Router(nn.Module):
         multiple_of = 0 if capacity_multiple_of is None else capacity_multiple_of
         self.capacity_multiple_of = check_integer("capacity_multiple_of", multiple_of, 0)
         self.capacity_rounding = capacity_rounding
+        noise_std = self.NOISE_STD if noise_std is None else noise_std
         self.noise_std = check_number("noise_std", noise_std, "at least 0", 0.0)
         self.importance_loss_weight = check_number("importance_loss_weight", importance_loss_weight, "at least 0", 0.0)
         self.load_loss_weight = check_number("load_loss_weight", load_loss_weight, "at least 0", 0.0)
@@ -104,8 +116,36 @@ class Router(nn.Module):
         self.set_routing(**{name: routing[name] for name in self.ROUTING})
         # Installed from outside, as in `MoeMlp`: gives this rank's part of a weight.
         self.exchange = None
-        self.weight = nn.Parameter(torch.empty(self.num_experts, dim, device=device, dtype=dtype))
+        self.make_parameters(dim, slots_per_expert, device=device, dtype=dtype)
         self.reset_parameters()
+
+    def make_parameters(self, dim: int, slots_per_expert: int | None, **dd: Any) -> None:
+        """Makes what is learnt, for D wide tokens, and refuses slots that the router has no use for."""
+        if slots_per_expert is not None:
+            raise ValueError(f"slots_per_expert must be None unless router is 'soft', got {slots_per_expert!r}")
+        self.weight = nn.Parameter(torch.empty(self.num_experts, dim, **dd))
+
+    def fit(self, group_tokens: int) -> None:
+        """Makes what depends on the number of tokens of a group, and was left open; once and for all."""
+
+    def images(self, images: int, left_out: bool = False) -> int:
+        """Images per group where so many are asked for (0 is the whole batch), or where the choice was left out."""
+        return images
+
+    def infer(self, tokens: Tensor, groups: Groups) -> Routed:
+        """The routing of a scripted layer."""
+        return self.route(tokens, self.weight, groups, None)
+
+    @torch.jit.unused
+    def flops(self, tokens: int) -> int:
+        """Of the logits of so many tokens, and of whatever beside the experts grows with the number of experts."""
+        return linear_flops(tokens, self.weight.shape)
+
+    @torch.jit.unused
+    def kept_numbers(self) -> int:
+        """Numbers of 4 bytes that a training forward keeps of each token's routing."""
+        # Logits; gates, experts and slots.
+        return self.num_experts + 3 * self.num_selected_experts
 
     @torch.jit.ignore
     def forward(self, x: Tensor, groups: Groups | None = None, seed: Tensor | None = None):
