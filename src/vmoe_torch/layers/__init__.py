@@ -9,6 +9,7 @@ from vmoe_torch.layers.moe_mlp import MoeMlp
 from vmoe_torch.layers.routers import ROUTERS
 from vmoe_torch.layers.routers.base import Routed, Router
 from vmoe_torch.layers.routers.experts_choose import ExpertChoice, expert_choice
+from vmoe_torch.layers.routers.threshold import Threshold
 from vmoe_torch.layers.routers.top_experts import TopExperts
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MoeMlp",
     "Routed",
     "Router",
+    "Threshold",
     "TopExperts",
     "auxiliary_gradient_scale",
     "cv_squared",

@@ -77,6 +77,8 @@ class MoeMlp(TravellingRouting):
     capacity_multiple_of = _OfRouter()
     batch_priority = _OfRouter()
     priority = _OfRouter()
+    mean_selected_experts = _OfRouter()
+    gate_threshold = _OfRouter()
     noise_std = _OfRouter()
     importance_loss_weight = _OfRouter()
     load_loss_weight = _OfRouter()
@@ -103,6 +105,8 @@ class MoeMlp(TravellingRouting):
         batch_priority: bool = True,
         priority: opt.Priority = "max",
         group_size: opt.GroupSize = 8,
+        mean_selected_experts: opt.MeanSelectedExperts = None,
+        gate_threshold: float | None = None,
         noise_std: float = 1.0,
         expert_drop: float | None = None,
         importance_loss_weight: float = 0.005,

@@ -2,9 +2,11 @@
 
 from vmoe_torch.layers.routers.base import Router
 from vmoe_torch.layers.routers.experts_choose import ExpertChoice
+from vmoe_torch.layers.routers.threshold import Threshold
 from vmoe_torch.layers.routers.top_experts import TopExperts
 
 ROUTERS: dict[str, type[Router]] = {
     "top_experts": TopExperts,
     "expert_choice": ExpertChoice,
+    "threshold": Threshold,
 }
