@@ -114,9 +114,12 @@ def card_of(model: nn.Module, name: str) -> dict[str, Any]:
 
 def _routing_text(routing: dict[str, Any]) -> str:
     order = f"BPR by {routing['priority']} gate" if routing["batch_priority"] else "position order"
+    mean, threshold = routing.get("mean_selected_experts"), routing.get("gate_threshold")
+    more = "" if mean is None else f", {mean} experts per token on average"
+    more += "" if threshold is None else f", gates from {threshold:g} on"
     return (
         f"K={routing['num_selected_experts']}, capacity factor {routing['eval_capacity_factor']:g}, "
-        f"{order}, groups of {routing['group_size']}"
+        f"{order}, groups of {routing['group_size']}{more}"
     )
 
 

@@ -5,6 +5,13 @@ from vmoe_torch.analyze.analysis import CAPACITY_FACTORS, Analysis, analyze, des
 from vmoe_torch.analyze.curves import capacity_curve, router_ablation, selected_experts_curve
 from vmoe_torch.analyze.heatmaps import expert_by_class, expert_by_position
 from vmoe_torch.analyze.loads import expert_loads, gates_by_depth
+from vmoe_torch.analyze.numbers import (
+    PatchExperts,
+    collect_patch_experts,
+    experts_per_patch,
+    experts_per_token,
+    number_section,
+)
 from vmoe_torch.analyze.patches import KeptPatches, collect_kept_patches, kept_patches_animation, kept_patches_grid
 from vmoe_torch.analyze.statistics import LayerRouting, collect_routing, kept_choices_per_patch
 from vmoe_torch.report import Figure, Report, Section, Table, write_report
@@ -16,6 +23,7 @@ __all__ = [
     "Figure",
     "KeptPatches",
     "LayerRouting",
+    "PatchExperts",
     "Report",
     "Section",
     "Table",
@@ -23,16 +31,20 @@ __all__ = [
     "analyze",
     "capacity_curve",
     "collect_kept_patches",
+    "collect_patch_experts",
     "collect_routing",
     "describe_model",
     "describe_routing",
     "expert_by_class",
     "expert_by_position",
     "expert_loads",
+    "experts_per_patch",
+    "experts_per_token",
     "gates_by_depth",
     "kept_choices_per_patch",
     "kept_patches_animation",
     "kept_patches_grid",
+    "number_section",
     "random_routers",
     "router_ablation",
     "sample",
