@@ -1,12 +1,13 @@
 """Routing control from outside: set or try another capacity, K or priority, and read what the routers did."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
+from vmoe_torch.layers.calibration import Images, find_thresholds
 from vmoe_torch.layers.moe_mlp import MoeMlp
 from vmoe_torch.layers.options import RoutingOptions
 
@@ -16,7 +17,13 @@ def moe_layers(model: nn.Module) -> dict[str, MoeMlp]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
 
 
-def set_routing(model: nn.Module, *, layers: Iterable[str] | None = None, **changes: Unpack[RoutingOptions]) -> None:
+def set_routing(
+    model: nn.Module,
+    *,
+    layers: Iterable[str] | None = None,
+    data: Images | None = None,
+    **changes: Unpack[RoutingOptions],
+) -> None:
     """Changes the routing of every MoE layer, or of some, for good; what is not given stays.
 
     What was chosen so goes where the model's weights go: into state dicts, checkpoints and folders for the Hub.
@@ -24,14 +31,19 @@ def set_routing(model: nn.Module, *, layers: Iterable[str] | None = None, **chan
     Args:
         model: any module with MoE layers.
         layers: names of the layers to change, as `moe_layers` has them; None is all.
+        data: images to find each layer's gate_threshold on, for one mean_selected_experts: batches (B, C, H, W), alone
+            or before labels, or one tensor. The model runs on them; no training is needed.
         **changes: num_selected_experts, K, in 1..E of every layer; capacity_factor, a number or "dropless", in training
             and, unless eval_capacity_factor is given too, in eval mode; eval_capacity_factor, in eval mode only (None
             is capacity_factor); batch_priority, Batch Priority Routing or position order; priority, "max" or "sum" of a
-            token's gates; group_size, images per group, "batch" or "image".
+            token's gates; group_size, images per group, "batch" or "image"; mean_selected_experts, experts per token
+            on average, with data or, for router "threshold", with the thresholds of its training unless gate_threshold
+            is given too; gate_threshold, below which choices take no slot.
 
     Raises:
         TypeError: if there is no such setting.
-        ValueError: if the model has no MoE layer, or a name or a value is off; then nothing has changed.
+        ValueError: if the model has no MoE layer, a name or a value is off, or there is no image; then nothing has
+            changed.
     """
     unknown = changes.keys() - RoutingOptions.__annotations__.keys()
     if unknown:
@@ -40,6 +52,18 @@ def set_routing(model: nn.Module, *, layers: Iterable[str] | None = None, **chan
     given = dict(changes)
     if "capacity_factor" in given:
         given.setdefault("eval_capacity_factor", None)
+    if data is not None:
+        mean = given.get("mean_selected_experts")
+        if "gate_threshold" in given or mean is None or isinstance(mean, Sequence):
+            raise ValueError(
+                "data must come with one number as mean_selected_experts, and without gate_threshold, got "
+                f"mean_selected_experts={mean}"
+            )
+        # Until it is found, which needs a mean.
+        given["gate_threshold"] = 0.0
+    elif "mean_selected_experts" in given:
+        # A threshold belongs to the mean that it was found for.
+        given.setdefault("gate_threshold", None)
     found = moe_layers(model)
     if not found:
         raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
@@ -51,7 +75,10 @@ def set_routing(model: nn.Module, *, layers: Iterable[str] | None = None, **chan
     try:
         for layer, _ in before:
             layer.choose_routing(given)
-    except ValueError:
+        if data is not None:
+            for name, threshold in find_thresholds(model, {name: found[name] for name in names}, data).items():
+                found[name].choose_routing({"gate_threshold": threshold})
+    except Exception:
         for layer, state in before:
             layer.restore_routing(state)
         raise
@@ -59,14 +86,18 @@ def set_routing(model: nn.Module, *, layers: Iterable[str] | None = None, **chan
 
 @contextmanager
 def routing(
-    model: nn.Module, *, layers: Iterable[str] | None = None, **changes: Unpack[RoutingOptions]
+    model: nn.Module,
+    *,
+    layers: Iterable[str] | None = None,
+    data: Images | None = None,
+    **changes: Unpack[RoutingOptions],
 ) -> Iterator[nn.Module]:
     """`set_routing` for the length of a `with` block; what was set before comes back, also after an error.
 
     Whatever sets the routing inside the block is undone too, so without changes it guards `set_budget` and the like.
     """
     before = [(layer, layer.routing_state()) for layer in moe_layers(model).values()]
-    set_routing(model, layers=layers, **changes)
+    set_routing(model, layers=layers, data=data, **changes)
     try:
         yield model
     finally:
@@ -115,9 +146,10 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             "load": (E,) share of the kept choices that each expert processed,
             "assigned": (E,) share of all choices that wanted each expert,
             "importance": (E,) share of the summed noise-free gates,
-            "dropped": 0-dim share of choices dropped,
+            "dropped": 0-dim share of choices dropped, of those that a threshold lets through where there is one,
             "unprocessed": 0-dim share of tokens whose choices were all dropped,
             "gates": (K,) mean gate of each choice rank,
+            "selected": (K + 1,) share of tokens with 0 to K choices above the threshold, where there is one,
         }}; layers that have not run are left out, also those whose last forward was recorded by a tracer. Expert-choice
         and soft layers drop nothing: they have no "dropped", "assigned" and "importance", and a gate for every expert
         or slot. After `torch.vmap`, of all samples.
@@ -147,9 +179,13 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             "gates": record.gates.float().mean(0),
         }
         if record.experts is not None:
-            assigned = count.index_add(0, experts.reshape(-1).long(), torch.ones_like(kept.reshape(-1).float()))
-            layer_stats["dropped"] = 1.0 - kept.float().mean()
-            layer_stats["assigned"] = assigned / assigned.sum()
+            wanted = torch.ones_like(kept) if record.selected is None else record.selected
+            assigned = count.index_add(0, experts.reshape(-1).long(), wanted.reshape(-1).float())
+            layer_stats["dropped"] = 1.0 - kept.float().sum() / wanted.float().sum().clamp(min=1.0)
+            layer_stats["assigned"] = assigned / assigned.sum().clamp(min=1.0)
+            if record.selected is not None:
+                numbers = torch.arange(wanted.shape[1] + 1, device=wanted.device)
+                layer_stats["selected"] = (wanted.sum(1, keepdim=True) == numbers).float().mean(0)
         if record.importance is not None:
             importance = record.importance.float().sum(0)
             layer_stats["importance"] = importance / importance.sum()

@@ -118,9 +118,12 @@ def _routing_text(layer: nn.Module) -> str:
     if slots is not None:
         return f"{layer.router_type}, {layer.num_experts} experts of {slots} slots, every image on its own"
     order = f"BPR by {routing['priority']} gate" if routing["batch_priority"] else "position order"
+    mean, threshold = routing.get("mean_selected_experts"), routing.get("gate_threshold")
+    more = "" if mean is None else f", {mean} experts per token on average"
+    more += "" if threshold is None else f", gates from {threshold:g} on"
     return (
         f"K={routing['num_selected_experts']}, capacity factor {capacity_text(routing['eval_capacity_factor'])}, "
-        f"{order}, groups of {routing['group_size']}"
+        f"{order}, groups of {routing['group_size']}{more}"
     )
 
 

@@ -102,3 +102,22 @@ def test_what_a_user_gets_wrong(run_folder, image_folder, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main([*wrong[:1], "x", "--data=x", *wrong[1:]])
         assert "must be" in capsys.readouterr().err
+
+
+def test_eval_at_means_and_thresholds(run_folder, image_folder, tmp_path, capsys):
+    data = ["eval", str(run_folder), f"--data={image_folder}", f"--out={tmp_path}/x.json"]
+    assert main([*data, "--mean=2,1.4", "--capacity=2"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[4:7] == ["mean", "threshold", "selected"]
+    full, some = json.loads((tmp_path / "x.json").read_text())
+    assert (full["selected_experts"], some["mean_selected_experts"]) == (2, 1.4)
+    assert some["selected_experts"] == pytest.approx(1.4, abs=0.05)
+    assert some["flops"] < full["flops"]
+    assert main([*data, "--threshold=0,0.4"]) == 0
+    off, on = json.loads((tmp_path / "x.json").read_text())
+    assert (off["selected_experts"], off["gate_threshold"], on["gate_threshold"]) == (2, 0, 0.4)
+    assert on["selected_experts"] < 2
+    assert off["flops"] == on["flops"]
+    capsys.readouterr()
+    fails(capsys, [*data, "--threshold=1.5"], "gate_threshold must be None or in 0..1, got 1.5")
+    fails(capsys, [*data, "--mean=2.5"], "mean_selected_experts must be above 0 and at most num_selected_experts=2")
+    fails(capsys, ["export", run_folder, f"{tmp_path}/x.pt2", "--mean=1.4"], "gate_threshold must be given")

@@ -29,6 +29,7 @@ CASES = {
     "bpr": {"batch_priority": True, "group_size": 2, "depth": 2},
     "sum, whole batch": {"batch_priority": True, "priority": "sum", "group_size": "batch"},
     "as released": {"dispatch_dtype": "bfloat16", "act_layer": nn.GELU, "group_size": 4},
+    "threshold": {"gate_threshold": 0.35, "group_size": 4},
     "expert choice": {"router": "expert_choice", "group_size": 4},
     "renormalised": {"renormalize_gates": True, "num_selected_experts": 3, "capacity_factor": 0.2},
 }

@@ -18,6 +18,7 @@ def compute_capacity(
     num_selected_experts: int = 1,
     rounding: str = "ceil",
     multiple_of: int | None = 4,
+    mean_selected_experts: float | None = None,
 ) -> int:
     """Slots per expert and group: num_tokens * K * capacity_factor / E, rounded.
 
@@ -28,6 +29,7 @@ def compute_capacity(
         num_selected_experts: K.
         rounding: "ceil" or "round" (half to even).
         multiple_of: the rounded value goes up to a multiple of this; None or 0 leaves it.
+        mean_selected_experts: of a token, where that differs from token to token; takes the place of K.
 
     Returns:
         C, at least 1.
@@ -43,7 +45,11 @@ def compute_capacity(
         capacity_factor = check_number("capacity_factor", capacity_factor, "above 0", 0.0)
         num_selected_experts = check_integer("num_selected_experts", num_selected_experts, 1)
         multiple_of = check_integer("multiple_of", 0 if multiple_of is None else multiple_of, 0)
+        if mean_selected_experts is not None:
+            mean_selected_experts = check_number("mean_selected_experts", mean_selected_experts, "at least 0", 0.0)
     exact = num_tokens * num_selected_experts * capacity_factor / num_experts
+    if mean_selected_experts is not None:
+        exact = num_tokens * mean_selected_experts * capacity_factor / num_experts
     if not torch.jit.is_scripting():
         check_rows(exact)
     if rounding == "ceil":

@@ -29,6 +29,14 @@ def differentiating() -> bool:
 differentiating._dynamo_marked_constant = True
 
 
+def transformed() -> bool:
+    """Whether any of torch.func's transforms encloses the call."""
+    return bool(_stack())
+
+
+transformed._dynamo_marked_constant = True
+
+
 def carries_tangent(*tensors: Tensor | None) -> bool:
     """Whether a tensor is dual: forward-mode AD asks for its derivative."""
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)

@@ -5,8 +5,15 @@ from vmoe_torch.analyze.analysis import CAPACITY_FACTORS, Analysis, analyze, des
 from vmoe_torch.analyze.curves import capacity_curve, router_ablation, selected_experts_curve
 from vmoe_torch.analyze.heatmaps import expert_by_class, expert_by_position
 from vmoe_torch.analyze.loads import expert_loads, gates_by_depth
+from vmoe_torch.analyze.numbers import (
+    PatchExperts,
+    collect_patch_experts,
+    experts_per_patch,
+    experts_per_token,
+    number_section,
+)
 from vmoe_torch.analyze.patches import KeptPatches, collect_kept_patches, kept_patches_animation, kept_patches_grid
-from vmoe_torch.analyze.share_figures import experts_per_token, patch_shares
+from vmoe_torch.analyze.share_figures import experts_that_took, patch_shares
 from vmoe_torch.analyze.share_report import ShareAnalysis
 from vmoe_torch.analyze.shares import ExpertsPerToken, Mixtures, Spread, collect_shares, shares_of_patches
 from vmoe_torch.analyze.statistics import LayerRouting, collect_routing, kept_choices_per_patch
@@ -21,6 +28,7 @@ __all__ = [
     "KeptPatches",
     "LayerRouting",
     "Mixtures",
+    "PatchExperts",
     "Report",
     "Section",
     "ShareAnalysis",
@@ -30,6 +38,7 @@ __all__ = [
     "analyze",
     "capacity_curve",
     "collect_kept_patches",
+    "collect_patch_experts",
     "collect_routing",
     "collect_shares",
     "describe_model",
@@ -37,11 +46,14 @@ __all__ = [
     "expert_by_class",
     "expert_by_position",
     "expert_loads",
+    "experts_per_patch",
     "experts_per_token",
+    "experts_that_took",
     "gates_by_depth",
     "kept_choices_per_patch",
     "kept_patches_animation",
     "kept_patches_grid",
+    "number_section",
     "patch_shares",
     "random_routers",
     "router_ablation",

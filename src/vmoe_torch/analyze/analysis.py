@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 from vmoe_torch.analyze import accuracy_sections, routing_sections
 from vmoe_torch.analyze.ablation import Ablation, ablate_routers
+from vmoe_torch.analyze.numbers import PatchExperts, collect_patch_experts, number_section
 from vmoe_torch.analyze.patches import KeptPatches, collect_kept_patches
 from vmoe_torch.analyze.share_report import ShareAnalysis, analyze_shares
 from vmoe_torch.analyze.shares import layers_without_choices
@@ -18,6 +19,7 @@ from vmoe_torch.analyze.statistics import LayerRouting, collect_routing, routed_
 from vmoe_torch.control import moe_layers
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.evaluate import Evaluation, RoutingSetting, as_rows, evaluate, setting_grid, write_csv
+from vmoe_torch.layers import MoeMlp
 from vmoe_torch.layers.settings import capacity_text
 from vmoe_torch.report import Report, Section, write_report
 
@@ -54,6 +56,8 @@ class Analysis:
     """A model to compare with, on the same images."""
     dense_name: str = "the dense model"
     """What to call it."""
+    patch_experts: PatchExperts | None = None
+    """How many experts each patch of a few images got, where a threshold decides; else None."""
 
     def with_dense(self, dense: Evaluation, name: str) -> "Analysis":
         """The same with a model to compare with, evaluated on the same images."""
@@ -63,6 +67,7 @@ class Analysis:
         """The report, its own sections between others: what was trained or analysed, and what else there is to read."""
         parts = [
             accuracy_sections.accuracy_section(self.evaluations, self.dense, self.dense_name),
+            number_section(self.routings, self.patch_experts),
             routing_sections.patch_section(self.patches, self.capacity_factors),
             routing_sections.load_section(self.routings),
             routing_sections.class_section(self.routings, self.class_names),
@@ -143,6 +148,8 @@ def _layer_dict(routing: LayerRouting) -> dict:
         "dropped": routing.dropped,
         "unprocessed": routing.unprocessed / max(routing.tokens, 1),
         "load": routing.load.tolist(),
+        # Tokens by the number of experts that processed them, from none to K.
+        "experts_per_token": None if routing.numbers is None else routing.numbers.tolist(),
         "demand": routing.demand.tolist(),
         "gate_quantiles": dict(zip(map(str, quantiles), routing.gate_quantiles(*quantiles).T.tolist())),
         "gate_histograms": routing.gates.tolist(),
@@ -234,9 +241,14 @@ def analyze(
     counts = {layer.num_selected_experts for layer in layers.values()}
     trained = counts.pop() if len(counts) == 1 else None
     most = min(layer.num_experts for layer in layers.values())
-    selected = (trained, 1) if num_selected_experts is None else num_selected_experts
+    by_threshold = any(layer.gate_threshold is not None or layer.mean_selected_experts for layer in layers.values())
+    # A mean is for the number of experts that it was chosen for.
+    own_and_fewer = (trained,) if by_threshold else (trained, 1)
+    selected = own_and_fewer if num_selected_experts is None else num_selected_experts
     grid = setting_grid(capacity_factors, dict.fromkeys(selected))
-    others = [RoutingSetting(num_selected_experts=k) for k in sorted({1, 2, 4, 8, trained or 1}) if k <= most]
+    largest = trained or max(layer.num_selected_experts for layer in layers.values())
+    tried = {largest} if by_threshold else {1, 2, 4, 8, trained or 1}
+    others = [RoutingSetting(num_selected_experts=k) for k in sorted(tried) if k <= most]
 
     # First what tells soonest that something does not fit together.
     patches = collect_kept_patches(
@@ -257,6 +269,7 @@ def analyze(
         routings,
         patches,
         tuple(capacity_factors),
+        patch_experts=collect_patch_experts(model, dataset, transform, class_names, pictures) if by_threshold else None,
     )
 
 
@@ -281,5 +294,15 @@ def describe_routing(model: nn.Module) -> str:
             [f"K={layer.num_selected_experts}" for layer in layers],
             [f"C={capacity_text(layer.eval_capacity_factor)}" for layer in layers],
             ["BPR" if layer.batch_priority else "vanilla" for layer in layers],
+            [words for words in map(_threshold_words, layers) if words],
         )
+        if values
     )
+
+
+def _threshold_words(layer: MoeMlp) -> str:
+    """What a threshold does in eval mode: "1.4 experts per token", "gates from 0.2 on"; "" without one."""
+    router = layer.own_router()
+    if router.capacity_mean is not None:
+        return f"{router.capacity_mean:g} experts per token"
+    return f"gates from {layer.gate_threshold:g} on" if layer.gate_threshold else ""

@@ -68,8 +68,6 @@ def collect_kept_patches(
         ValueError: if there is no image, or the model has no MoE layer to count.
     """
     chosen = different_classes(dataset, count)
-    if not chosen:
-        raise ValueError("dataset must hold at least one image, got none")
     tensors = torch.stack([transform(image) for image, _ in chosen])
     capacity_factors = tuple(sorted(set(capacity_factors), reverse=True))
     kept: dict[str, list[Tensor]] = {}
@@ -88,7 +86,11 @@ def collect_kept_patches(
 
 
 def different_classes(dataset: Dataset, count: int) -> list[tuple[Image.Image, int]]:
-    """The first images that each show another class, then the first others; only the first few hundred are read."""
+    """The first images that each show another class, then the first others; only the first few hundred are read.
+
+    Raises:
+        ValueError: if there is no image.
+    """
     first, others = {}, []
     for index in range(min(len(dataset), 40 * count)):
         try:
@@ -102,6 +104,8 @@ def different_classes(dataset: Dataset, count: int) -> list[tuple[Image.Image, i
             first[label] = (image, label)
         if len(first) == count:
             break
+    if not first:
+        raise ValueError("dataset must hold at least one image, got none")
     return [*first.values(), *others][:count]
 
 
@@ -138,16 +142,34 @@ def kept_patches_grid(
         class_names: (B,) names of the images' classes.
         title: of the figure.
     """
-    pictures = _coloured(images)
+    pictures = coloured(images)
+    lines = []
+    for label, kept in rows:
+        hidden = [hide(picture, patches > 0) for picture, patches in zip(pictures, kept)]
+        lines.append((label, hidden, [f"{int((patches > 0).sum())}/{patches.numel()}" for patches in kept]))
+    return picture_grid(pictures, lines, class_names, title)
+
+
+def picture_grid(
+    pictures: Tensor,
+    rows: Sequence[tuple[str, Sequence[Tensor], Sequence[str]]],
+    class_names: Sequence[str],
+    title: str,
+) -> Canvas:
+    """Images in columns, and in rows what was made of them.
+
+    Args:
+        pictures: (B, H, W, 3) in 0..1, the first row.
+        rows: (label, B pictures (H, W, 3), a short text below each).
+        class_names: (B,) names of the images' classes.
+        title: of the figure.
+    """
     count, height, width = pictures.shape[:3]
     # One pair of axes with every picture in its own place is ten times as fast as axes for each.
     right, down = 1.07 * width, 1.0 * height + 0.2 * width
     canvas = Canvas(figsize=(1.5 + 0.95 * count, 0.9 + 0.9 * down / width * (len(rows) + 1)), layout="constrained")
     axes = canvas.add_subplot()
-    lines = [("input", pictures, [""] * count)]
-    for label, kept in rows:
-        hidden = [hide(picture, patches > 0) for picture, patches in zip(pictures, kept)]
-        lines.append((label, hidden, [f"{int((patches > 0).sum())}/{patches.numel()}" for patches in kept]))
+    lines = [("input", pictures, [""] * count), *rows]
     for row, (label, shown, texts) in enumerate(lines):
         axes.text(-0.1 * width, row * down + height / 2, label, ha="right", va="center", fontsize=10)
         for column, (picture, text) in enumerate(zip(shown, texts)):
@@ -165,7 +187,8 @@ def kept_patches_grid(
     return canvas
 
 
-def _coloured(images: Tensor) -> Tensor:
+def coloured(images: Tensor) -> Tensor:
+    """(B, H, W) or (B, H, W, 3) as (B, H, W, 3)."""
     return (images if images.ndim == 4 else images.unsqueeze(-1).expand(-1, -1, -1, 3)).float()
 
 
@@ -211,7 +234,7 @@ def kept_patches_animation(patches: KeptPatches, layer: str, title: str, side: i
 
 
 def _frame(patches: KeptPatches, layer: str, place: int, title: str, side: int) -> Image.Image:
-    pictures = _coloured(patches.pictures)
+    pictures = coloured(patches.pictures)
     count, height, width = pictures.shape[:3]
     tall, gap, left, top, foot = max(1, round(side * height / width)), 8, 88, 78, 20
     size = (left + count * (side + gap) + gap, top + len(ORDERS) * (tall + foot + gap))

@@ -11,7 +11,7 @@ from vmoe_torch.analyze.shares import ExpertsPerToken, effective_number
 from vmoe_torch.report.style import BLUE, HIDDEN, layer_label
 
 
-def experts_per_token(layers: dict[str, ExpertsPerToken]) -> Canvas:
+def experts_that_took(layers: dict[str, ExpertsPerToken]) -> Canvas:
     """Shares of the tokens by the number of experts that took them, one panel for each layer.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vmoe_torch.analyze.patches import different_classes, pictures_of
-from vmoe_torch.analyze.share_figures import chosen_slots, experts_per_token, patch_shares
+from vmoe_torch.analyze.share_figures import chosen_slots, experts_that_took, patch_shares
 from vmoe_torch.analyze.shares import (
     ExpertsPerToken,
     Mixtures,
@@ -144,7 +144,7 @@ class ShareAnalysis:
             figures=[
                 Figure(
                     "experts_per_token",
-                    experts_per_token(layers),
+                    experts_that_took(layers),
                     f"How tokens share the experts. In {layer_label(most)} one token has {layers[most].highest}.",
                     "Bar charts of the tokens by the number of experts that took them, for each layer",
                 ),

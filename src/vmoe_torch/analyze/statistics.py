@@ -36,6 +36,8 @@ class LayerRouting:
     positions: Tensor | None = None
     """(rows, columns, E) int64, choices of patches that found a slot, by the patch's place in the image; None for a
     model without a grid of patches."""
+    numbers: Tensor | None = None
+    """(K + 1,) int64, tokens by the number of experts that processed them; None where it was not counted."""
 
     @property
     def demand(self) -> Tensor:
@@ -114,7 +116,7 @@ def routed_layers(model: nn.Module) -> dict[str, MoeMlp]:
     if not layers:
         raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
     for name, layer in layers.items():
-        if layer.router_type != "top_experts":
+        if layer.router_type not in ("top_experts", "threshold"):
             raise ValueError(f"{name} must route by top_experts, got {layer.router_type}")
     return layers
 
@@ -157,6 +159,7 @@ def collect_routing(
             wanted=torch.zeros(num_classes, layer.num_experts, dtype=torch.int64),
             kept=torch.zeros(num_classes, layer.num_experts, dtype=torch.int64),
             gates=torch.zeros(layer.num_selected_experts, bins, dtype=torch.int64),
+            numbers=torch.zeros(layer.num_selected_experts + 1, dtype=torch.int64),
         )
         for name, layer in layers.items()
     }
@@ -182,13 +185,15 @@ def _add(routing: LayerRouting, layer: MoeMlp, labels: Tensor, grid: tuple[int, 
     num_experts = routing.kept.shape[1]
     # (T, K) cell of the class-by-expert table.
     cell = labels.cpu().repeat_interleave(len(slots) // len(labels)).unsqueeze(1) * num_experts + experts
-    routing.wanted += torch.bincount(cell.flatten(), minlength=routing.wanted.numel()).view_as(routing.wanted)
+    wanted = torch.ones_like(kept) if record.selected is None else record.selected.cpu()
+    routing.wanted += torch.bincount(cell[wanted], minlength=routing.wanted.numel()).view_as(routing.wanted)
     routing.kept += torch.bincount(cell[kept], minlength=routing.kept.numel()).view_as(routing.kept)
     bins = routing.gates.shape[1]
     for rank, histogram in enumerate(routing.gates):
         histogram += gates[:, rank].histc(bins, 0.0, 1.0).long()
     routing.tokens += len(slots)
     routing.unprocessed += int((~kept).all(1).sum())
+    routing.numbers += torch.bincount(kept.sum(1), minlength=len(routing.numbers))
     routing.slots += slots_of(layer)
     if grid is not None:
         _add_positions(routing, experts, kept, len(labels), grid)

@@ -72,15 +72,17 @@ class Budget:
 
     def as_dict(self) -> dict:
         """All of it in plain values, for JSON."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self, dict_factory=_without_thresholds)
 
     def __str__(self) -> str:
         scale, unit = (1e-6, "MFLOPs") if self.unit == "FLOPs" else (1e3, "ms")
         loss, top1 = ("loss", "top-1 %") if self.labelled else ("divergence", "agreement %")
-        layers = [("layer", "K", "capacity", "order")]
+        by_mean = any(setting.mean_selected_experts is not None for setting in self.chosen.settings.values())
+        layers = [("layer", "K", "capacity", "order") + ("mean",) * by_mean]
         for name, setting in self.chosen.settings.items():
             order = "BPR" if setting.batch_priority else "vanilla"
-            layers.append((name, str(setting.num_selected_experts), capacity_text(setting.eval_capacity_factor), order))
+            cells = (name, str(setting.num_selected_experts), capacity_text(setting.eval_capacity_factor), order)
+            layers.append(cells + (setting.mean,) * by_mean)
         rows = [("", unit, "predicted", "% of present", loss, "predicted", top1)]
         shown = {"present": self.present, "best alike": self.best_global(), "chosen": self.chosen}
         for role, each in shown.items():
@@ -117,3 +119,9 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return lines
+
+
+def _without_thresholds(fields: list[tuple[str, object]]) -> dict[str, object]:
+    """A dataclass as a dict; no mean and no threshold are not mentioned."""
+    unsaid = ("mean_selected_experts", "gate_threshold")
+    return {name: value for name, value in fields if value is not None or name not in unsaid}

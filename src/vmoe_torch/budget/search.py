@@ -36,18 +36,20 @@ def set_budget(
 ) -> Budget:
     """Chooses K and capacity of each MoE layer for a budget, and leaves the model set so.
 
-    Set are num_selected_experts, eval_capacity_factor and batch_priority. `Budget.revert(model)` takes them back, and
-    so does the end of `with vmoe_torch.routing(model):` around the call.
+    Set are num_selected_experts, eval_capacity_factor and batch_priority, and the mean number of experts per token with
+    its threshold, where that is among the settings. `Budget.revert(model)` takes them back, and so does the end of
+    `with vmoe_torch.routing(model):` around the call.
 
     Args:
-        model: a classifier that gives logits (or log-probabilities), its MoE layers routed by top experts.
+        model: a classifier that gives logits (or log-probabilities), its MoE layers routed by top experts or threshold.
         flops: the budget, as a share of the FLOPs per image that the model has as it is set now, in eval mode and on
             the first batch: 0.8 is a fifth less. As `vmoe_torch.evaluate.count_flops` counts.
         latency: instead, a share of the time of a forward of the first batch, measured on the model's device now.
         data: calibration set, some hundred images: batches (images (B, C, H, W), labels (B,)), or images only. Read
             once and kept. B should be a whole number of routing groups and, above all for a latency, as in use.
         settings: what each layer may be set to; None is every K up to the present one, at capacity factors from the
-            present one down to 0.1, with Batch Priority Routing.
+            present one down to 0.1, with Batch Priority Routing; for a model that is set to a mean with the thresholds
+            of its training also smaller means.
         rounds: how often to take the layers one by one; each costs about as many forwards of the calibration set as
             there are settings, times half the number of MoE layers.
         progress: wraps the batches of each round, e.g. `tqdm`.
@@ -68,7 +70,7 @@ def set_budget(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     for layer_name, layer in moe_layers(model).items():
-        if layer.router_type != "top_experts":
+        if layer.router_type not in ("top_experts", "threshold"):
             raise ValueError(f"layers must route by top_experts, got {layer.router_type} in {layer_name}")
     present = current_settings(model)
     if not present:

@@ -1,7 +1,7 @@
 """What may be set in one MoE layer, and in all of them at once."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -10,6 +10,8 @@ from vmoe_torch.control import moe_layers, routing, set_routing
 from vmoe_torch.layers.options import CapacityFactor
 from vmoe_torch.layers.settings import DROPLESS, capacity_text
 
+# Of K.
+MEANS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 CAPACITY_FACTORS = (3.0, 2.0, 1.5, 1.05, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
@@ -23,10 +25,22 @@ class LayerSetting:
     """Slots per expert in eval mode, as a multiple of the balanced load; above 0, or "dropless"."""
     batch_priority: bool = True
     """Batch Priority Routing, or position order."""
+    mean_selected_experts: float | tuple[float, ...] | None = None
+    """Experts per token on average; None is K. A layer that was not trained by threshold needs gate_threshold, too."""
+    gate_threshold: float | None = None
+    """Gate below which a choice takes no slot; None is none or, with a mean, the one of a training by threshold."""
+
+    @property
+    def mean(self) -> str:
+        """Experts per token on average, of several means the largest; "-" where it is K."""
+        means = self.mean_selected_experts
+        return "-" if means is None else f"{max(means) if isinstance(means, Iterable) else means:g}"
 
     def __str__(self) -> str:
         order = "BPR" if self.batch_priority else "vanilla"
-        return f"K={self.num_selected_experts} C={capacity_text(self.eval_capacity_factor)} {order}"
+        mean = "" if self.mean_selected_experts is None else f" mean={self.mean}"
+        threshold = "" if self.gate_threshold is None else f" threshold={self.gate_threshold:.3g}"
+        return f"K={self.num_selected_experts} C={capacity_text(self.eval_capacity_factor)} {order}{mean}{threshold}"
 
 
 # The setting of each MoE layer, by the names of `vmoe_torch.moe_layers`.
@@ -36,7 +50,13 @@ Assignment = dict[str, LayerSetting]
 def current_settings(model: nn.Module) -> Assignment:
     """How the MoE layers are set now."""
     return {
-        name: LayerSetting(layer.num_selected_experts, layer.eval_capacity_factor, layer.batch_priority)
+        name: LayerSetting(
+            layer.num_selected_experts,
+            layer.eval_capacity_factor,
+            layer.batch_priority,
+            layer.mean_selected_experts,
+            layer.gate_threshold,
+        )
         for name, layer in moe_layers(model).items()
     }
 
@@ -56,9 +76,16 @@ def assigned(model: nn.Module, settings: Mapping[str, LayerSetting]) -> Iterator
 
 
 def default_settings(present: Assignment) -> list[LayerSetting]:
-    """Every K up to the largest that is set, at every capacity factor up to the largest that is set; all with BPR."""
+    """Every K up to the largest that is set, at every capacity factor up to the largest that is set; all with BPR.
+
+    Of layers that are set to a mean with the thresholds of their training also means in between, at the two largest.
+    """
     selected = max(setting.num_selected_experts for setting in present.values())
     set_now = {setting.eval_capacity_factor for setting in present.values()}
     largest = DROPLESS if DROPLESS in set_now else max(set_now)
     factors = [largest, *(factor for factor in CAPACITY_FACTORS if largest == DROPLESS or factor < largest)]
-    return [LayerSetting(k, factor) for k in range(selected, 0, -1) for factor in factors]
+    settings = [LayerSetting(k, factor) for k in range(selected, 0, -1) for factor in factors]
+    if all(each.mean_selected_experts is not None and each.gate_threshold is None for each in present.values()):
+        means = [selected * share for share in MEANS]
+        settings += [LayerSetting(selected, factor, True, mean) for mean in means for factor in factors[:2]]
+    return settings

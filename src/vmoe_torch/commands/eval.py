@@ -2,10 +2,17 @@
 
 import argparse
 
+import torch
+from torch.utils.data import Subset
+
 from vmoe_torch.commands import options as opt
 from vmoe_torch.commands.images import batches, open_images, tell
 from vmoe_torch.commands.sources import open_model
+from vmoe_torch.control import moe_layers
 from vmoe_torch.evaluate import RoutingSetting, evaluate, format_table, setting_grid, write_csv, write_json
+
+# Drawn from the data to find thresholds on, for a model that was not trained by threshold.
+CALIBRATION_IMAGES = 256
 
 
 def add(commands) -> None:
@@ -14,7 +21,8 @@ def add(commands) -> None:
         "eval",
         help="accuracy of a model",
         description="Evaluates a model on labelled images, at every combination of the routing settings given.",
-        epilog="example: vmoe eval runs/mine --data IMAGES --capacity 1.05,0.5,0.25 --k 2,1 --order vanilla,bpr",
+        epilog="example: vmoe eval runs/mine --data IMAGES --capacity 1.05,0.5,0.25 --k 2,1 --order vanilla,bpr. For "
+        "--mean, a model that was not trained by threshold gets thresholds from some of the images, labels unseen.",
     )
     opt.add_model(parser)
     opt.add_data(parser)
@@ -29,16 +37,23 @@ def run(options: argparse.Namespace) -> int:
     opt.writable(options.out)
     source = open_model(options.model, options.device, average=opt.wants_average(options))
     settings = [RoutingSetting()]
-    if options.capacity or options.k or options.order:
+    calibration = None
+    if options.capacity or options.k or options.order or options.mean or options.threshold:
         opt.check_sparse(source.model, options)
         settings = setting_grid(
             options.capacity or [None],
             options.k or [None],
             [opt.ORDERS[word] for word in options.order or ()] or [None],
+            options.mean or [None],
+            options.threshold or [None],
         )
     images = open_images(source, options.data, options.split)
+    if options.mean and any(layer.router_type != "threshold" for layer in moe_layers(source.model).values()):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        some = Subset(images, order[:CALIBRATION_IMAGES].tolist())
+        calibration = [batch for batch, _ in batches(source, some, options)]
     wrap = opt.progress(f"{len(settings)} settings on {images.described()}")
-    results = evaluate(source.model, batches(source, images, options), settings, progress=wrap)
+    results = evaluate(source.model, batches(source, images, options), settings, calibration=calibration, progress=wrap)
     tell("data", images)
     print(format_table(results))
     if options.out is not None:

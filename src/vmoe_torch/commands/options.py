@@ -128,16 +128,18 @@ def add_routing(parser: argparse.ArgumentParser, several: bool = False, order: b
     Args:
         parser: of the command.
         several: whether each option takes several values, with commas between.
-        order: whether there is a choice of the order.
+        order: whether there is a choice of the order, and of a threshold for gates.
         **defaults: said of "capacity" and "k"; without, it is what the model is set to.
     """
-    kinds = (numbers, integers, orders) if several else (number, int, None)
+    kinds = (numbers, integers, orders, numbers, numbers) if several else (number, int, None, float, float)
     words = (
         ("capacity", "C", f"slots per expert, times the balanced load, or {DROPLESS}"),
         ("k", "K", "experts per token"),
         ("order", "ORDER", "who claims slots first: vanilla by position, bpr by priority"),
+        ("mean", "M", "experts per token on average, for a model that has thresholds of its training"),
+        ("threshold", "T", "gate below which a choice takes no slot"),
     )
-    for (name, metavar, text), kind in list(zip(words, kinds))[: 3 if order else 2]:
+    for (name, metavar, text), kind in list(zip(words, kinds))[: 5 if order else 2]:
         parser.add_argument(
             f"--{name}",
             type=kind,
@@ -158,6 +160,8 @@ def route(model: nn.Module, options: argparse.Namespace, **more: object) -> None
         "capacity_factor": options.capacity,
         "num_selected_experts": options.k,
         "batch_priority": None if order is None else ORDERS[order],
+        "mean_selected_experts": getattr(options, "mean", None),
+        "gate_threshold": getattr(options, "threshold", None),
         **more,
     }
     changes = {name: value for name, value in changes.items() if value is not None}

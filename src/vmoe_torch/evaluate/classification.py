@@ -1,8 +1,8 @@
 """Accuracy of one set of weights at many routing settings, in one pass over the data."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from vmoe_torch.evaluate.flops import Flops, count_flops
 from vmoe_torch.evaluate.prefix import shared_forward
 from vmoe_torch.evaluate.settings import RoutingSetting, eval_mode
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.layers.calibration import Images
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Evaluation:
     """Share of tokens that no expert processed, in 0..1."""
     flops: Flops
     """FLOPs per image of the first batch."""
+    selected: float = math.nan
+    """Choices per token, above the threshold where there is one, on average; NaN for a dense model."""
 
 
 class _Sums:
@@ -58,12 +61,14 @@ class _Sums:
         for layer in moe_layers(model).values():
             slots = layer.record.slots
             self.slots += slots_of(layer)
-            if layer.record.experts is not None:
-                self.choices += slots.numel()
-                self.dropped += int((slots < 0).sum())
-            else:
+            if layer.record.experts is None:
                 # Who is not asked is not dropped: as if every token had wanted one expert.
                 self.choices += len(slots)
+            else:
+                selected = layer.record.selected
+                choices = slots.numel() if selected is None else int(selected.sum())
+                self.choices += choices
+                self.dropped += choices - int((slots >= 0).sum())
             self.tokens += len(slots)
             self.unprocessed += int((slots < 0).all(1).sum())
 
@@ -78,6 +83,7 @@ class _Sums:
             self.dropped / max(self.choices, 1),
             self.unprocessed / max(self.tokens, 1),
             flops,
+            self.choices / self.tokens if self.tokens else math.nan,
         )
 
 
@@ -88,10 +94,27 @@ def slots_of(layer: MoeMlp) -> int:
     return layer.record.groups.rows * layer.num_experts
 
 
-def _routed(model: nn.Module, setting: RoutingSetting) -> AbstractContextManager:
-    changes = setting.changes()
-    # A dense model has no routing to change.
-    return routing(model, **changes) if changes else nullcontext()
+class _Routing:
+    """The routing of a setting, with the thresholds that its mean needs, to be set again and again."""
+
+    def __init__(self, model: nn.Module, setting: RoutingSetting, calibration: Images | None):
+        self.model, self.states = model, {}
+        changes = setting.changes()
+        if not changes:
+            # A dense model has none to change.
+            return
+        data = calibration if setting.mean_selected_experts is not None and setting.gate_threshold is None else None
+        with routing(model, data=data, **changes):
+            self.states = {name: layer.routing_state() for name, layer in moe_layers(model).items()}
+
+    @contextmanager
+    def set(self) -> Iterator[None]:
+        """For the length of a `with` block."""
+        with routing(self.model) if self.states else nullcontext():
+            for name, layer in moe_layers(self.model).items():
+                if name in self.states:
+                    layer.restore_routing(self.states[name])
+            yield
 
 
 @torch.no_grad()
@@ -100,6 +123,7 @@ def evaluate(
     loader: Iterable[tuple[Tensor, Tensor]],
     settings: Sequence[RoutingSetting] = (RoutingSetting(),),
     *,
+    calibration: Images | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[Evaluation]:
     """Evaluates a classifier at every routing setting, reading the data once.
@@ -110,9 +134,11 @@ def evaluate(
     no multiple of the group size.
 
     Args:
-        model: a classifier, its MoE layers, if any, routed by top experts; it keeps its routing and its modes.
+        model: a classifier with choices per token in its MoE layers, if any; it keeps its routing and its modes.
         loader: batches of images (B, C, H, W) and labels (B,) int64.
         settings: what to evaluate.
+        calibration: images to find the thresholds on of settings with mean_selected_experts, as `set_routing` takes
+            them; a model trained by threshold needs none.
         progress: wraps the loader, e.g. `tqdm`.
 
     Returns:
@@ -123,9 +149,7 @@ def evaluate(
     """
     if not settings:
         raise ValueError("settings must hold at least one RoutingSetting, got none")
-    for setting in settings:
-        with _routed(model, setting):
-            pass
+    routings = [_Routing(model, setting, calibration) for setting in settings]
     device = next(model.parameters()).device
     sums = [_Sums() for _ in settings]
     flops: list[Flops] = []
@@ -135,12 +159,12 @@ def evaluate(
             if len(images) == 0:
                 continue
             if not flops:
-                for setting in settings:
-                    with _routed(model, setting):
+                for each in routings:
+                    with each.set():
                         flops.append(count_flops(model, images))
             forward = shared_forward(model, images)
-            for setting, running in zip(settings, sums):
-                with _routed(model, setting):
+            for each, running in zip(routings, sums):
+                with each.set():
                     running.add(model, forward(), labels)
     if not flops:
         raise ValueError("loader must give at least one image, got none")

@@ -20,6 +20,10 @@ class RoutingSetting:
     """K, in 1..E of every layer."""
     batch_priority: bool | None = None
     """Batch Priority Routing, or position order."""
+    mean_selected_experts: float | None = None
+    """Experts per token on average, above 0 and up to K."""
+    gate_threshold: float | None = None
+    """Gate below which a choice takes no slot, in 0..1."""
 
     def changes(self) -> dict:
         """Keyword arguments for `vmoe_torch.routing`."""
@@ -30,11 +34,14 @@ def setting_grid(
     capacity_factors: Iterable[CapacityFactor],
     num_selected_experts: Iterable[int],
     batch_priority: Iterable[bool] = (False, True),
+    mean_selected_experts: Iterable[float | None] = (None,),
+    gate_thresholds: Iterable[float | None] = (None,),
 ) -> list[RoutingSetting]:
-    """Every combination, the number of experts changing slowest and the priority fastest."""
+    """Every combination, the number of experts changing slowest and the threshold fastest."""
+    axes = (num_selected_experts, capacity_factors, batch_priority, mean_selected_experts, gate_thresholds)
     return [
-        RoutingSetting(capacity, selected, priority)
-        for selected, capacity, priority in product(num_selected_experts, capacity_factors, tuple(batch_priority))
+        RoutingSetting(capacity, selected, priority, mean, threshold)
+        for selected, capacity, priority, mean, threshold in product(*map(tuple, axes))
     ]
 
 

@@ -17,6 +17,9 @@ def as_rows(evaluations: Sequence[Evaluation]) -> list[dict]:
             "capacity_factor": e.setting.capacity_factor,
             "actual_capacity_factor": None if math.isnan(e.capacity_factor) else e.capacity_factor,
             "batch_priority": e.setting.batch_priority,
+            "mean_selected_experts": e.setting.mean_selected_experts,
+            "gate_threshold": e.setting.gate_threshold,
+            "selected_experts": None if math.isnan(e.selected) else e.selected,
             "images": e.images,
             "top1": e.top1,
             "top5": e.top5,
@@ -34,6 +37,9 @@ def format_table(evaluations: Sequence[Evaluation]) -> str:
     """A plain-text table, one line per evaluation, columns aligned."""
     header = ("K", "capacity", "slots", "order", "top-1 %", "top-5 %", "loss", "dropped %", "MFLOPs", "vs dense")
     lines = [header]
+    by_threshold = any({"mean_selected_experts", "gate_threshold"} & e.setting.changes().keys() for e in evaluations)
+    if by_threshold:
+        lines = [(*header[:4], "mean", "threshold", "selected", *header[4:])]
     for e in evaluations:
         order = {None: "-", True: "BPR", False: "vanilla"}[e.setting.batch_priority]
         lines.append(
@@ -42,6 +48,7 @@ def format_table(evaluations: Sequence[Evaluation]) -> str:
                 _text(e.setting.capacity_factor),
                 "-" if math.isnan(e.capacity_factor) else f"{e.capacity_factor:.3f}",
                 order,
+                *(_threshold_cells(e) if by_threshold else ()),
                 f"{100 * e.top1:.2f}",
                 f"{100 * e.top5:.2f}",
                 f"{e.loss:.3f}",
@@ -54,6 +61,12 @@ def format_table(evaluations: Sequence[Evaluation]) -> str:
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(text)
+
+
+def _threshold_cells(e: Evaluation) -> tuple[str, str, str]:
+    """What was asked for, and what it came to."""
+    asked = (_text(e.setting.mean_selected_experts), _text(e.setting.gate_threshold))
+    return (*asked, "-" if math.isnan(e.selected) else f"{e.selected:.3f}")
 
 
 def _text(value) -> str:

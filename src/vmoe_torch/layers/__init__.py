@@ -10,6 +10,7 @@ from vmoe_torch.layers.routers import ROUTERS
 from vmoe_torch.layers.routers.base import Routed, Router
 from vmoe_torch.layers.routers.experts_choose import ExpertChoice, expert_choice
 from vmoe_torch.layers.routers.soft import Soft
+from vmoe_torch.layers.routers.threshold import Threshold
 from vmoe_torch.layers.routers.top_experts import TopExperts
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Routed",
     "Router",
     "Soft",
+    "Threshold",
     "TopExperts",
     "auxiliary_gradient_scale",
     "cv_squared",

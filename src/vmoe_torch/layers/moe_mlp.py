@@ -82,6 +82,8 @@ class MoeMlp(TravellingRouting):
     capacity_multiple_of = _OfRouter()
     batch_priority = _OfRouter()
     priority = _OfRouter()
+    mean_selected_experts = _OfRouter()
+    gate_threshold = _OfRouter()
     noise_std = _OfRouter()
     importance_loss_weight = _OfRouter()
     load_loss_weight = _OfRouter()
@@ -108,6 +110,8 @@ class MoeMlp(TravellingRouting):
         batch_priority: bool = True,
         priority: opt.Priority = "max",
         group_size: opt.GroupSize = GROUP_SIZE,
+        mean_selected_experts: opt.MeanSelectedExperts = None,
+        gate_threshold: float | None = None,
         noise_std: float | None = None,
         expert_drop: float | None = None,
         importance_loss_weight: float = 0.005,
@@ -199,8 +203,9 @@ class MoeMlp(TravellingRouting):
     @torch.jit.unused
     def num_rows(self, num_tokens: int, per_image: int) -> int:
         """Rows that all experts together process of so many tokens, in the current mode; empty slots count."""
-        if self.own_router().is_dropless():
-            return num_tokens * self.num_selected_experts
+        router = self.own_router()
+        if router.is_dropless():
+            return round(num_tokens * (router.capacity_mean or router.num_selected_experts))
         return self.num_experts * self.groups(num_tokens, per_image).rows
 
     def forward(self, x: Tensor) -> Tensor:

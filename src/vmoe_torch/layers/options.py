@@ -3,6 +3,7 @@
 For readers, type checkers and editors; tests hold the signatures and their defaults to these lists.
 """
 
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 AuxiliaryMode = Literal["injected", "manual"]
@@ -11,8 +12,9 @@ CapacityRounding = Literal["ceil", "round"]
 DispatchDtype = Literal["float32", "bfloat16"]
 GroupSize = int | Literal["batch", "image"]
 Impl = Literal["auto", "triton", "reference"]
+MeanSelectedExperts = float | Sequence[float] | None
 Priority = Literal["max", "sum"]
-RouterType = Literal["top_experts", "expert_choice", "soft"]
+RouterType = Literal["top_experts", "threshold", "expert_choice", "soft"]
 
 
 class RoutingOptions(TypedDict, total=False):
@@ -33,6 +35,13 @@ class RoutingOptions(TypedDict, total=False):
     group_size: GroupSize
     """Images per group that is routed on its own, "batch" or "image". What remains of a batch forms one last, smaller
     group with its own capacity."""
+    mean_selected_experts: MeanSelectedExperts
+    """Experts per token on average, above 0 and up to K; it takes the place of K in the capacity. None is K. For router
+    "threshold" also several values, of which training draws one per forward; the capacity, and eval mode, have the
+    largest."""
+    gate_threshold: float | None
+    """In 0..1: choices whose gate is below take no slot. 0 cuts nothing. None is no threshold or, for router
+    "threshold" with mean_selected_experts, the one that training found."""
 
 
 class ExpertOptions(RoutingOptions, total=False):
@@ -58,8 +67,9 @@ class ExpertOptions(RoutingOptions, total=False):
     """The gradient reaches the router by itself ("injected"), or you add `vmoe_torch.auxiliary_loss(model)` to the loss
     ("manual")."""
     router: RouterType
-    """A word of `vmoe_torch.layers.ROUTERS`: tokens choose experts, or experts tokens, or ("soft") every slot of an
-    expert is a mixture of all tokens of an image."""
+    """A word of `vmoe_torch.layers.ROUTERS`: tokens choose experts, as many each, or ("threshold") as many as
+    their gates above a threshold; or experts choose tokens; or ("soft") every slot of an expert is a mixture of all
+    tokens of an image."""
     slots_per_expert: int | None
     """P, slots of each expert of a soft router; None or 0 is round(S * capacity_factor / E) for the S tokens of an
     image that the model, or a layer's first forward, has."""

@@ -9,7 +9,7 @@ from vmoe_torch.layers.groups import Groups
 from vmoe_torch.layers.routers.base import Routed
 
 # What a router may give beside gates and slots.
-_OF_ROUTERS = ("experts", "importance", "load", "mean_gates", "top1_share")
+_OF_ROUTERS = ("experts", "selected", "importance", "load", "mean_gates", "top1_share")
 
 
 class Record:
@@ -27,6 +27,7 @@ class Record:
         self.gates: Tensor | None = None  # (T, K)
         self.experts: Tensor | None = None  # (T, K) int32
         self.slots: Tensor | None = None  # (T, K) int32, -1 where dropped
+        self.selected: Tensor | None = None  # (T, K) bool, choices above a threshold; None is all
         self.importance: Tensor | None = None  # (G, E)
         self.load: Tensor | None = None  # (G, E)
         self.mean_gates: Tensor | None = None  # (G, E)

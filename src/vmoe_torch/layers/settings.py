@@ -1,11 +1,12 @@
 """Checks of a layer's settings, and the forms in which they may be given."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from vmoe_kernels.common.checks import check_integer, check_number
 from vmoe_kernels.experts.activations import check_activation
-from vmoe_torch.layers.options import CapacityFactor, GroupSize
+from vmoe_torch.layers.options import CapacityFactor, GroupSize, MeanSelectedExperts
 
 # Stands for a capacity factor.
 DROPLESS = "dropless"
@@ -48,6 +49,24 @@ def group_images(group_size: GroupSize) -> int:
         one_of("group_size", group_size, tuple(GROUP_SIZES))
         return GROUP_SIZES[group_size]
     return check_integer("group_size", group_size, 1, "'batch', 'image' or at least 1 image")
+
+
+def check_means(means: MeanSelectedExperts, num_selected_experts: int) -> tuple[float, ...]:
+    """`mean_selected_experts` as a tuple, of each value once, each above 0 and at most K; none if it is None."""
+    if means is None:
+        return ()
+    name, rule = "mean_selected_experts", f"above 0 and at most num_selected_experts={num_selected_experts}"
+    listed = tuple(means) if isinstance(means, Sequence) and not isinstance(means, str) else (means,)
+    if not listed:
+        raise ValueError(f"{name} must be {rule}, got none")
+    below = math.nextafter(num_selected_experts, math.inf)
+    return tuple(dict.fromkeys(check_number(name, mean, rule, math.ulp(0.0), below) for mean in listed))
+
+
+def check_threshold(threshold: float | None) -> float | None:
+    """`gate_threshold` in 0..1, or None."""
+    rule = "None or in 0..1"
+    return None if threshold is None else check_number("gate_threshold", threshold, rule, 0.0, math.nextafter(1.0, 2.0))
 
 
 def activation_name(act_layer: Any) -> str:

@@ -77,6 +77,8 @@ class VMoE(vit.VisionTransformer):
         batch_priority: bool | dict[str, bool] = True,
         priority: opt.Priority | dict[str, opt.Priority] = "max",
         group_size: opt.GroupSize | dict[str, opt.GroupSize] = 8,
+        mean_selected_experts: opt.MeanSelectedExperts | dict[str, opt.MeanSelectedExperts] = None,
+        gate_threshold: float | dict[str, float | None] | None = None,
         noise_std: float | None = None,
         expert_drop: float | None = None,
         importance_loss_weight: float = 0.005,

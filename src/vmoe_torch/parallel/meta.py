@@ -24,13 +24,15 @@ def materialize(model: nn.Module, seed: int, device: str | torch.device = "cpu")
         The model.
 
     Raises:
-        ValueError: if the model cannot initialise itself, has buffers, which nothing here would fill, or ranks give
-            different seeds.
+        ValueError: if the model cannot initialise itself, has buffers of a module without `reset_parameters`, which
+            nothing here would fill, or ranks give different seeds.
     """
     if not hasattr(model, "init_weights"):
         raise ValueError(f"the model must have init_weights(), got {type(model).__name__}")
-    if any(True for _ in model.buffers()):
-        raise ValueError(f"the model must have no buffers, got {', '.join(name for name, _ in model.named_buffers())}")
+    unfilled = [module for module in model.modules() if not hasattr(module, "reset_parameters")]
+    buffers = {id(buffer) for module in unfilled for buffer in module.buffers(recurse=False)}
+    if names := [name for name, buffer in model.named_buffers() if id(buffer) in buffers]:
+        raise ValueError(f"the model must have no buffers, got {', '.join(names)}")
     require_same({"seed": seed})
     model.to_empty(device=device)
     own = {name: (module, dict(module.named_parameters(recurse=False))) for name, module in model.named_modules()}

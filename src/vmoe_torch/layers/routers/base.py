@@ -77,6 +77,11 @@ class Router(nn.Module):
     # Whether it can do without capacities. It then gives slots and spans where `has_spans` says so; where not, its
     # groups have room for every token at every expert.
     takes_dropless = False
+    # Of the routers that have a threshold for gates; None is none.
+    mean_selected_experts: float | tuple[float, ...] | None = None
+    gate_threshold: float | None = None
+    # The largest of mean_selected_experts.
+    capacity_mean: float | None = None
 
     def __init__(
         self,
@@ -113,6 +118,9 @@ class Router(nn.Module):
         self.auxiliary_mode = auxiliary_mode
         self.renormalize_gates = check_flag("renormalize_gates", renormalize_gates)
         self.impl = impl
+        for name in ("mean_selected_experts", "gate_threshold"):
+            if name not in self.ROUTING and routing.get(name) is not None:
+                raise ValueError(f"{name} must be None for the router {type(self).__name__}, got {routing[name]}")
         self.set_routing(**{name: routing[name] for name in self.ROUTING})
         # Installed from outside, as in `MoeMlp`: gives this rank's part of a weight.
         self.exchange = None
@@ -192,8 +200,8 @@ class Router(nn.Module):
         """C for a group of so many tokens, in the current mode."""
         return self.slots_for(group_tokens, 1)
 
-    def slots_for(self, group_tokens: int, selected: int) -> int:
-        """C for a group of so many tokens with so many choices each, in the current mode."""
+    def slots_for(self, group_tokens: int, selected: int, mean: float | None = None) -> int:
+        """C for a group of so many tokens with so many choices each, or on average, in the current mode."""
         factor = self.eval_capacity_factor
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self.training:
@@ -207,6 +215,7 @@ class Router(nn.Module):
             num_selected_experts=selected,
             rounding=self.capacity_rounding,
             multiple_of=self.capacity_multiple_of,
+            mean_selected_experts=mean,
         )
 
     @torch.jit.unused
