@@ -82,10 +82,10 @@ class PlannedRun:
             raise ValueError(f"batch must be a positive multiple of gpus={self.gpus}, got {self.batch}")
         if not all(hasattr(model, part) for part in ("patch_embed", "blocks", "pre_logits")):
             raise ValueError(f"the model must be a VMoE, got {type(model).__name__}")
-        for block in model.blocks:
-            if isinstance(block.mlp, MoeMlp) and block.mlp.num_experts % self.ep:
-                raise ValueError(f"ep must divide num_experts={block.mlp.num_experts}, got ep={self.ep}")
-            if isinstance(block.mlp, MoeMlp) and self.ep > 1 and block.mlp.capacity_factor == DROPLESS:
+        for layer in (block.mlp for block in model.blocks if isinstance(block.mlp, MoeMlp)):
+            if layer.num_experts % self.ep:
+                raise ValueError(f"ep must divide num_experts={layer.num_experts}, got ep={self.ep}")
+            if self.ep > 1 and layer.capacity_factor == DROPLESS:
                 refuse_dropless(self.ep)
 
     @property

@@ -102,8 +102,9 @@ class Soft(Router):
 
     def capacity(self, group_tokens: int) -> int:
         """P, for a group of so many tokens; once there are slots, for any."""
-        if self.slots_per_expert is not None:
-            return self.slots_per_expert
+        slots = self.slots_per_expert
+        if slots is not None:
+            return slots
         return self.slots_for(group_tokens, 1)
 
     @torch.jit.unused
@@ -152,7 +153,7 @@ class Soft(Router):
             noisy = scores + torch.randn_like(scores) * self.noise_std
         gates = noisy.softmax(2).flatten(0, 1)
         slots = torch.arange(gates.shape[1], dtype=torch.int32, device=x.device).expand_as(gates)
-        return Routed(gates, slots, {"logits": scores.flatten(0, 1)}, noisy.softmax(1))
+        return Routed(gates, slots, {"logits": scores.flatten(0, 1)}, mix=noisy.softmax(1))
 
     @torch.jit.unused
     def flops(self, tokens: int) -> int:

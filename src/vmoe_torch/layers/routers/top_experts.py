@@ -92,7 +92,7 @@ class TopExperts(Router):
         record = {"logits": scored.logits}
         if not torch.jit.is_scripting():
             record = self._record(scored, experts, selected, groups)
-        return Routed(gates, slots, record, spans)
+        return Routed(gates, slots, record, spans=spans)
 
     def selected(self, gates: Tensor, groups: Groups) -> Tensor | None:
         """(T, K) bool, the choices that may take a slot; None is all of them."""
