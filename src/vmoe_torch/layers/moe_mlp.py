@@ -82,6 +82,7 @@ class MoeMlp(TravellingRouting):
     batch_priority = _OfRouter()
     priority = _OfRouter()
     noise_std = _OfRouter()
+    slots_per_expert = _OfRouter()
     importance_loss_weight = _OfRouter()
     load_loss_weight = _OfRouter()
     gshard_loss_weight = _OfRouter()
