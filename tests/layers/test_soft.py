@@ -93,7 +93,7 @@ def test_fresh_router_is_the_originals():
     assert mu.std().item() == pytest.approx((256 * 32) ** -0.5, rel=0.02)
     # Truncated at two standard deviations of the normal that it is cut from.
     assert mu.abs().max() <= 2 / 0.87962566 * (256 * 32) ** -0.5
-    assert layer.noise_std == 0.0
+    assert (layer.noise_std, layer.slots_per_expert) == (0.0, 4)
     assert MoeMlp(8, num_experts=4).noise_std == 1.0
     with torch.no_grad():
         for parameter in layer.router.parameters():

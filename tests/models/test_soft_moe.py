@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from timm.models import create_feature_extractor, get_graph_node_names
 
 import vmoe_torch
 from tests.tiny import randomized
@@ -244,8 +244,7 @@ def test_timms_own_decay_leaves_slots_alone():
 def test_timm_takes_them_apart():
     """FX, intermediate features, a new head, pruning: what timm does with any of its ViTs."""
     model, images = _tiny(), _images()
-    names = get_graph_node_names(model)[1]
-    assert "blocks.3.mlp" in names
+    assert "blocks.3.mlp" in get_graph_node_names(model)[1]
     extracted = create_feature_extractor(model, {"blocks.3.mlp": "y", "head": "logits"})(images)
     assert torch.equal(extracted["logits"], model(images))
     final, intermediates = model.forward_intermediates(images)
@@ -254,7 +253,7 @@ def test_timm_takes_them_apart():
     assert features(images)[-1].shape == (3, 64, 4, 4)
     model.reset_classifier(7)
     assert not model.head.weight.any()
-    model.prune_intermediate_layers(2)
+    model.prune_intermediate_layers([2])
     assert len(model.blocks) == 3
     moved = timm.create_model("test_soft_moe", device="meta", **SMALL).to_empty(device="cpu")
     moved.init_weights()

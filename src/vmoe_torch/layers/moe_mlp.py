@@ -85,6 +85,7 @@ class MoeMlp(TravellingRouting):
     mean_selected_experts = _OfRouter()
     gate_threshold = _OfRouter()
     noise_std = _OfRouter()
+    slots_per_expert = _OfRouter()
     importance_loss_weight = _OfRouter()
     load_loss_weight = _OfRouter()
     gshard_loss_weight = _OfRouter()
