@@ -3,11 +3,13 @@
 import json
 import shutil
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import vmoe_kernels as vk
 from benchmarks.compile.report import REPORTS, SHARED_PER_BLOCK
 from vmoe_kernels.common import card, impl
 from vmoe_kernels.common.launch import ANY
@@ -141,6 +143,41 @@ def test_explicit_triton_is_not_talked_out_of_it(fake):
     assert not impl.use_reference("triton", x)
     with pytest.warns(UserWarning, match="Tesla T4"):
         assert impl.use_reference("auto", x)
+
+
+def test_a_compiled_call_takes_the_twin_as_well(monkeypatch):
+    """As a card that cannot launch the kernels does; here the CPU stands for it."""
+    monkeypatch.setattr(impl, "choose", lambda device, dtype: impl.Choice("reference", "made up"))
+    slots, gates = torch.tensor([[1], [0], [-1]], dtype=torch.int32), torch.rand(3, 1)
+    buffer, ran = torch.randn(2, 4), []
+
+    def backend(graph, inputs):
+        ran.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    call = torch.compile(lambda x: vk.combine(x, slots, gates), backend=backend, fullgraph=True)
+    with pytest.warns(UserWarning, match="plain PyTorch on cpu: made up"):
+        got = call(buffer)
+    assert torch.equal(got, vk.combine_reference(buffer, slots, gates))
+    assert ran
+    assert not any("vmoe" in each for each in ran)
+
+
+def test_a_launch_that_fails_names_the_way_out(monkeypatch):
+    """Triton's own error, from below an op, as a card that nobody has tried may give it."""
+    errors = pytest.importorskip("triton.runtime.errors", reason="needs Triton")
+
+    def launcher(x):
+        raise errors.OutOfResources(200_000, 101_376, "shared memory")
+
+    kept = {}
+    op = SimpleNamespace(register_kernel=lambda device: lambda call: kept.update({device: call}))
+    impl.register_triton(op, launcher)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with pytest.raises(
+        RuntimeError, match=r"cannot run on cpu \(OutOfResources: out of resource.*impl='reference' does"
+    ):
+        kept["cuda"](torch.ones(1))
 
 
 def test_shared_memory_is_what_the_compile_report_says():
