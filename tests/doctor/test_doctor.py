@@ -1,5 +1,6 @@
 """vmoe doctor: what it says of this machine, of an op that is broken, and of devices that are not here."""
 
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -310,6 +311,18 @@ def test_remarks_name_what_is_slow_and_busy(quick, monkeypatch):
     # Slow is not wrong.
     assert found.healthy
     assert "- float32 forward: 2.0 times" in describe(found)
+    slower = dataclasses.replace(slow, dtype="float16", ours=6.0, eager=6.0, products=5.5)
+    monkeypatch.setattr(speed, "measure_all", lambda *args: iter([slow, slower]))
+    assert "float16 forward: PyTorch's own products take 11 times as long as in float32" in examine(CPU, 1).remarks[1]
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 1), (1.0, 3)])
+def test_a_round_that_warms_up_counts_only_where_it_is_all(monkeypatch, seconds, rounds):
+    clock = iter(range(1000))
+    monkeypatch.setattr(speed.time, "monotonic", lambda: 0.25 * next(clock))
+    found = speed.measure(CPU, "float32", True, seconds, TINY)
+    assert found.rounds == rounds
+    assert found.flops == 3 * 4 * 8 * 16 * 4 * 8
 
 
 def test_problems_are_numbered_and_plain_values():

@@ -18,6 +18,8 @@ from vmoe_torch.doctor.speed import Speed
 
 # How much slower than eager PyTorch the layer may look before it is remarked on.
 SLOWER = 1.1
+# How much slower than float32's a dtype's products may be before it is advised against.
+FAR_SLOWER = 2.0
 Progress = Callable[[str], Callable[[Iterable], Iterable]]
 
 
@@ -146,6 +148,14 @@ def _remark(found: Examination, device: torch.device) -> None:
         if one.ours > SLOWER * one.eager:
             found.remarks.append(
                 f"{one.dtype} {one.direction}: {one.ours / one.eager:.1f} times as long as eager PyTorch"
+            )
+    full = {one.direction: one.products for one in found.speeds if one.dtype == "float32"}
+    for one in found.speeds:
+        factor = one.products / full.get(one.direction, math.inf)
+        if factor > FAR_SLOWER:
+            found.remarks.append(
+                f"{one.dtype} {one.direction}: PyTorch's own products take {factor:.0f} times as long as in float32 on "
+                f"this device; another dtype serves better"
             )
     cores = found.threads["cores"]
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

@@ -20,7 +20,6 @@ from vmoe_torch.doctor.ops import DTYPES, Sizes
 
 # float64 is for checks, nobody trains in it.
 TIMED = ("float32", "bfloat16", "float16")
-LEAST_ROUNDS = 1
 # Two images through an expert layer of V-MoE's width-384 kin on a CPU, 64 through V-MoE-B's on a GPU; capacity 1.05.
 SIZES = {"cpu": Sizes(394, 1, 8, 52, 384, 1536), "cuda": Sizes(12_608, 1, 8, 1656, 768, 3072)}
 
@@ -69,12 +68,12 @@ def measure(device: torch.device, dtype: str, train: bool, seconds: float, sizes
     """One of them, in about so many seconds."""
     calls = _calls(device, DTYPES[dtype], train, sizes)
     end = time.monotonic() + seconds
-    for call in calls.values():
-        _seconds(device, call)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    while len(times["ours"]) < LEAST_ROUNDS or time.monotonic() < end:
+    while not times["ours"] or time.monotonic() < end:
         for name, call in calls.items():
             times[name].append(_seconds(device, call))
+    # The first round warms up. Where it took all the time, it has to do.
+    times = {name: own[1:] or own for name, own in times.items()}
     flops = (3 if train else 1) * 4.0 * sizes.width * sizes.hidden * sizes.experts * sizes.capacity
     medians = {name: statistics.median(own) for name, own in times.items()}
     direction = "forward and backward" if train else "forward"
