@@ -308,6 +308,11 @@ def test_remarks_name_what_is_slow_and_busy(quick, monkeypatch):
     found = examine(CPU, 1)
     assert found.remarks[0] == "float32 forward: 2.0 times as long as eager PyTorch"
     assert "other jobs run here (load 99.0" in found.remarks[1]
+    monkeypatch.setattr(machine, "driver_version", lambda: "470.1")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    if not torch.cuda.is_available():
+        said = "there is an NVIDIA driver (470.1), but PyTorch, built without CUDA, sees no GPU"
+        assert examine(CPU, 0).remarks == [said]
     # Slow is not wrong.
     assert found.healthy
     assert "- float32 forward: 2.0 times" in describe(found)

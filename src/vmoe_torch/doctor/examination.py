@@ -12,7 +12,7 @@ import torch
 
 from vmoe_kernels.common.impl import INTERPRET, Choice, choose
 from vmoe_torch.doctor import machine, ops, speed
-from vmoe_torch.doctor.ops import DTYPES, Check, Sizes
+from vmoe_torch.doctor.ops import DTYPES, Check
 from vmoe_torch.doctor.problems import REFERENCE, Problem, of_error
 from vmoe_torch.doctor.speed import Speed
 
@@ -83,8 +83,6 @@ def examine(
     seconds: float,
     progress: Progress = lambda text: iter,
     on_step: Callable[[Examination], None] = lambda examination: None,
-    sizes: tuple[Sizes, ...] | None = None,
-    layer: Sizes | None = None,
 ) -> Examination:
     """Looks at everything.
 
@@ -93,8 +91,6 @@ def examine(
         seconds: for measuring speed; 0 measures none.
         progress: from a text to what wraps a list of things to do.
         on_step: called with what there is before and after every step.
-        sizes: of the calls of the ops; by default those of the kind of device.
-        layer: sizes of the layer whose speed is measured, likewise.
 
     Returns:
         Examination.
@@ -112,16 +108,16 @@ def examine(
     begin("the choice of an implementation")
     found.auto = {name: choose(device, dtype) for name, dtype in DTYPES.items()}
     judge_choice(found)
-    for check in ops.check_all(device, sizes, progress("ops"), begin):
+    for check in ops.check_all(device, ops.SIZES[device.type], progress("ops"), begin):
         found.checks.append(check)
         if check.problem is not None:
             found.problems.append(check.problem)
     if seconds > 0:
         wrong = tuple({check.dtype for check in found.checks if check.status != "ok"})
-        found.layer = str(layer or speed.SIZES[device.type])
+        found.layer = str(speed.SIZES[device.type])
         begin("speed")
         try:
-            for one in speed.measure_all(device, seconds, layer, wrong, progress("speed")):
+            for one in speed.measure_all(device, seconds, wrong, progress("speed")):
                 found.speeds.append(one)
                 begin("speed")
         except Exception as error:  # The ops were right one by one: what the layer does is to be told, not lost.
@@ -161,9 +157,9 @@ def _remark(found: Examination, device: torch.device) -> None:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if found.speeds and load > cores + 0.5:
         found.remarks.append(f"other jobs run here (load {load:.1f} on {cores} cores): the times above mean little")
-    if device.type == "cpu" and found.versions["cuda"] is None and found.versions["driver"] is not None:
-        found.remarks.append(
-            f"there is an NVIDIA driver ({found.versions['driver']}), and this PyTorch is built without CUDA"
-        )
+    driver, cuda = found.versions["driver"], found.versions["cuda"]
+    if driver is not None and not torch.cuda.is_available():
+        built = "without CUDA" if cuda is None else f"for CUDA {cuda}"
+        found.remarks.append(f"there is an NVIDIA driver ({driver}), but PyTorch, built {built}, sees no GPU")
     if INTERPRET:
         found.remarks.append("TRITON_INTERPRET=1 is set: kernels are interpreted, which is for tests")

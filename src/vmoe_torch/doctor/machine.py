@@ -1,6 +1,7 @@
 """What there is: versions, devices, ways for processes to talk to each other, threads."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -108,10 +109,12 @@ def cpu() -> dict[str, Any]:
     name = re.search(r"model name\s*:\s*(.+)", text)
     flags = re.search(r"(?:flags|Features)\s*:\s*(.+)", text)
     has = set(flags[1].split()) if flags else set()
-    pages = [os.sysconf(key) if key in os.sysconf_names else 0 for key in ("SC_PAGE_SIZE", "SC_PHYS_PAGES")]
+    pages = [
+        os.sysconf(key) if key in getattr(os, "sysconf_names", ()) else 0 for key in ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    ]
     return {
         "device": "cpu",
-        "name": name[1] if name else os.uname().machine,
+        "name": name[1] if name else platform.machine(),
         "cores": cores.available_cores(),
         "memory": pages[0] * pages[1],
         "instructions": [flag for flag in CPU_FLAGS if flag in has],

@@ -77,7 +77,7 @@ class Check:
 
 def check_all(
     device: torch.device,
-    sizes: tuple[Sizes, ...] | None = None,
+    sizes: tuple[Sizes, ...],
     progress: Callable = iter,
     begin: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Check]:
@@ -85,11 +85,10 @@ def check_all(
 
     Args:
         device: where the ops run.
-        sizes: of their calls; by default those of the kind of device.
+        sizes: of their calls.
         progress: wraps the list of what is to be done.
         begin: told what comes next: a kernel may take the process with it.
     """
-    sizes = SIZES[device.type] if sizes is None else sizes
     lost = False
     for op, dtype in progress([(op, dtype) for op in OPS for dtype in DTYPES]):
         if lost:

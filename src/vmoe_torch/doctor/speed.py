@@ -45,23 +45,21 @@ class Speed:
 
 
 def measure_all(
-    device: torch.device, seconds: float, sizes: Sizes | None = None, leave_out: tuple[str, ...] = (), progress=iter
+    device: torch.device, seconds: float, leave_out: tuple[str, ...] = (), progress: Callable = iter
 ) -> Iterator[Speed]:
     """Yields the speed of the layer in each dtype, forward, then forward and backward.
 
     Args:
         device: where the layer runs.
         seconds: for all of it.
-        sizes: of the layer; by default those of the kind of device.
         leave_out: dtypes whose results are wrong, which have no speed.
         progress: wraps the list of what is to be done.
     """
-    sizes = SIZES[device.type] if sizes is None else sizes
     cases = [(dtype, train) for dtype in TIMED if dtype not in leave_out for train in (False, True)]
     end = time.monotonic() + seconds
     for number, (dtype, train) in enumerate(progress(cases)):
         # What a case leaves goes to the next ones.
-        yield measure(device, dtype, train, (end - time.monotonic()) / (len(cases) - number), sizes)
+        yield measure(device, dtype, train, (end - time.monotonic()) / (len(cases) - number), SIZES[device.type])
 
 
 def measure(device: torch.device, dtype: str, train: bool, seconds: float, sizes: Sizes) -> Speed:
