@@ -35,8 +35,9 @@ MAY_IMPORT = {
     "train": {"cores", "data", "layers", "weights", "models", "control", "parallel", "evaluate", "report"},
     "recipes": {"train"},
     "vmoe_torch": {"cores", "layers", "models", "control", "hub", "budget"},
+    "doctor": {"vmoe_kernels", "cores", "train", "vmoe_torch"},
     "commands": {"cores", "data", "layers", "weights", "models", "control", "parallel", "evaluate", "budget", "export"}
-    | {"analyze", "train", "recipes", "vmoe_torch"},
+    | {"analyze", "train", "recipes", "doctor", "vmoe_torch"},
     "cli": {"cores", "parallel", "commands", "vmoe_torch"},
     "demo": {"cores", "data", "evaluate", "analyze", "train", "recipes"},
     "run": {"vmoe_torch"},

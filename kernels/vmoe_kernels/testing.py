@@ -1,15 +1,16 @@
-"""What the tests of the kernels share: routed inputs, error budgets against float64, poisoned memory.
+"""What the tests of the kernels and `vmoe doctor` share: routed inputs, error budgets against float64, poisoned memory.
 
 Dims: T tokens, K choices per token, E experts, C slots per expert, N = E * C rows of the buffer, D width.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vmoe_kernels.common.groups import rows_per_expert
 from vmoe_kernels.routing.slots import assign_slots_reference
 
 ROUTINGS = ("random", "ties", "one_expert", "dropped")
@@ -110,11 +111,24 @@ def make_experts(
     }
 
 
-def assert_within_budget(name: str, got: Tensor, eager: Tensor, exact: Tensor, ulps: int = 1) -> None:
-    """Asserts that a result is at most twice as far from the truth as eager PyTorch's is.
+class Comparison(NamedTuple):
+    """How far a result is from the truth; distances are the largest over the tensor."""
 
-    Distances are the largest over the tensor. Some units in the last place of its largest element are always allowed:
-    where eager's error is a few roundings, twice of it is luck.
+    error: float
+    """Of the result; infinite where it is no such tensor at all."""
+    eager_error: float
+    """Of what eager PyTorch computed."""
+    allowed: float
+    """How far off the result may be."""
+    fault: str | None
+    """What is wrong, in words, or None."""
+
+
+def compare(name: str, got: Tensor, eager: Tensor, exact: Tensor, ulps: int = 1) -> Comparison:
+    """Whether a result is at most twice as far from the truth as eager PyTorch's is.
+
+    Some units in the last place of the truth's largest element are always allowed: where eager's error is a few
+    roundings, twice of it is luck.
 
     Args:
         name: what the tensor is, for the message.
@@ -122,20 +136,68 @@ def assert_within_budget(name: str, got: Tensor, eager: Tensor, exact: Tensor, u
         eager: what eager PyTorch computed from the same inputs.
         exact: the truth, in float64; `got` must be NaN or infinite exactly where it is.
         ulps: how many units are always allowed.
+
+    Returns:
+        Comparison.
     """
-    assert got.dtype == eager.dtype, f"{name} must be {eager.dtype}, got {got.dtype}"
-    assert got.shape == eager.shape, f"{name} must be {tuple(eager.shape)}, got {tuple(got.shape)}"
-    finite = exact.isfinite()
-    torch.testing.assert_close(
-        got.double()[~finite], exact[~finite], equal_nan=True, msg=lambda text: f"{name} where not finite: {text}"
-    )
-    assert got[finite].isfinite().all(), f"{name} must be finite where float64 is"
+    fault, finite = None, exact.isfinite()
+    if got.dtype != eager.dtype:
+        fault = f"{name} must be {eager.dtype}, got {got.dtype}"
+    elif got.shape != eager.shape:
+        fault = f"{name} must be {tuple(eager.shape)}, got {tuple(got.shape)}"
+    elif not torch.equal(got.isnan(), exact.isnan()) or not torch.equal(got.isfinite(), finite):
+        fault = f"{name} must be finite where float64 is, and nowhere else"
+    elif not torch.equal(got.double()[exact.isinf()], exact[exact.isinf()]):
+        fault = f"{name} must be infinite as float64 is"
+    if fault is not None:
+        return Comparison(torch.inf, 0.0, 0.0, fault)
     if not finite.any():
-        return
+        return Comparison(0.0, 0.0, 0.0, None)
     exact = exact[finite]
     error, eager_error = ((tensor[finite].double() - exact).abs().max().item() for tensor in (got, eager))
-    budget = max(2 * eager_error, ulps * torch.finfo(got.dtype).eps * exact.abs().max().item())
-    assert error <= budget, f"{name} is off by {error:.3g}; eager PyTorch is off by {eager_error:.3g}"
+    allowed = max(2 * eager_error, ulps * torch.finfo(got.dtype).eps * exact.abs().max().item())
+    if not error <= allowed:
+        fault = f"{name} is off by {error:.3g}; eager PyTorch is off by {eager_error:.3g}, {allowed:.3g} is allowed"
+    return Comparison(error, eager_error, allowed, fault)
+
+
+def assert_within_budget(name: str, got: Tensor, eager: Tensor, exact: Tensor, ulps: int = 1) -> None:
+    """Asserts what `compare` asks."""
+    fault = compare(name, got, eager, exact, ulps).fault
+    assert fault is None, fault
+
+
+def slots_fault(slots: Tensor, want: Tensor, *, group_size: int, capacity: int, last_capacity: int) -> str | None:
+    """What is wrong with slots, in words, or None.
+
+    The kept choices are the twin's, and each holds a row of its own, within its expert, group and capacity; its place
+    in the queue is free.
+
+    Args:
+        slots: (T, K), the result.
+        want: (T, K), those of the eager twin.
+        group_size: S.
+        capacity: C.
+        last_capacity: slots per expert in a smaller last group.
+
+    Returns:
+        The fault, or None.
+    """
+    if slots.dtype != torch.int32 or slots.shape != want.shape:
+        return f"slots must be {tuple(want.shape)} int32, got {tuple(slots.shape)} {slots.dtype}"
+    if not torch.equal(slots >= 0, want >= 0):
+        return f"slots must keep the twin's choices, {int(((slots >= 0) != (want >= 0)).sum())} are others"
+    kept = slots[slots >= 0]
+    if kept.unique().numel() != kept.numel():
+        return f"slots must be unique, {kept.numel() - kept.unique().numel()} are taken twice"
+    rows = rows_per_expert(len(slots), group_size, capacity, last_capacity)
+
+    def expert_and_group(row: Tensor) -> Tensor:
+        return torch.stack([row // rows, (row % rows).div(capacity, rounding_mode="floor")])
+
+    if not torch.equal(expert_and_group(kept), expert_and_group(want[want >= 0])):
+        return "slots must lie in the rows of their expert and group"
+    return None
 
 
 def outputs_and_gradients(
@@ -163,10 +225,10 @@ def outputs_and_gradients(
     return {"output": output.detach(), **{f"d_{name}": grad for name, grad in zip(leaves, gradients)}}
 
 
-def assert_matches_eager(
+def compare_with_eager(
     op: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Mapping[str, Any], *, ulps: int = 1
-) -> None:
-    """Asserts that the output and every gradient of an op are within the error budget of its eager twin."""
+) -> dict[str, Comparison]:
+    """The output and every gradient of an op beside those of its eager twin, in the same dtype and in float64."""
     eager = outputs_and_gradients(reference, inputs)
     wide = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -176,9 +238,15 @@ def assert_matches_eager(
     d_output = torch.randn(eager["output"].shape, generator=torch.Generator().manual_seed(7))
     exact = outputs_and_gradients(reference, wide, d_output.to(eager["output"]))
     got = outputs_and_gradients(op, inputs)
-    assert got.keys() == exact.keys()
-    for name, tensor in got.items():
-        assert_within_budget(name, tensor, eager[name], exact[name], ulps)
+    return {name: compare(name, tensor, eager[name], exact[name], ulps) for name, tensor in got.items()}
+
+
+def assert_matches_eager(
+    op: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Mapping[str, Any], *, ulps: int = 1
+) -> None:
+    """Asserts that the output and every gradient of an op are within the error budget of its eager twin."""
+    for found in compare_with_eager(op, reference, inputs, ulps=ulps).values():
+        assert found.fault is None, found.fault
 
 
 def assert_compiles_and_exports(op: Callable[..., Tensor], inputs: Mapping[str, Any]) -> None:

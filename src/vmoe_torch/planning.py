@@ -214,8 +214,8 @@ def changes_that_fit(model: nn.Module, settings: PlannedRun) -> list[tuple[str, 
     layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoeMlp)]
     # Without capacities the experts of a layer stay together.
     experts = [1 if layer.capacity_factor == DROPLESS else layer.num_experts for layer in layers]
-    kinds = [[("recompute the activations", replace(settings, recompute=True))]]
     again = replace(settings, recompute=True)
+    kinds = [[("recompute the activations", again)]]
     doubled = [settings.ep * 2**i for i in range(1, 12)]
     kinds.append([(f"ep={ep} and recompute", replace(again, ep=ep)) for ep in doubled])
     smaller = [settings.batch // 2**i for i in range(1, 24) if settings.batch % 2**i == 0]

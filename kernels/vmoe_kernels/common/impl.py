@@ -1,19 +1,21 @@
 """Which implementation answers a call: the registered op (Triton on CUDA, a fast loop on CPU) or the eager twin."""
 
 import functools
-import importlib.util
 import os
+import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vmoe_kernels.common.card import IMPORT_FAULT, first_line, refusal
 from vmoe_kernels.common.checks import check_choices
 from vmoe_kernels.common.transforms import carries_tangent, differentiating
 
 IMPLS = ("auto", "triton", "reference")
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = IMPORT_FAULT is None
 # Under Triton's interpreter the kernels run on CPU tensors, in place of the CPU implementations.
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -25,16 +27,68 @@ ROW_TILE = 128
 def row_tile(device: torch.device) -> int:
     """Rows at whose multiples an expert's part of a dropless buffer begins on a device: CPU loops need no padding."""
     return ROW_TILE if device.type == "cuda" or (INTERPRET and device.type == "cpu") else 1
+class Choice(NamedTuple):
+    """What `impl="auto"` is on a device, and why."""
+
+    impl: str
+    """ "triton", "cpu" for the loops that a CPU has, or "reference" for the eager twin."""
+    reason: str
+    """In words, to go after "because"."""
+
+
+@functools.cache
+def choose(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What answers a call with `impl="auto"`, transforms aside: never a kernel that the device cannot launch."""
+    on_triton = device.type == "cuda" or (INTERPRET and device.type == "cpu")
+    if on_triton and dtype == torch.float64:
+        return Choice("reference", "the Triton kernels accumulate in float32, too little for float64")
+    if device.type == "cuda":
+        fault = refusal(device)
+        return Choice("triton", "the card can launch the kernels") if fault is None else Choice("reference", fault)
+    if on_triton:
+        return Choice("triton", "TRITON_INTERPRET=1 is set")
+    if device.type in ("cpu", "meta"):
+        return Choice("cpu", "the tensors are on a CPU")
+    return Choice("reference", f"there are no kernels for {device.type}")
+
+
+def takes_twin(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `impl="auto"` is the eager twin there; where a card is the reason, a warning says so once."""
+    choice = choose(device, dtype)
+    if choice.impl == "reference" and dtype != torch.float64:
+        warn_once(device, choice.reason)
+    return choice.impl == "reference"
+
+
+# As transforms.differentiating: a compiler asks when it traces, and the answer holds for the process.
+takes_twin._dynamo_marked_constant = True
+
+
+@functools.cache
+def warn_once(device: torch.device, reason: str) -> None:
+    """Says for what reason a device has plain PyTorch."""
+    warnings.warn(
+        f"impl='auto' is plain PyTorch on {device}: {reason}. `vmoe doctor` tells more; impl='reference' asks for the "
+        "same without a warning",
+        stacklevel=4,
+    )
 
 
 def register_triton(op, launcher: Callable) -> None:
     """Makes `launcher` the CUDA kernel of a custom op, and its CPU kernel under the interpreter."""
+    from triton.errors import TritonError
 
     @functools.wraps(launcher)
     def on_its_device(first: Tensor, *args):
         # Triton launches on the current device, which need not be the tensors' own.
         with torch.cuda.device(first.device):
-            return launcher(first, *args)
+            try:
+                return launcher(first, *args)
+            except TritonError as error:
+                raise RuntimeError(
+                    f"a Triton kernel of this call cannot run on {first.device} ({first_line(error)}): "
+                    "impl='reference' does without it, and `vmoe doctor` writes what a report of the fault needs"
+                ) from error
 
     op.register_kernel("cuda")(on_its_device)
     if INTERPRET:
@@ -67,9 +121,7 @@ def use_reference(impl: str, x: Tensor, *others: Tensor | None) -> bool:
             "dtype must be float16 or float32 under TRITON_INTERPRET=1, got bfloat16, with whose bits Triton's "
             "interpreter computes as with integers; impl='reference' takes it"
         )
-    if impl == "triton":
-        return False
-    return on_triton and (not HAS_TRITON or x.dtype == torch.float64)
+    return impl != "triton" and takes_twin(x.device, x.dtype)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

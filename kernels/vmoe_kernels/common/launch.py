@@ -108,7 +108,12 @@ def device_kind(device: torch.device) -> str:
 def _chip(device: torch.device) -> str:
     if device.type != "cuda":
         return ANY
-    major, minor = torch.cuda.get_device_capability(device)
+    return kind_of(torch.cuda.get_device_capability(device))
+
+
+def kind_of(capability: tuple[int, int]) -> str:
+    """The kind of a chip by its compute capability."""
+    major, minor = capability
     return "sm100" if major == 10 else f"sm{major}{minor}"
 
 

@@ -77,7 +77,7 @@ class ExpertOptions(RoutingOptions, total=False):
     """None or "float32" for the layer's own, or "bfloat16" to round what goes into and comes out of the experts, as the
     released models were trained."""
     impl: Impl
-    """Triton on a GPU and loops on a CPU ("auto"), "triton", or the eager "reference"."""
+    """Triton on a GPU that can launch it and loops on a CPU ("auto"), "triton", or the eager "reference"."""
 
 
 class MoeOptions(ExpertOptions, total=False):
