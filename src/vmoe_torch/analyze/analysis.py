@@ -13,9 +13,9 @@ from vmoe_torch.analyze import accuracy_sections, routing_sections
 from vmoe_torch.analyze.ablation import Ablation, ablate_routers
 from vmoe_torch.analyze.patches import KeptPatches, collect_kept_patches
 from vmoe_torch.analyze.statistics import LayerRouting, collect_routing, routed_layers
+from vmoe_torch.control import capacity_text
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.evaluate import Evaluation, RoutingSetting, as_rows, evaluate, setting_grid, write_csv
-from vmoe_torch.layers.settings import capacity_text
 from vmoe_torch.report import Report, Section, write_report
 
 CAPACITY_FACTORS = (1.0, 0.5, 0.25, 0.1)
