@@ -9,12 +9,17 @@ from torch import Tensor, nn
 
 from vmoe_torch.layers.calibration import Images, find_thresholds
 from vmoe_torch.layers.moe_mlp import MoeMlp
-from vmoe_torch.layers.options import RoutingOptions
+from vmoe_torch.layers.options import CapacityFactor, RoutingOptions
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoeMlp]:
     """The MoE layers of a model by their qualified name, in order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
+
+
+def capacity_text(capacity_factor: CapacityFactor) -> str:
+    """As tables and descriptions show it."""
+    return capacity_factor if isinstance(capacity_factor, str) else f"{capacity_factor:g}"
 
 
 def set_routing(

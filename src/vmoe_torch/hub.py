@@ -11,8 +11,7 @@ from timm.models import push_to_hf_hub as timm_push
 from timm.models import save_for_hf as timm_save
 from torch import nn
 
-from vmoe_torch.control import moe_layers
-from vmoe_torch.layers.settings import capacity_text
+from vmoe_torch.control import capacity_text, moe_layers
 from vmoe_torch.models.description import model_arguments
 from vmoe_torch.models.vmoe import VMoE
 

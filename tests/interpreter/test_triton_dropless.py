@@ -13,7 +13,8 @@ from vmoe_kernels.common import launch
 from vmoe_kernels.common.groups import dropless_rows
 from vmoe_kernels.common.impl import ROW_TILE
 from vmoe_kernels.common.philox import philox_bits, uniform
-from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS, Buffer, gemm_config, gemm_tile
+from vmoe_kernels.experts.triton_buffer import Buffer
+from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS, gemm_config, gemm_tile
 from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
 from vmoe_kernels.testing import (
     assert_compiles_and_exports,

@@ -11,8 +11,9 @@ from torch import Tensor
 from vmoe_kernels.common.checks import MAX_DRAWS, check_triton_dtypes
 from vmoe_kernels.common.impl import ROW_TILE, no_autocast
 from vmoe_kernels.common.launch import ANY, Config, look_up, register_table
+from vmoe_kernels.experts.triton_buffer import Buffer, Rows
 from vmoe_kernels.experts.triton_epilogue import tile_rows
-from vmoe_kernels.experts.triton_gemm import Buffer, Rows, linear
+from vmoe_kernels.experts.triton_gemm import linear
 from vmoe_kernels.experts.triton_gradient import hidden_gradient, weight_gradient
 from vmoe_kernels.experts.types import Activation, ExpertWeights, bundle, contiguous
 

@@ -17,10 +17,10 @@ from vmoe_kernels.experts.triton_activation import (
     activation_backward_after_gemm,
     hidden_gradient_outputs,
 )
+from vmoe_kernels.experts.triton_buffer import Rows
 from vmoe_kernels.experts.triton_epilogue import store_hidden_gradient, tile_owner, tile_rows
 from vmoe_kernels.experts.triton_gemm import (
     CUBLAS,
-    Rows,
     dot_precision,
     gemm_config,
     gemm_tile,
@@ -139,7 +139,8 @@ def _hidden_gradient_kernel(
         if column_sums_ptr is not None:
             sums_ptr = column_sums_ptr + (expert * row_tiles + tile_row) * OUT
         start = tile_col * BLOCK_COLS
-        if owners_ptr is None or PERSISTENT:
+        # Unrolled float32 products leave no register for the guard around them.
+        if owners_ptr is None or PERSISTENT or PRECISION == "ieee":
             end = IN
             if choices_ptr is not None:
                 end = IN * (tl.max(choices, 0) >= 0).to(tl.int32)

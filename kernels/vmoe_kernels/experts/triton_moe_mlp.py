@@ -11,8 +11,8 @@ from vmoe_kernels.common.checks import check_triton_dtypes
 from vmoe_kernels.common.groups import dropless_rows
 from vmoe_kernels.common.impl import ROW_TILE, no_autocast
 from vmoe_kernels.common.launch import ANY, Config, look_up, register_table
+from vmoe_kernels.experts.triton_buffer import Buffer, Rows
 from vmoe_kernels.experts.triton_expert_mlp import check_sizes, experts_backward, run_experts
-from vmoe_kernels.experts.triton_gemm import Buffer, Rows
 from vmoe_kernels.experts.types import Activation, ExpertWeights, bundle
 from vmoe_kernels.rows.triton_move import choice_of_row_triton, sum_rows
 

@@ -16,11 +16,10 @@ from vmoe_torch.analyze.patches import KeptPatches, collect_kept_patches
 from vmoe_torch.analyze.share_report import ShareAnalysis, analyze_shares
 from vmoe_torch.analyze.shares import layers_without_choices
 from vmoe_torch.analyze.statistics import LayerRouting, collect_routing, routed_layers
-from vmoe_torch.control import moe_layers
+from vmoe_torch.control import capacity_text, moe_layers
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.evaluate import Evaluation, RoutingSetting, as_rows, evaluate, setting_grid, write_csv
 from vmoe_torch.layers import MoeMlp
-from vmoe_torch.layers.settings import capacity_text
 from vmoe_torch.report import Report, Section, write_report
 
 CAPACITY_FACTORS = (1.0, 0.5, 0.25, 0.1)

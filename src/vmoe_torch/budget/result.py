@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vmoe_torch.budget.settings import Assignment, assign
-from vmoe_torch.layers.settings import capacity_text
+from vmoe_torch.control import capacity_text
 
 
 @dataclass(frozen=True)

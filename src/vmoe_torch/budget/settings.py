@@ -3,12 +3,11 @@
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 from torch import nn
 
-from vmoe_torch.control import moe_layers, routing, set_routing
-from vmoe_torch.layers.options import CapacityFactor
-from vmoe_torch.layers.settings import DROPLESS, capacity_text
+from vmoe_torch.control import capacity_text, moe_layers, routing, set_routing
 
 # Of K.
 MEANS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
@@ -21,7 +20,7 @@ class LayerSetting:
 
     num_selected_experts: int
     """K, in 1..E."""
-    eval_capacity_factor: CapacityFactor
+    eval_capacity_factor: float | Literal["dropless"]
     """Slots per expert in eval mode, as a multiple of the balanced load; above 0, or "dropless"."""
     batch_priority: bool = True
     """Batch Priority Routing, or position order."""
@@ -82,8 +81,10 @@ def default_settings(present: Assignment) -> list[LayerSetting]:
     """
     selected = max(setting.num_selected_experts for setting in present.values())
     set_now = {setting.eval_capacity_factor for setting in present.values()}
-    largest = DROPLESS if DROPLESS in set_now else max(set_now)
-    factors = [largest, *(factor for factor in CAPACITY_FACTORS if largest == DROPLESS or factor < largest)]
+    if "dropless" in set_now:
+        factors = ["dropless", *CAPACITY_FACTORS]
+    else:
+        factors = [max(set_now), *(factor for factor in CAPACITY_FACTORS if factor < max(set_now))]
     settings = [LayerSetting(k, factor) for k in range(selected, 0, -1) for factor in factors]
     if all(each.mean_selected_experts is not None and each.gate_threshold is None for each in present.values()):
         means = [selected * share for share in MEANS]

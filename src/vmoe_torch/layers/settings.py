@@ -38,11 +38,6 @@ def refuse_dropless(ranks: int) -> None:
     )
 
 
-def capacity_text(value: CapacityFactor) -> str:
-    """As tables and descriptions show it."""
-    return value if isinstance(value, str) else f"{value:g}"
-
-
 def group_images(group_size: GroupSize) -> int:
     """Images per group: a positive int, "image" (1) or "batch" (0)."""
     if isinstance(group_size, str):
