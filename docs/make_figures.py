@@ -1,4 +1,4 @@
-"""Draws the figures of docs/how-it-works.md and docs/soft_moe.md; every number in them comes from our own layers.
+"""Draws the figures of the pages of docs that explain routing; every number in them comes from our own layers.
 
 python docs/make_figures.py [FOLDER]
 """
@@ -263,10 +263,37 @@ def soft_moe() -> Figure:
     return figure
 
 
+def threshold() -> Figure:
+    """The gates of every token's choices in the colours of their experts, pale where below the threshold."""
+    routed = route(TOKENS, False)
+    figure = Figure(figsize=(8.6, 4.6), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, mean in zip(panels, (1.5, 0.75)):
+        wanted = round(TOKENS * mean)
+        tau = routed.gates.flatten().sort(descending=True).values[wanted - 1].item()
+        numbers = (routed.gates >= tau).sum(1).tolist()
+        for token in range(TOKENS):
+            for rank in range(SELECTED):
+                gate, colour = routed.gates[token, rank].item(), EXPERT_COLOURS[routed.experts[token, rank]]
+                style = {"color": colour} if gate >= tau else {"facecolor": "white", "edgecolor": colour, "alpha": 0.5}
+                axes.bar(token + 0.38 * (rank - 0.5), gate, width=0.34, **style)
+            axes.text(token, 1.02, numbers[token], ha="center", va="bottom", fontsize=9)
+        axes.axhline(tau, color=GREY, linestyle="--", linewidth=1)
+        axes.text(TOKENS - 0.42, tau, f"threshold {tau:.2f}", va="bottom", ha="left", fontsize=8, color=GREY)
+        axes.set_title(f"{mean:g} experts per token: {wanted} of {TOKENS * SELECTED} choices kept", fontsize=10, pad=16)
+        axes.set_ylim(0, 1.0)
+        axes.set_xlim(-0.6, TOKENS + 0.9)
+        axes.set_ylabel("gate")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].set_xticks(range(TOKENS))
+    panels[1].set_xlabel("token of the group; above each, its number of experts")
+    return figure
+
+
 def main(folder: Path = FIGURES) -> None:
     """Draws all of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for draw in (routing, capacity, batch_priority, dispatch_combine, soft_moe):
+    for draw in (routing, capacity, batch_priority, dispatch_combine, threshold, soft_moe):
         draw().savefig(folder / f"{draw.__name__}.png", dpi=130)
 
 
