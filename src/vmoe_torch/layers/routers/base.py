@@ -8,6 +8,7 @@ Dims: T tokens, D width, E experts, K choices of a token, R rows per expert.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from vmoe_torch.layers.quantised import plain
 from vmoe_torch.layers.recording import is_recorded
 from vmoe_torch.layers.scores import lecun_normal_, logits
 from vmoe_torch.layers.settings import one_of
+from vmoe_torch.layers.sizes import ExpertSizes
 
 AUXILIARY_MODES = ("injected", "manual")
 # The least number above 0.
@@ -51,6 +53,7 @@ class Router(nn.Module):
         num_experts: E.
         device: of the weight.
         dtype: of the weight.
+        expert_hidden: hidden width of every expert; None is of one width.
         **options: of `vmoe_torch.layers.options.MoeOptions`, all that concern routing.
     """
 
@@ -81,6 +84,8 @@ class Router(nn.Module):
         auxiliary_mode: str,
         renormalize_gates: bool,
         impl: str,
+        size_loss_weight: float = 0.0,
+        expert_hidden: Sequence[int] | None = None,
         **routing: Any,
     ):
         super().__init__()
@@ -95,6 +100,13 @@ class Router(nn.Module):
         self.importance_loss_weight = check_number("importance_loss_weight", importance_loss_weight, "at least 0", 0.0)
         self.load_loss_weight = check_number("load_loss_weight", load_loss_weight, "at least 0", 0.0)
         self.gshard_loss_weight = check_number("gshard_loss_weight", gshard_loss_weight, "at least 0", 0.0)
+        self.size_loss_weight = check_number("size_loss_weight", size_loss_weight, "at least 0", 0.0)
+        self.sizes = ExpertSizes(expert_hidden or (1,) * self.num_experts)
+        if len(self.sizes.groups) > 1 and self.gshard_loss_weight > 0:
+            raise ValueError(
+                "gshard_loss_weight must be 0 for experts of several sizes, which it would balance, "
+                f"got {self.gshard_loss_weight}"
+            )
         self.auxiliary_mode = auxiliary_mode
         self.renormalize_gates = check_flag("renormalize_gates", renormalize_gates)
         self.impl = impl
