@@ -82,8 +82,8 @@ class PlannedRun:
         if not all(hasattr(model, part) for part in ("patch_embed", "blocks", "pre_logits")):
             raise ValueError(f"the model must be a VMoE, got {type(model).__name__}")
         for block in model.blocks:
-            if isinstance(block.mlp, MoeMlp) and block.mlp.num_experts % self.ep:
-                raise ValueError(f"ep must divide num_experts={block.mlp.num_experts}, got ep={self.ep}")
+            if isinstance(block.mlp, MoeMlp):
+                block.mlp.sizes.check_ranks(self.ep)
 
     @property
     def dp(self) -> int:
@@ -179,7 +179,7 @@ def plan(model: nn.Module, settings: PlannedRun) -> PlannedStep:
     else:
         kept = sum(per_block)
 
-    buffers = [layer.num_experts * _rows(layer, images, tokens) * layer.fc1.weight.shape[2] for layer in layers]
+    buffers = [layer.num_experts * _rows(layer, images, tokens) * layer.router.weight.shape[1] for layer in layers]
     sent = [2 * size * settings.wire_bytes * (settings.ep - 1) // settings.ep for size in buffers]
     passes = 3 if settings.recompute else 2
     gathers = 2 * stream + MASTER
@@ -208,7 +208,8 @@ def plan(model: nn.Module, settings: PlannedRun) -> PlannedStep:
 
 def changes_that_fit(model: nn.Module, settings: PlannedRun) -> list[tuple[str, PlannedStep]]:
     """The smallest change of each kind with which the run fits, and its plan."""
-    experts = [block.mlp.num_experts for block in model.blocks if isinstance(block.mlp, MoeMlp)]
+    # Of every size.
+    experts = [n for block in model.blocks if isinstance(block.mlp, MoeMlp) for n in block.mlp.sizes.counts()]
     kinds = [[("recompute the activations", replace(settings, recompute=True))]]
     again = replace(settings, recompute=True)
     doubled = [settings.ep * 2**i for i in range(1, 12)]
@@ -239,11 +240,11 @@ def forward_flops(model: nn.Module, images: int) -> int:
         flops += mlp_flops(tokens, block.attn.qkv.weight.shape, block.attn.proj.weight.shape)
         # Scores, and what they weigh.
         flops += 2 * linear_flops(tokens, (length, model.embed_dim))
-        mlp, rows = block.mlp, tokens
+        mlp = block.mlp
         if isinstance(mlp, MoeMlp):
-            flops += linear_flops(tokens, mlp.router.weight.shape)
-            rows = mlp.num_experts * _rows(mlp, images, tokens)
-        flops += mlp_flops(rows, mlp.fc1.weight.shape, mlp.fc2.weight.shape)
+            flops += linear_flops(tokens, mlp.router.weight.shape) + mlp.expert_flops(_rows(mlp, images, tokens))
+        else:
+            flops += mlp_flops(tokens, mlp.fc1.weight.shape, mlp.fc2.weight.shape)
     return flops
 
 
@@ -275,10 +276,11 @@ def _block_activations(block: nn.Module, images: int, tokens: int, settings: Pla
     kept += tokens * width * (stream if sparse else a)
     if settings.autocast:
         # Its copies of the weights, and of the experts' biases.
-        copied = mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
         if sparse:
-            biases = sum(fc.bias.numel() for fc in (mlp.fc1, mlp.fc2) if fc.bias is not None)
-            copied = (copied + biases) // settings.ep
+            parameters = (parameter for fc in (mlp.fc1, mlp.fc2) for parameter in fc.parameters())
+            copied = sum(parameter.numel() for parameter in parameters) // settings.ep
+        else:
+            copied = mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
         kept += a * (block.attn.qkv.weight.numel() + block.attn.proj.weight.numel() + copied)
     # Mean and deviation of two norms, and the attention's logsumexp, in float32.
     kept += 4 * tokens * (4 + heads)
@@ -286,11 +288,10 @@ def _block_activations(block: nn.Module, images: int, tokens: int, settings: Pla
     if not sparse:
         # Before and after the activation.
         return kept + 2 * tokens * mlp.fc1.weight.shape[0] * a
-    rows = mlp.num_experts * _rows(mlp, images, tokens)
-    hidden = mlp.fc1.weight.shape[1]
+    rows = _rows(mlp, images, tokens)
     groups = num_groups(tokens, mlp.group_size * (tokens // images) or tokens)
     # Rows that arrived, the pre-activation, and the outputs that came back; per group and expert, what losses keep.
-    kept += rows * (2 * width + hidden) * a + 6 * LABEL * groups * mlp.num_experts
+    kept += rows * (2 * width * mlp.num_experts + sum(mlp.expert_hidden)) * a + 6 * LABEL * groups * mlp.num_experts
     return kept + _routing_bytes(mlp, tokens)
 
 

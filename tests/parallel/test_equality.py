@@ -33,7 +33,7 @@ def _model(dtype, **kwargs):
     # Experts start alike and routers weak: spread them, so that a wrong expert or a wrong drop shows.
     for layer in vmoe_torch.moe_layers(model).values():
         torch.nn.init.normal_(layer.router.weight, std=0.5)
-        for fc in (layer.fc1, layer.fc2):
+        for fc in (*layer.fc1.linears(), *layer.fc2.linears()):
             torch.nn.init.normal_(fc.weight, std=0.1)
     return model
 
@@ -107,6 +107,7 @@ TWO_RANKS = [
     (1, 2, torch.float64, 1e-9, {}, {}, True),
     (1, 2, torch.float32, 1e-5, {}, {}, False),
     (2, 1, torch.float64, 1e-9, {}, {}, False),
+    (1, 2, torch.float64, 1e-9, {"chunks": 2}, {"expert_hidden": [0.5, 1.0, 0.5, 1.0], "size_loss_weight": 0.1}, True),
     (1, 2, torch.float64, 1e-9, {"chunks": 3, "recompute": True}, {"num_selected_experts": 1}, True),
 ]
 FOUR_RANKS = [

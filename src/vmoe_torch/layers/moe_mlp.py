@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe_kernels.common.checks import check_integer, check_number
+from vmoe_kernels.common.flops import mlp_flops
 from vmoe_torch.layers import experts_by_size, portable, steps
 from vmoe_torch.layers import options as opt
 from vmoe_torch.layers.choice import TravellingRouting
@@ -179,6 +180,26 @@ class MoeMlp(TravellingRouting):
         if torch.jit.is_scripting():
             return self.router.capacity(group_tokens)
         return self.own_router().capacity(group_tokens)
+
+    @torch.jit.unused
+    def expert_flops(self, rows: int) -> int:
+        """FLOPs of all experts with so many rows each, 2 * (D + O) * rows * sum(H_e): at full capacity, the bound."""
+        return self._flops([rows] * self.num_experts)
+
+    @torch.jit.unused
+    def filled_flops(self) -> int:
+        """FLOPs of the rows that the last forward filled with a token, 2 * (D + O) * sum(H_e * n_e)."""
+        slots, groups = self.record.slots, self.record.groups
+        if groups.rows == 0:
+            return 0
+        experts = slots[slots >= 0].long() // groups.rows
+        return self._flops(experts.bincount(minlength=self.num_experts).tolist())
+
+    @torch.jit.unused
+    def _flops(self, rows: list[int]) -> int:
+        shapes = [(fc1.weight.shape, fc2.weight.shape) for fc1, fc2 in zip(self.fc1.linears(), self.fc2.linears())]
+        groups = zip(self.sizes.groups, shapes)
+        return sum(mlp_flops(sum(rows[e] for e in group.experts), *shape) for group, shape in groups)
 
     def groups(self, num_tokens: int, per_image: int) -> Groups:
         """Groups of so many tokens, of images of so many each, in the current mode."""

@@ -57,8 +57,9 @@ def parallelize(
         The model.
 
     Raises:
-        ValueError: if the mesh lacks an axis, the model has no blocks or is parallelised already, the experts do not
-            divide among the ranks, a MoeMlp is not a block's, or ranks differ in the model, its routing or an argument.
+        ValueError: if the mesh lacks an axis, the model has no blocks or is parallelised already, the experts (of every
+            size) do not divide among the ranks, a MoeMlp is not a block's, or ranks differ in the model, its routing or
+            an argument.
     """
     names = mesh.mesh_dim_names or ()
     if names != ("dp", "ep"):
@@ -86,8 +87,7 @@ def parallelize(
     if len(layers) != sum(isinstance(module, MoeMlp) for module in model.modules()):
         raise ValueError("every MoeMlp of the model must be the mlp of a block, got one elsewhere")
     for layer in layers:
-        if layer.num_experts % ep:
-            raise ValueError(f"ep must divide num_experts={layer.num_experts}, got ep={ep}")
+        layer.sizes.check_ranks(ep)
     # One for all layers: each has process groups of its own where it has two levels.
     exchange = ExpertExchange(mesh["ep"].get_group(), wire_dtype, chunks, ranks_per_node)
     Forwards(model, mesh.device_type)
@@ -95,6 +95,7 @@ def parallelize(
         _spread_experts(layer, mesh["ep"])
         _replicate_router(layer.router, mesh)
         layer.exchange = layer.own_router().exchange = exchange
+        layer.ranks = ep
         layer.register_forward_hook(_without_base)
     for block in model.blocks:
         if recompute:
@@ -130,7 +131,7 @@ def _without_base(_layer: MoeMlp, _inputs: tuple, output: Tensor) -> Tensor:
 
 def _spread_experts(layer: MoeMlp, ep: DeviceMesh) -> None:
     rank, size = ep.get_local_rank(), ep.size()
-    for module in (layer.fc1, layer.fc2):
+    for module in (*layer.fc1.linears(), *layer.fc2.linears()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             # A copy, so that the other ranks' experts are freed.
             part = parameter.detach().chunk(size)[rank].clone()
