@@ -83,8 +83,7 @@ class PlannedRun:
         if not all(hasattr(model, part) for part in ("patch_embed", "blocks", "pre_logits")):
             raise ValueError(f"the model must be a VMoE, got {type(model).__name__}")
         for layer in (block.mlp for block in model.blocks if isinstance(block.mlp, MoeMlp)):
-            if layer.num_experts % self.ep:
-                raise ValueError(f"ep must divide num_experts={layer.num_experts}, got ep={self.ep}")
+            layer.sizes.check_ranks(self.ep)
             if self.ep > 1 and layer.capacity_factor == DROPLESS:
                 refuse_dropless(self.ep)
 
@@ -182,7 +181,7 @@ def plan(model: nn.Module, settings: PlannedRun) -> PlannedStep:
     else:
         kept = sum(per_block)
 
-    buffers = [_rows(layer, images, tokens) * layer.fc1.weight.shape[2] for layer in layers]
+    buffers = [_rows(layer, images, tokens) * model.embed_dim for layer in layers]
     sent = [2 * size * settings.wire_bytes * (settings.ep - 1) // settings.ep for size in buffers]
     passes = 3 if settings.recompute else 2
     gathers = 2 * stream + MASTER
@@ -212,8 +211,8 @@ def plan(model: nn.Module, settings: PlannedRun) -> PlannedStep:
 def changes_that_fit(model: nn.Module, settings: PlannedRun) -> list[tuple[str, PlannedStep]]:
     """The smallest change of each kind with which the run fits, and its plan."""
     layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoeMlp)]
-    # Without capacities the experts of a layer stay together.
-    experts = [1 if layer.capacity_factor == DROPLESS else layer.num_experts for layer in layers]
+    # Of every size; without capacities the experts of a layer stay together.
+    experts = [n for layer in layers for n in ([1] if layer.capacity_factor == DROPLESS else layer.sizes.counts())]
     again = replace(settings, recompute=True)
     kinds = [[("recompute the activations", again)]]
     doubled = [settings.ep * 2**i for i in range(1, 12)]
@@ -242,13 +241,12 @@ def forward_flops(model: nn.Module, images: int) -> int:
         flops += linear_flops(images, part.weight.shape) if isinstance(part, nn.Linear) else 0
     for block in model.blocks:
         flops += mlp_flops(tokens, block.attn.qkv.weight.shape, block.attn.proj.weight.shape)
-        # Scores, and what they weigh.
-        flops += 2 * linear_flops(tokens, (length, model.embed_dim))
-        mlp, rows = block.mlp, tokens
+        flops += 2 * linear_flops(tokens, (length, model.embed_dim))  # scores, and what they weigh
+        mlp = block.mlp
         if isinstance(mlp, MoeMlp):
-            flops += mlp.own_router().flops(tokens)
-            rows = _rows(mlp, images, tokens)
-        flops += mlp_flops(rows, mlp.fc1.weight.shape, mlp.fc2.weight.shape)
+            flops += mlp.own_router().flops(tokens) + mlp.expert_flops(_rows(mlp, images, tokens))
+        else:
+            flops += mlp_flops(tokens, mlp.fc1.weight.shape, mlp.fc2.weight.shape)
     return flops
 
 
@@ -280,10 +278,11 @@ def _block_activations(block: nn.Module, images: int, tokens: int, settings: Pla
     kept += tokens * width * (stream if sparse else a)
     if settings.autocast:
         # Its copies of the weights, and of the experts' biases.
-        copied = mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
         if sparse:
-            biases = sum(fc.bias.numel() for fc in (mlp.fc1, mlp.fc2) if fc.bias is not None)
-            copied = (copied + biases) // settings.ep
+            parameters = (parameter for fc in (mlp.fc1, mlp.fc2) for parameter in fc.parameters())
+            copied = sum(parameter.numel() for parameter in parameters) // settings.ep
+        else:
+            copied = mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
         kept += a * (block.attn.qkv.weight.numel() + block.attn.proj.weight.numel() + copied)
     # Mean and deviation of two norms, and the attention's logsumexp, in float32.
     kept += 4 * tokens * (4 + heads)
@@ -295,10 +294,10 @@ def _block_activations(block: nn.Module, images: int, tokens: int, settings: Pla
         # Before and after the activation.
         return kept + 2 * tokens * mlp.fc1.weight.shape[0] * a
     rows = _rows(mlp, images, tokens)
-    hidden = mlp.fc1.weight.shape[1]
     groups = num_groups(tokens, mlp.group_size * (tokens // images) or tokens)
     # Rows that arrived, the pre-activation, and the outputs that came back; per group and expert, what losses keep.
-    kept += rows * (2 * width + hidden) * a + 6 * LABEL * groups * mlp.num_experts
+    hidden = sum(mlp.expert_hidden) / mlp.num_experts
+    kept += int(rows * (2 * width + hidden)) * a + 6 * LABEL * groups * mlp.num_experts
     return kept + _routing_bytes(mlp, tokens)
 
 

@@ -36,7 +36,7 @@ def _model(dtype, **kwargs):
     for layer in vmoe_torch.moe_layers(model).values():
         for router in (p for p in layer.router.parameters() if p.ndim > 1):
             torch.nn.init.normal_(router, std=0.5)
-        for fc in (layer.fc1, layer.fc2):
+        for fc in (*layer.fc1.linears(), *layer.fc2.linears()):
             torch.nn.init.normal_(fc.weight, std=0.1)
     return model
 
@@ -110,6 +110,7 @@ TWO_RANKS = [
     (1, 2, torch.float64, 1e-9, {}, {}, True),
     (1, 2, torch.float32, 1e-5, {}, {}, False),
     (2, 1, torch.float64, 1e-9, {}, {}, False),
+    (1, 2, torch.float64, 1e-9, {"chunks": 2}, {"expert_hidden": [0.5, 1.0, 0.5, 1.0], "size_loss_weight": 0.1}, True),
     (1, 2, torch.float64, 1e-9, {"chunks": 3, "recompute": True}, {"num_selected_experts": 1}, True),
     (1, 2, torch.float64, 1e-9, {"chunks": 2, "recompute": True}, SOFT, False),
 ]

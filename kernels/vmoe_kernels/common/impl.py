@@ -27,6 +27,8 @@ ROW_TILE = 128
 def row_tile(device: torch.device) -> int:
     """Rows at whose multiples an expert's part of a dropless buffer begins on a device: CPU loops need no padding."""
     return ROW_TILE if device.type == "cuda" or (INTERPRET and device.type == "cpu") else 1
+
+
 class Choice(NamedTuple):
     """What `impl="auto"` is on a device, and why."""
 

@@ -25,9 +25,12 @@ class Flops:
     total: float
     """FLOPs of the whole model."""
     dense: float
-    """FLOPs of the same model with one MLP of an expert's size in place of each MoE layer."""
+    """FLOPs of the same model with one MLP of the widest expert's size in place of each MoE layer."""
     layers: dict[str, float] = field(default_factory=dict, hash=False)
     """FLOPs of each MoE layer by name, its router included."""
+    filled: float | None = None
+    """FLOPs of the whole model if slots without a token cost nothing and experts are as wide as they are; None where
+    that was not counted."""
 
     @property
     def relative(self) -> float:
@@ -56,15 +59,18 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
     with eval_mode(model), sdpa_kernel(SDPBackend.MATH), counter:
         model(images)
     per_module = counter.get_flop_counts()
-    total = dense = counter.get_total_flops()
+    total = dense = filled = counter.get_total_flops()
     layers = {}
     for name, layer in moe_layers(model).items():
         layers[name] = sum(per_module[f"{type(model).__name__}.{name}"].values())
         dense -= layers[name]
-        dense += mlp_flops(layer.record.slots.shape[0], layer.fc1.weight.shape, layer.fc2.weight.shape)
-    return Flops(
-        total / len(images), dense / len(images), {name: count / len(images) for name, count in layers.items()}
-    )
+        widest = layer.fc1.linears()[0].weight.shape, layer.fc2.linears()[0].weight.shape
+        dense += mlp_flops(layer.record.slots.shape[0], *widest)
+        slots = layer.record.slots
+        rows = slots.numel() if layer.own_router().is_dropless() else layer.num_experts * layer.record.groups.rows
+        filled += layer.filled_flops() - layer.expert_flops(rows)
+    per_layer = {name: count / len(images) for name, count in layers.items()}
+    return Flops(total / len(images), dense / len(images), per_layer, filled / len(images))
 
 
 def ptflops_hooks() -> dict[type | object, Callable]:
@@ -82,5 +88,5 @@ def _count_layer(layer: MoeMlp, inputs: tuple[Tensor], _: Tensor) -> None:
     sizes = inputs[0].shape[:-1]
     tokens = sizes.numel()
     flops = layer.own_router().flops(tokens)
-    flops += mlp_flops(layer.num_rows(tokens, sizes[1:].numel()), layer.fc1.weight.shape, layer.fc2.weight.shape)
+    flops += layer.expert_flops(layer.num_rows(tokens, sizes[1:].numel()))
     layer.__flops__ += flops // 2

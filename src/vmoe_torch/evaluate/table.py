@@ -28,6 +28,7 @@ def as_rows(evaluations: Sequence[Evaluation]) -> list[dict]:
             "unprocessed": e.unprocessed,
             "flops": e.flops.total,
             "relative_flops": e.flops.relative,
+            "filled_flops": e.flops.filled,
         }
         for e in evaluations
     ]

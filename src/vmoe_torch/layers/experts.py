@@ -34,6 +34,10 @@ class ExpertLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
+    def linears(self) -> list["ExpertLinear"]:
+        """The layers of each size of experts: itself."""
+        return [self]
+
     @torch.jit.ignore
     def forward(self, x: Tensor, use: Callable | None = None):
         """Every expert's linear layer, or another use of its parameters.
@@ -75,3 +79,8 @@ class ExpertLinear(nn.Module):
     def extra_repr(self) -> str:
         num_experts, out_features, in_features = self.weight.shape
         return f"{num_experts}, {in_features}, {out_features}, bias={self.bias is not None}"
+
+
+def parameters(_, *found: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What to give the experts' layers as their `use` where their parameters are wanted."""
+    return found

@@ -7,6 +7,8 @@ Every function works on the last two dims, (S, E) of one group, and returns one 
 import torch
 from torch import Tensor
 
+from vmoe_torch.layers.sizes import ExpertSizes
+
 
 def _wide(tensor: Tensor) -> Tensor:
     """In the dtype that losses are computed in."""
@@ -27,6 +29,39 @@ def cv_squared(per_expert: Tensor) -> Tensor:
     per_expert = _wide(per_expert)
     mean = per_expert.mean(-1, keepdim=True)
     return ((per_expert - mean) / mean).square().mean(-1)
+
+
+def cv_squared_by_size(per_expert: Tensor, sizes: ExpertSizes) -> Tensor:
+    """`cv_squared` of the experts of each size among themselves, summed over sizes; of one size it is `cv_squared`.
+
+    Args:
+        per_expert: (..., E), at least 0.
+        sizes: of the experts.
+
+    Returns:
+        (...).
+    """
+    parts = sizes.parts(per_expert)
+    if len(parts) == 1:
+        return cv_squared(per_expert)
+    # A size that no token is near to, which would be 0 / 0, is balanced.
+    absent = [part.mean(-1, keepdim=True) < 1e-30 for part in parts]
+    return torch.stack([cv_squared(torch.where(none, 1.0, part)) for none, part in zip(absent, parts)]).sum(0)
+
+
+def size_loss(mean_gates: Tensor, sizes: ExpertSizes) -> Tensor:
+    """Sum over experts of (mean gate) * H_e / max(H): what share of the widest expert a token is sent to on average.
+
+    Args:
+        mean_gates: (..., E).
+        sizes: of the experts.
+
+    Returns:
+        (...).
+    """
+    mean_gates, largest = _wide(mean_gates), sizes.groups[0].hidden
+    parts = zip(sizes.parts(mean_gates), sizes.groups)
+    return torch.stack([part.sum(-1) * (group.hidden / largest) for part, group in parts]).sum(0)
 
 
 def importance_loss(logits: Tensor) -> Tensor:

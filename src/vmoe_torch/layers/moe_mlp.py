@@ -7,26 +7,29 @@ Dims: B images, L tokens per image, D width, H and O widths of experts, E expert
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from vmoe_kernels.common.checks import check_integer, check_number
-from vmoe_torch.layers import mixing, portable, steps
+from vmoe_torch.layers import experts_by_size, mixing, portable, steps
 from vmoe_torch.layers import options as opt
 from vmoe_torch.layers.choice import TravellingRouting
-from vmoe_torch.layers.experts import ExpertLinear, Weights
+from vmoe_torch.layers.experts import Weights, parameters
 from vmoe_torch.layers.groups import Groups, grouped
 from vmoe_torch.layers.record import Record
 from vmoe_torch.layers.recording import is_recorded, static_sizes
 from vmoe_torch.layers.routers import ROUTERS
 from vmoe_torch.layers.routers.base import Routed, Router
 from vmoe_torch.layers.settings import activation_name, group_images, one_of, refuse_dropless
+from vmoe_torch.layers.sizes import resolve_sizes
 
 # The options that are the router's to check and to keep.
 _OF_ROUTER = get_type_hints(opt.MoeOptions).keys() - {
     "num_experts",
+    "expert_hidden",
     "group_size",
     "expert_drop",
     "router",
@@ -89,6 +92,7 @@ class MoeMlp(TravellingRouting):
     importance_loss_weight = _OfRouter()
     load_loss_weight = _OfRouter()
     gshard_loss_weight = _OfRouter()
+    size_loss_weight = _OfRouter()
     auxiliary_mode = _OfRouter()
     renormalize_gates = _OfRouter()
     impl = _OfRouter()
@@ -103,6 +107,7 @@ class MoeMlp(TravellingRouting):
         bias: bool = True,
         drop: float = 0.0,
         num_experts: int = 32,
+        expert_hidden: Sequence[int | float] | None = None,
         num_selected_experts: int = 2,
         capacity_factor: opt.CapacityFactor = 1.05,
         eval_capacity_factor: opt.CapacityFactor | None = None,
@@ -118,6 +123,7 @@ class MoeMlp(TravellingRouting):
         importance_loss_weight: float = 0.005,
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
+        size_loss_weight: float = 0.0,
         auxiliary_mode: opt.AuxiliaryMode = "injected",
         router: opt.RouterType = "top_experts",
         slots_per_expert: int | None = None,
@@ -146,15 +152,18 @@ class MoeMlp(TravellingRouting):
         dd = {"device": device, "dtype": dtype}
         self.num_experts = num_experts
         self.router_type = router
-        self.router = ROUTERS[router](in_features, num_experts, **dd, **{name: given[name] for name in _OF_ROUTER})
+        self.sizes = resolve_sizes(expert_hidden, num_experts, hidden_features)
+        self.expert_hidden = self.sizes.hidden
+        options = {name: given[name] for name in _OF_ROUTER}
+        self.router = ROUTERS[router](in_features, num_experts, **dd, expert_hidden=self.expert_hidden, **options)
         # Images per group; 0 is the whole batch.
         self.group_size = self.router.images(images, left_out=images == GROUP_SIZE)
         self._made = self.routing()
-        self.fc1 = ExpertLinear(num_experts, in_features, hidden_features, bias, **dd)
-        self.fc2 = ExpertLinear(num_experts, hidden_features, out_features, bias, **dd)
+        self.fc1, self.fc2 = experts_by_size.expert_linears(self.sizes, in_features, out_features, bias, **dd)
         self.drop = nn.Dropout(drop)
         # Installed from outside by vmoe_torch.parallel: moves rows between the ranks that hold the experts.
         self.exchange = None
+        self.ranks = 1
         self.record = Record()
 
     @torch.jit.unused
@@ -186,6 +195,23 @@ class MoeMlp(TravellingRouting):
         if torch.jit.is_scripting():
             return self.router.capacity(group_tokens)
         return self.own_router().capacity(group_tokens)
+
+    @torch.jit.unused
+    def expert_flops(self, rows: int) -> int:
+        """FLOPs of so many rows of all experts together, as many of each, 2 * (D + O) * rows * mean(H_e)."""
+        return experts_by_size.flops(self.sizes, self.fc1, self.fc2, [rows] * self.num_experts) // self.num_experts
+
+    @torch.jit.unused
+    def filled_flops(self) -> int:
+        """FLOPs of the rows that the last forward filled with a token, 2 * (D + O) * sum(H_e * n_e)."""
+        slots, groups = self.record.slots, self.record.groups
+        if self.own_router().slots_per_expert is not None:
+            # A mixture fills every slot.
+            return self.expert_flops(self.num_experts * groups.rows)
+        if self.own_router().is_dropless() or groups.rows == 0:
+            return self.expert_flops(int((slots >= 0).sum()))
+        rows = (slots[slots >= 0].long() // groups.rows).bincount(minlength=self.num_experts).tolist()
+        return experts_by_size.flops(self.sizes, self.fc1, self.fc2, rows)
 
     def groups(self, num_tokens: int, per_image: int) -> Groups:
         """Groups of so many tokens, of images of so many each, in the current mode."""
@@ -219,8 +245,9 @@ class MoeMlp(TravellingRouting):
                 per_image *= size
             groups = self.groups(tokens.shape[0], per_image)
             routed = self.router.infer(tokens, groups)
-            weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            y = self.run_experts(tokens, routed, routed.gates, weights, groups.rows, None, "auto")
+            weights = [(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)]
+            counts = [self.num_experts]
+            y = self.run_experts(tokens, routed, routed.gates, weights, counts, groups.rows, None, "auto")
         else:
             y = self._routed(x, tokens)
         return self.drop(y).reshape(x.shape[:-1] + (y.shape[-1],))
@@ -251,11 +278,13 @@ class MoeMlp(TravellingRouting):
             seed = None if seeds is None else seeds[1]
             if routed.spans is not None:
                 return self._run_dropless(tokens, routed.slots, routed.spans, gates, weights, seed, impl)
-            return self.run_experts(tokens, routed, gates, weights, groups.rows, seed, impl)
+            placed = routed._replace(slots=self.sizes.place(routed.slots, groups.rows, self.ranks))
+            sized, counts = experts_by_size.by_size(weights), self.sizes.counts(self.ranks)
+            return self.run_experts(tokens, placed, gates, sized, counts, groups.rows, seed, impl)
 
         if torch.compiler.is_exporting() or is_recorded():
             # A graph holds the parameters anyway, and its modules must not call their siblings.
-            return run(tokens, *self.fc1(tokens, _parameters), *self.fc2(tokens, _parameters))
+            return run(tokens, *self.fc1(tokens, parameters), *self.fc2(tokens, parameters))
         return self.fc1(tokens, lambda x, *fc1: self.fc2(x, lambda x, *fc2: run(x, *fc1, *fc2)))
 
     @torch.jit.unused
@@ -295,13 +324,23 @@ class MoeMlp(TravellingRouting):
         return gates
 
     def run_experts(
-        self, tokens: Tensor, routed: Routed, gates: Tensor, weights: Weights, rows: int, seed: Tensor | None, impl: str
+        self,
+        tokens: Tensor,
+        routed: Routed,
+        gates: Tensor,
+        weights: list[Weights],
+        counts: list[int],
+        rows: int,
+        seed: Tensor | None,
+        impl: str,
     ) -> Tensor:
         """Dispatch, experts and combine: (T, D) to (T, O)."""
         drop = self.expert_drop if self.training else 0.0
         slots, mix = routed.slots, routed.mix
         if mix is None and self.exchange is None and self.dispatch_dtype is None and impl != "portable":
-            return steps.moe_mlp(tokens, slots, gates, weights, rows, self.activation, drop, seed, impl)
+            return experts_by_size.moe_mlp(
+                tokens, slots, gates, weights, counts, rows, self.activation, drop, seed, impl
+            )
         wire = tokens.dtype
         if self.dispatch_dtype is not None:
             wire = self.dispatch_dtype
@@ -312,9 +351,10 @@ class MoeMlp(TravellingRouting):
                 sent = sent.to(tokens.dtype)
         buffer = mixing.fill(sent, slots, mix, self.num_experts, rows, impl)
         if self.exchange is None:
-            out = steps.expert_mlp(buffer.to(tokens.dtype), weights, self.activation, drop, seed, impl).to(wire)
+            rows_in = buffer.to(tokens.dtype)
+            out = experts_by_size.expert_mlp(rows_in, weights, counts, self.activation, drop, seed, impl).to(wire)
         else:
-            out = self._exchanged(buffer, weights, tokens.dtype, seed, impl)
+            out = self._exchanged(buffer, weights, counts, tokens.dtype, seed, impl)
         return mixing.collect(out.to(tokens.dtype), slots, mix, gates, impl)
 
     @torch.jit.unused
@@ -338,7 +378,13 @@ class MoeMlp(TravellingRouting):
 
     @torch.jit.unused
     def _exchanged(
-        self, buffer: Tensor, weights: Weights, dtype: torch.dtype, seed: Tensor | None, impl: str
+        self,
+        buffer: Tensor,
+        weights: list[Weights],
+        counts: list[int],
+        dtype: torch.dtype,
+        seed: Tensor | None,
+        impl: str,
     ) -> Tensor:
         """(E, R, D) to (E, R, O) by way of the ranks that hold the experts."""
         drop = self.expert_drop if self.training else 0.0
@@ -347,15 +393,12 @@ class MoeMlp(TravellingRouting):
         def experts(rows: Tensor) -> Tensor:
             # Rows may come in parts: each has a mask of its own, from E keys of its own.
             own = None if seed is None else seed + next(part) * self.num_experts
-            return steps.expert_mlp(rows.to(dtype), weights, self.activation, drop, own, impl).to(buffer.dtype)
+            out = experts_by_size.expert_mlp(rows.to(dtype), weights, counts, self.activation, drop, own, impl)
+            return out.to(buffer.dtype)
 
         return self.exchange.run(buffer, experts)
 
     def extra_repr(self) -> str:
         routing = ", ".join(f"{name}={value}" for name, value in self.routing().items())
-        return f"num_experts={self.num_experts}, {routing}, activation={self.activation}"
-
-
-def _parameters(_, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What a linear layer's call hands out where the parameters are wanted."""
-    return weight, bias
+        sizes = f"expert_hidden={self.expert_hidden}, " if len(self.sizes.groups) > 1 else ""
+        return f"num_experts={self.num_experts}, {sizes}{routing}, activation={self.activation}"

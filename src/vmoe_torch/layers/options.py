@@ -47,6 +47,11 @@ class RoutingOptions(TypedDict, total=False):
 class ExpertOptions(RoutingOptions, total=False):
     """What a layer takes beside the number of its experts and the scaling of its gates."""
 
+    expert_hidden: Sequence[int | float] | None
+    """Hidden width of each of the E experts: an int is a number of units, a float a share of the layer's H (a model's
+    mlp_ratio * embed_dim), so (1.0, 1.0, 0.5, 0.0) is two whole experts, a half one and a null expert, which gives 0.
+    Each is 0, H or a multiple of 128 (of 16 where H is at most 1024). None, or H for all, is the layer of equal
+    experts. The importance and load losses balance the experts of each size among themselves."""
     capacity_rounding: CapacityRounding
     """Up ("ceil"), or to the nearest, half to even ("round")."""
     capacity_multiple_of: int | None
@@ -63,6 +68,9 @@ class ExpertOptions(RoutingOptions, total=False):
     """Weight of the load loss (training with noise)."""
     gshard_loss_weight: float
     """Weight of the GShard loss."""
+    size_loss_weight: float
+    """Weight of the sum over experts of mean gate * H_e / max(H), which draws tokens to the narrow experts; without
+    effect where all are of one size."""
     auxiliary_mode: AuxiliaryMode
     """The gradient reaches the router by itself ("injected"), or you add `vmoe_torch.auxiliary_loss(model)` to the loss
     ("manual")."""

@@ -1,6 +1,7 @@
 """The model that weights are of: said by them or by what stands beside them, or read off their shapes."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,6 +101,8 @@ def shape_arguments(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     slots = {int(key.split(".")[1]): value for key, value in joined.items() if key.endswith(".mlp.router.mu")}
     if routers:
         found |= {"moe_layers": tuple(sorted(routers)), "num_experts": len(next(iter(routers.values())))}
+        if (widths := _expert_widths(state, min(routers), found["num_experts"])) is not None:
+            found["expert_hidden"] = widths
     elif slots:
         _, experts, per_expert = next(iter(slots.values())).shape
         found |= {"moe_layers": tuple(sorted(slots)), "num_experts": experts, "slots_per_expert": per_expert}
@@ -111,6 +114,18 @@ def shape_arguments(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
         if grid is not None:
             found["img_size"] = (grid[0] * kernel.shape[2], grid[1] * kernel.shape[3])
     return found
+
+
+def _expert_widths(state: Mapping[str, Tensor], block: int, num_experts: int) -> tuple[int, ...] | None:
+    """`expert_hidden` as the names and shapes of a block's weights tell it; None where experts are of one size."""
+    widths, found = [0] * num_experts, False
+    for name, value in state.items():
+        match = re.fullmatch(rf"blocks\.{block}\.mlp\.fc1\.experts_([\dto_]+)\.weight", name)
+        for run in match[1].split("_") if match else ():
+            first, _, last = run.partition("to")
+            for expert in range(int(first), int(last or first) + 1):
+                widths[expert], found = value.shape[1], True
+    return tuple(widths) if found else None
 
 
 def is_ours(name: str) -> bool:

@@ -4,6 +4,7 @@ The batch is repeated before the first MoE layer, and member m is routed among i
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, Unpack
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vmoe_kernels.common.checks import check_integer
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.layers.sizes import check_length
 from vmoe_torch.models.blocks import parse_moe_layers
 from vmoe_torch.models.options import MoeLayers, VMoEOptions
 from vmoe_torch.models.vmoe import VMoE, create_vmoe, released_cfg
@@ -30,6 +32,7 @@ class EnsembleMoeMlp(nn.Module):
         in_features: D.
         ensemble_size: M, a divisor of num_experts.
         num_experts: E, of all members together.
+        expert_hidden: as of `MoeMlp`, of all members together: the first E / M are those of the first member.
         importance_loss_weight: of the mean over members.
         load_loss_weight: of the mean over members.
         gshard_loss_weight: of the mean over members.
@@ -45,6 +48,7 @@ class EnsembleMoeMlp(nn.Module):
         *args: Any,
         ensemble_size: int,
         num_experts: int,
+        expert_hidden: Sequence[int | float] | None = None,
         importance_loss_weight: float,
         load_loss_weight: float,
         gshard_loss_weight: float,
@@ -55,19 +59,23 @@ class EnsembleMoeMlp(nn.Module):
         num_experts = check_integer("num_experts", num_experts, 1)
         if num_experts % ensemble_size:
             raise ValueError(f"num_experts must be a multiple of ensemble_size={ensemble_size}, got {num_experts}")
+        if expert_hidden is not None:
+            check_length(expert_hidden, num_experts)
+        own = num_experts // ensemble_size
         weights = (importance_loss_weight, load_loss_weight, gshard_loss_weight)
         importance, load, gshard = (weight / ensemble_size for weight in weights)
         self.members = nn.ModuleList(
             MoeMlp(
                 in_features,
                 *args,
-                num_experts=num_experts // ensemble_size,
+                num_experts=own,
+                expert_hidden=None if expert_hidden is None else expert_hidden[member * own : (member + 1) * own],
                 importance_loss_weight=importance,
                 load_loss_weight=load,
                 gshard_loss_weight=gshard,
                 **moe,
             )
-            for _ in range(ensemble_size)
+            for member in range(ensemble_size)
         )
 
     def forward(self, x: Tensor) -> Tensor:

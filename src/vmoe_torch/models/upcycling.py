@@ -11,7 +11,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from vmoe_torch.layers import ExpertLinear, MoeMlp
+from vmoe_torch.layers import ExpertLinear, MoeMlp, SizedLinear
 from vmoe_torch.layers.options import ExpertOptions
 from vmoe_torch.models.architecture import open_weights
 from vmoe_torch.models.blocks import parse_moe_layers
@@ -33,8 +33,11 @@ def upcycle(
     """A sparse model whose experts all begin as the dense model's MLPs.
 
     Gates are softmax values, so a token's K gates sum to less than 1 and the new model's output differs from the
-    dense one's. With renormalize_gates they sum to 1: while capacity drops nothing and expert_noise is 0, both models
-    compute the same, whatever the routers say.
+    dense one's. With renormalize_gates they sum to 1: while capacity drops nothing, expert_noise is 0 and all experts
+    are as wide as the MLP, both models compute the same, whatever the routers say.
+
+    Narrower experts (`expert_hidden`) are nested: each has the first H_e hidden units of the MLP, sorted by the norm of
+    their weights in times that of their weights out, largest first.
 
     Args:
         model: a model: a VisionTransformer or another one with `blocks` whose `mlp` is timm's Mlp, which is copied, not
@@ -81,7 +84,10 @@ def upcycle(
         block.mlp = _experts(block.mlp, expert_noise, options)
     # Experts' biases are 2-D, so that timm would take them for weights. A partial is copied and pickled as any value.
     spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    spared |= {f"blocks.{index}.mlp.{name}" for index in chosen for name in ("fc1.bias", "fc2.bias", "router.mu")}
+    parameters = (name for name, _ in model.named_parameters() if name.endswith(".bias"))
+    experts = tuple(f"blocks.{index}.mlp.{layer}." for index in chosen for layer in ("fc1", "fc2"))
+    spared |= {name for name in parameters if name.startswith(experts)}
+    spared |= {f"blocks.{index}.mlp.router.mu" for index in chosen}
     model.no_weight_decay = partial(set, sorted(spared))
     return model
 
@@ -112,17 +118,28 @@ def _experts(mlp: Mlp, noise: float, options: dict[str, Any]) -> MoeMlp:
         dtype=mlp.fc1.weight.dtype,
         **options,
     )
-    for dense, sparse in ((mlp.fc1, experts.fc1), (mlp.fc2, experts.fc2)):
-        _copy_linear(dense, sparse, noise)
+    if experts.sizes.groups[0].hidden > mlp.fc1.out_features:
+        raise ValueError(
+            f"expert_hidden must be at most the dense MLP's {mlp.fc1.out_features}, "
+            f"got {experts.sizes.groups[0].hidden}"
+        )
+    units = torch.arange(mlp.fc1.out_features, device=mlp.fc1.weight.device)
+    if set(experts.expert_hidden) != {mlp.fc1.out_features}:
+        importance = mlp.fc1.weight.float().norm(dim=1) * mlp.fc2.weight.float().norm(dim=0)
+        units = importance.argsort(descending=True, stable=True)
+    for fc1, fc2 in zip(experts.fc1.linears(), experts.fc2.linears()):
+        own = units[: fc1.weight.shape[1]]
+        _copy_linear(mlp.fc1.weight[own], None if mlp.fc1.bias is None else mlp.fc1.bias[own], fc1, noise)
+        _copy_linear(mlp.fc2.weight[:, own], mlp.fc2.bias, fc2, noise)
     return experts.train(mlp.training)
 
 
-def _copy_linear(dense: nn.Linear, sparse: ExpertLinear, noise: float) -> None:
-    sparse.weight.copy_(dense.weight.expand_as(sparse.weight))
+def _copy_linear(weight: Tensor, bias: Tensor | None, sparse: ExpertLinear, noise: float) -> None:
+    sparse.weight.copy_(weight.expand_as(sparse.weight))
     if noise > 0:
-        sparse.weight.add_(torch.randn_like(sparse.weight), alpha=noise * dense.weight.std().item())
-    if dense.bias is not None:
-        sparse.bias.copy_(dense.bias.expand_as(sparse.bias))
+        sparse.weight.add_(torch.randn_like(sparse.weight), alpha=noise * weight.std().item())
+    if bias is not None:
+        sparse.bias.copy_(bias.expand_as(sparse.bias))
 
 
 def upcycle_optimizer(
@@ -142,12 +159,15 @@ def upcycle_optimizer(
         sparse: what `upcycle` returned.
 
     Raises:
-        ValueError: if the optimizers are of two kinds, a parameter's shape is neither the dense one nor E copies of it,
-            or what is known of one that is copied is not of its shape (as in Adafactor); then nothing has changed.
+        ValueError: if the optimizers are of two kinds, experts are of several sizes, a parameter's shape is neither the
+            dense one nor E copies of it, or what is known of one that is copied is not of its shape (as in Adafactor);
+            then nothing has changed.
     """
     if type(sparse_optimizer) is not type(dense_optimizer):
         kinds = (type(dense_optimizer).__name__, type(sparse_optimizer).__name__)
         raise ValueError(f"both optimizers must be of one kind, got {kinds[0]} and {kinds[1]}")
+    if any(isinstance(module, SizedLinear) for module in sparse.modules()):
+        raise ValueError("experts must be of one size to take over an optimizer's moments, got several")
     own = dict(dense.named_parameters())
     state = {}
     for name, parameter in sparse.named_parameters():

@@ -6,7 +6,7 @@ Over 400 lines: timm wants a function for every registered model.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Unpack, get_type_hints
 
@@ -69,6 +69,7 @@ class VMoE(vit.VisionTransformer):
         *args: Any,
         moe_layers: MoeLayers = "every2",
         num_experts: int = 32,
+        expert_hidden: Sequence[int | float] | None = None,
         num_selected_experts: int | dict[str, int] = 2,
         capacity_factor: opt.CapacityFactor | dict[str, opt.CapacityFactor] = 1.05,
         eval_capacity_factor: opt.CapacityFactor | dict[str, opt.CapacityFactor] | None = None,
@@ -84,6 +85,7 @@ class VMoE(vit.VisionTransformer):
         importance_loss_weight: float = 0.005,
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
+        size_loss_weight: float = 0.0,
         auxiliary_mode: opt.AuxiliaryMode = "injected",
         router: opt.RouterType = "top_experts",
         slots_per_expert: int | None = None,
@@ -190,6 +192,14 @@ class VMoE(vit.VisionTransformer):
         if self.fix_init:
             self.fix_init_weight()
 
+    @torch.no_grad()
+    def fix_init_weight(self) -> None:
+        """timm's, for experts of several sizes, too."""
+        for index, block in enumerate(self.blocks):
+            last = block.mlp.fc2.linears() if isinstance(block.mlp, MoeMlp) else [block.mlp.fc2]
+            for linear in (block.attn.proj, *last):
+                linear.weight.div_(math.sqrt(2.0 * (index + 1)))
+
     @torch.jit.unused
     @property
     def _model_args(self) -> dict[str, Any]:
@@ -221,7 +231,8 @@ class VMoE(vit.VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """timm's set, the experts' biases, which are 2-D, and soft routers' slots, of which only directions count."""
-        return super().no_weight_decay() | {"blocks.*.mlp.fc1.bias", "blocks.*.mlp.fc2.bias", "blocks.*.mlp.router.mu"}
+        own = {"blocks.*.mlp.fc1.bias", "blocks.*.mlp.fc2.bias", "blocks.*.mlp.router.mu"}
+        return super().no_weight_decay() | own | {"blocks.*.mlp.fc1.*.bias", "blocks.*.mlp.fc2.*.bias"}
 
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:

@@ -58,9 +58,9 @@ def parallelize(
         The model.
 
     Raises:
-        ValueError: if the mesh lacks an axis, the model has no blocks or is parallelised already, the experts do not
-            divide among the ranks or have no capacities ("dropless" is for one rank's experts), a MoeMlp is not a
-            block's, or ranks differ in the model, its routing or an argument.
+        ValueError: if the mesh lacks an axis, the model has no blocks or is parallelised already, the experts (of every
+            size) do not divide among the ranks or have no capacities ("dropless" is for one rank's experts), a MoeMlp is
+            not a block's, or ranks differ in the model, its routing or an argument.
     """
     names = mesh.mesh_dim_names or ()
     if names != ("dp", "ep"):
@@ -88,8 +88,7 @@ def parallelize(
     if len(layers) != sum(isinstance(module, MoeMlp) for module in model.modules()):
         raise ValueError("every MoeMlp of the model must be the mlp of a block, got one elsewhere")
     for layer in layers:
-        if layer.num_experts % ep:
-            raise ValueError(f"ep must divide num_experts={layer.num_experts}, got ep={ep}")
+        layer.sizes.check_ranks(ep)
         if ep > 1 and DROPLESS in (layer.capacity_factor, layer.eval_capacity_factor):
             refuse_dropless(ep)
     # One for all layers: each has process groups of its own where it has two levels.
@@ -99,6 +98,7 @@ def parallelize(
         _spread_experts(layer, mesh["ep"])
         _replicate_router(layer.router, mesh)
         layer.exchange = layer.own_router().exchange = exchange
+        layer.ranks = ep
         layer.register_forward_hook(_without_base)
     for block in model.blocks:
         if recompute:
@@ -134,7 +134,7 @@ def _without_base(_layer: MoeMlp, _inputs: tuple, output: Tensor) -> Tensor:
 
 def _spread_experts(layer: MoeMlp, ep: DeviceMesh) -> None:
     rank, size = ep.get_local_rank(), ep.size()
-    for module in (layer.fc1, layer.fc2):
+    for module in (*layer.fc1.linears(), *layer.fc2.linears()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             # A copy, so that the other ranks' experts are freed.
             part = parameter.detach().chunk(size)[rank].clone()

@@ -7,6 +7,7 @@ its own, and a line in `routers/__init__.py`.
 Dims: T tokens, D width, E experts, K choices of a token, R rows per expert.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from vmoe_torch.layers.quantised import plain
 from vmoe_torch.layers.recording import is_recorded
 from vmoe_torch.layers.scores import lecun_normal_, logits
 from vmoe_torch.layers.settings import DROPLESS, check_capacity_factor, one_of
+from vmoe_torch.layers.sizes import ExpertSizes
 
 AUXILIARY_MODES = ("injected", "manual")
 
@@ -55,6 +57,7 @@ class Router(nn.Module):
         num_experts: E.
         device: of the weight.
         dtype: of the weight.
+        expert_hidden: hidden width of every expert; None is of one width.
         **options: of `vmoe_torch.layers.options.MoeOptions`, all that concern routing.
     """
 
@@ -77,6 +80,8 @@ class Router(nn.Module):
     # Whether it can do without capacities. It then gives slots and spans where `has_spans` says so; where not, its
     # groups have room for every token at every expert.
     takes_dropless = False
+    # Whether its experts may be of several sizes.
+    takes_sizes = True
     # Of the routers that have a threshold for gates; None is none.
     mean_selected_experts: float | tuple[float, ...] | None = None
     gate_threshold: float | None = None
@@ -100,6 +105,8 @@ class Router(nn.Module):
         renormalize_gates: bool,
         impl: str,
         slots_per_expert: int | None = None,
+        size_loss_weight: float = 0.0,
+        expert_hidden: Sequence[int] | None = None,
         **routing: Any,
     ):
         super().__init__()
@@ -115,6 +122,15 @@ class Router(nn.Module):
         self.importance_loss_weight = check_number("importance_loss_weight", importance_loss_weight, "at least 0", 0.0)
         self.load_loss_weight = check_number("load_loss_weight", load_loss_weight, "at least 0", 0.0)
         self.gshard_loss_weight = check_number("gshard_loss_weight", gshard_loss_weight, "at least 0", 0.0)
+        self.size_loss_weight = check_number("size_loss_weight", size_loss_weight, "at least 0", 0.0)
+        self.sizes = ExpertSizes(expert_hidden or (1,) * self.num_experts)
+        if len(self.sizes.groups) > 1 and not self.takes_sizes:
+            raise ValueError(f"expert_hidden must be one width for {type(self).__name__}, got {expert_hidden}")
+        if len(self.sizes.groups) > 1 and self.gshard_loss_weight > 0:
+            raise ValueError(
+                "gshard_loss_weight must be 0 for experts of several sizes, which it would balance, "
+                f"got {self.gshard_loss_weight}"
+            )
         self.auxiliary_mode = auxiliary_mode
         self.renormalize_gates = check_flag("renormalize_gates", renormalize_gates)
         self.impl = impl
@@ -261,6 +277,8 @@ class Router(nn.Module):
     def _capacity_factor(self, name: str, value: CapacityFactor) -> CapacityFactor:
         if value == DROPLESS and not self.takes_dropless:
             raise ValueError(f"{name} must be a number for {type(self).__name__}, got {value!r}")
+        if value == DROPLESS and len(self.sizes.groups) > 1:
+            raise ValueError(f"{name} must be a number for experts of several sizes, got {value!r}")
         return check_capacity_factor(name, value)
 
     def implementation(self) -> str:

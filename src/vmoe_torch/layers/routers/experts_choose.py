@@ -20,6 +20,10 @@ class ExpertChoice(Router):
             raise ValueError(
                 "renormalize_gates must be False unless router is 'top_experts', got router='expert_choice'"
             )
+        if self.size_loss_weight > 0:
+            raise ValueError(
+                f"size_loss_weight must be 0 for router='expert_choice', which has no loss, got {self.size_loss_weight}"
+            )
 
     def route(self, tokens: Tensor, weight: Tensor, groups: Groups, seed: Tensor | None) -> Routed:
         if torch.jit.is_scripting():

@@ -40,6 +40,7 @@ class Soft(Router):
     NOTE = f" (capacity, K and priority do not apply: {_WHY})"
     NOISE_STD = 0.0
     takes_any_batch = True
+    takes_sizes = False
 
     def __init__(
         self,

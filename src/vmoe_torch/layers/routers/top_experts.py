@@ -11,7 +11,7 @@ from vmoe_kernels.common.checks import check_selected
 from vmoe_kernels.common.groups import group_sum
 from vmoe_torch.layers import steps
 from vmoe_torch.layers.groups import Groups
-from vmoe_torch.layers.losses import cv_squared, gshard_from_means
+from vmoe_torch.layers.losses import cv_squared_by_size, gshard_from_means, size_loss
 from vmoe_torch.layers.options import MeanSelectedExperts
 from vmoe_torch.layers.routers.base import Routed, Router
 from vmoe_torch.layers.settings import check_means, check_threshold
@@ -151,15 +151,17 @@ class TopExperts(Router):
     def auxiliary_loss(self, importance: Tensor, load: Tensor, mean_gates: Tensor, top1_share: Tensor) -> Tensor:
         """Weighted losses of every group, (G, E) sums and means each, averaged over groups; 0-dim.
 
-        Losses of weight 0 are left out; the load loss needs training and noise.
+        Losses of weight 0 are left out; the load loss needs training and noise, and that of sizes several.
         """
         loss = importance.new_zeros(())
         if self.importance_loss_weight > 0:
-            loss = loss + self.importance_loss_weight * cv_squared(importance).mean()
+            loss = loss + self.importance_loss_weight * cv_squared_by_size(importance, self.sizes).mean()
         if self.load_loss_weight > 0 and self.training and self.noise_std > 0:
-            loss = loss + self.load_loss_weight * cv_squared(load).mean()
+            loss = loss + self.load_loss_weight * cv_squared_by_size(load, self.sizes).mean()
         if self.gshard_loss_weight > 0:
             loss = loss + self.gshard_loss_weight * gshard_from_means(top1_share, mean_gates).mean()
+        if self.size_loss_weight > 0 and len(self.sizes.groups) > 1:
+            loss = loss + self.size_loss_weight * size_loss(mean_gates, self.sizes).mean()
         return loss
 
 
