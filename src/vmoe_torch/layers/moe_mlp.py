@@ -277,7 +277,7 @@ class MoeMlp(TravellingRouting):
                 weights = tuple(None if weight is None else weight.to(dtype) for weight in weights)
             seed = None if seeds is None else seeds[1]
             if routed.spans is not None:
-                return self._run_dropless(tokens, routed.slots, routed.spans, gates, weights, seed, impl)
+                return self._run_dropless(tokens, routed, gates, weights, seed, impl)
             placed = routed._replace(slots=self.sizes.place(routed.slots, groups.rows, self.ranks))
             sized, counts = experts_by_size.by_size(weights), self.sizes.counts(self.ranks)
             return self.run_experts(tokens, placed, gates, sized, counts, groups.rows, seed, impl)
@@ -359,21 +359,14 @@ class MoeMlp(TravellingRouting):
 
     @torch.jit.unused
     def _run_dropless(
-        self,
-        tokens: Tensor,
-        slots: Tensor,
-        spans: Tensor,
-        gates: Tensor,
-        weights: Weights,
-        seed: Tensor | None,
-        impl: str,
+        self, tokens: Tensor, routed: Routed, gates: Tensor, weights: Weights, seed: Tensor | None, impl: str
     ) -> Tensor:
         """The same without capacities."""
         if self.exchange is not None and self.exchange.size > 1:
             refuse_dropless(self.exchange.size)
         drop = self.expert_drop if self.training else 0.0
         return steps.dropless_mlp(
-            tokens, slots, spans, gates, weights, self.activation, drop, seed, impl, self.dispatch_dtype
+            tokens, routed.slots, routed.spans, gates, weights, self.activation, drop, seed, impl, self.dispatch_dtype
         )
 
     @torch.jit.unused

@@ -59,8 +59,8 @@ def parallelize(
 
     Raises:
         ValueError: if the mesh lacks an axis, the model has no blocks or is parallelised already, the experts (of every
-            size) do not divide among the ranks or have no capacities ("dropless" is for one rank's experts), a MoeMlp is
-            not a block's, or ranks differ in the model, its routing or an argument.
+            size) do not divide among the ranks or have no capacities ("dropless" is for one rank's experts), a MoeMlp
+            is not a block's, or ranks differ in the model, its routing or an argument.
     """
     names = mesh.mesh_dim_names or ()
     if names != ("dp", "ep"):
