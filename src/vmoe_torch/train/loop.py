@@ -223,7 +223,7 @@ class TrainingRun:
         )
         # A file or transform that cannot work fails here, before any training.
         for split, transform in ((data.train, train_transform), (data.val, val_transform)):
-            transform(read_item(split, 0, (config.run.seed,))[0])
+            read_item(split, 0, (config.run.seed,), transform)
 
     def run(self, stop: StopSignals) -> TrainResult:
         """All epochs, or those up to run.max_updates."""
