@@ -33,6 +33,11 @@ class Flops:
         """Share of the dense counterpart's FLOPs."""
         return self.total / self.dense
 
+    def times(self, factor: int) -> "Flops":
+        """Those of several forwards, as of a video's views."""
+        layers = {name: factor * flops for name, flops in self.layers.items()}
+        return Flops(factor * self.total, factor * self.dense, layers)
+
 
 @torch.no_grad()
 def count_flops(model: nn.Module, images: Tensor) -> Flops:
