@@ -11,9 +11,11 @@ from torch.utils.data import Dataset, Subset
 
 from vmoe_torch.analyze import accuracy_sections, routing_sections
 from vmoe_torch.analyze.ablation import Ablation, ablate_routers
+from vmoe_torch.analyze.clips import clip_section
 from vmoe_torch.analyze.patches import KeptPatches, collect_kept_patches
 from vmoe_torch.analyze.statistics import LayerRouting, collect_routing, routed_layers
 from vmoe_torch.data import evaluation_loader
+from vmoe_torch.data.clips import frames_of_a_tubelet
 from vmoe_torch.evaluate import Evaluation, RoutingSetting, as_rows, evaluate, setting_grid, write_csv
 from vmoe_torch.report import Report, Section, write_report
 
@@ -57,9 +59,10 @@ class Analysis:
 
     def report(self, title: str, about: Sequence[Section] = (), after: Sequence[Section] = ()) -> Report:
         """The report, its own sections between others: what was trained or analysed, and what else there is to read."""
+        patch_section = clip_section if self.patches.of_clips else routing_sections.patch_section
         parts = [
             accuracy_sections.accuracy_section(self.evaluations, self.dense, self.dense_name),
-            routing_sections.patch_section(self.patches, self.capacity_factors),
+            patch_section(self.patches, self.capacity_factors),
             routing_sections.load_section(self.routings),
             routing_sections.class_section(self.routings, self.class_names),
             routing_sections.position_section(self.routings),
@@ -250,10 +253,11 @@ def describe_model(model: nn.Module) -> str:
     layers = list(routed_layers(model).values())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     experts = " or ".join(dict.fromkeys(str(layer.num_experts) for layer in layers))
-    height, width = model.patch_embed.patch_size
+    height, width = model.patch_embed.patch_size[-2:]
+    frames = frames_of_a_tubelet(model)
     return (
         f"{len(model.blocks)} blocks of width {model.embed_dim}; {len(layers)} layers of {experts} experts; "
-        f"patches of {height} x {width} pixels; {parameters:,} parameters"
+        f"patches of {f'{frames} x ' * (frames > 1)}{height} x {width} pixels; {parameters:,} parameters"
     )
 
 

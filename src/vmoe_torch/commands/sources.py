@@ -107,7 +107,7 @@ def open_model(
             transform = ClipTransform(transform, ClipTiming.of(model))
     if views is not None:
         if not isinstance(transform, ClipTransform):
-            raise ValueError(f"--views needs a model that takes videos, got {text}")
+            raise ValueError(f"--views needs a model of videos, got {text}")
         transform = transform.views(*views)
     return Source(model.to(device).eval(), transform, mode, class_names, config, about)
 
