@@ -60,6 +60,6 @@ def stand_in_video(pretrained: bool = False, **kwargs: Any) -> StandInVideo:
 NAME = "stand_in_video"
 
 
-def stand_in(**changes: Any) -> nn.Module:
+def video_model(**changes: Any) -> nn.Module:
     """The model with random weights."""
     return timm.create_model(NAME, **changes)

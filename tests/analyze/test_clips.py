@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.stand_in import stand_in
+from tests.stand_in import video_model
 from tests.tiny import randomized
 from tests.videos import write_video
 from vmoe_torch.analyze import (
@@ -40,7 +40,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture
 def model():
-    return randomized(stand_in(num_classes=2))
+    return randomized(video_model(num_classes=2))
 
 
 def transform_of(model):
