@@ -2,6 +2,7 @@
 
 from vmoe_torch.analyze.ablation import Ablation, ablate_routers, random_routers
 from vmoe_torch.analyze.analysis import CAPACITY_FACTORS, Analysis, analyze, describe_model, describe_routing, sample
+from vmoe_torch.analyze.clips import kept_clips_animation
 from vmoe_torch.analyze.curves import capacity_curve, router_ablation, selected_experts_curve
 from vmoe_torch.analyze.heatmaps import expert_by_class, expert_by_position
 from vmoe_torch.analyze.loads import expert_loads, gates_by_depth
@@ -51,6 +52,7 @@ __all__ = [
     "experts_that_took",
     "gates_by_depth",
     "kept_choices_per_patch",
+    "kept_clips_animation",
     "kept_patches_animation",
     "kept_patches_grid",
     "number_section",

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 from vmoe_torch.analyze import accuracy_sections, routing_sections
 from vmoe_torch.analyze.ablation import Ablation, ablate_routers
+from vmoe_torch.analyze.clips import clip_section
 from vmoe_torch.analyze.numbers import PatchExperts, collect_patch_experts, number_section
 from vmoe_torch.analyze.patches import KeptPatches, collect_kept_patches
 from vmoe_torch.analyze.share_report import ShareAnalysis, analyze_shares
@@ -18,6 +19,7 @@ from vmoe_torch.analyze.shares import layers_without_choices
 from vmoe_torch.analyze.statistics import LayerRouting, collect_routing, routed_layers
 from vmoe_torch.control import capacity_text, moe_layers
 from vmoe_torch.data import evaluation_loader
+from vmoe_torch.data.clips import frames_of_a_tubelet
 from vmoe_torch.evaluate import Evaluation, RoutingSetting, as_rows, evaluate, setting_grid, write_csv
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.report import Report, Section, write_report
@@ -64,10 +66,11 @@ class Analysis:
 
     def report(self, title: str, about: Sequence[Section] = (), after: Sequence[Section] = ()) -> Report:
         """The report, its own sections between others: what was trained or analysed, and what else there is to read."""
+        patch_section = clip_section if self.patches.of_clips else routing_sections.patch_section
         parts = [
             accuracy_sections.accuracy_section(self.evaluations, self.dense, self.dense_name),
             number_section(self.routings, self.patch_experts),
-            routing_sections.patch_section(self.patches, self.capacity_factors),
+            patch_section(self.patches, self.capacity_factors),
             routing_sections.load_section(self.routings),
             routing_sections.class_section(self.routings, self.class_names),
             routing_sections.position_section(self.routings),
@@ -241,6 +244,7 @@ def analyze(
     trained = counts.pop() if len(counts) == 1 else None
     most = min(layer.num_experts for layer in layers.values())
     by_threshold = any(layer.gate_threshold is not None or layer.mean_selected_experts for layer in layers.values())
+    number_maps = by_threshold and frames_of_a_tubelet(model) == 1
     # A mean is for the number of experts that it was chosen for.
     own_and_fewer = (trained,) if by_threshold else (trained, 1)
     selected = own_and_fewer if num_selected_experts is None else num_selected_experts
@@ -268,7 +272,7 @@ def analyze(
         routings,
         patches,
         tuple(capacity_factors),
-        patch_experts=collect_patch_experts(model, dataset, transform, class_names, pictures) if by_threshold else None,
+        patch_experts=collect_patch_experts(model, dataset, transform, class_names, pictures) if number_maps else None,
     )
 
 
@@ -277,10 +281,11 @@ def describe_model(model: nn.Module) -> str:
     layers = list(moe_layers(model).values())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     experts = " or ".join(dict.fromkeys(str(layer.num_experts) for layer in layers))
-    height, width = model.patch_embed.patch_size
+    height, width = model.patch_embed.patch_size[-2:]
+    frames = frames_of_a_tubelet(model)
     return (
         f"{len(model.blocks)} blocks of width {model.embed_dim}; {len(layers)} layers of {experts} experts; "
-        f"patches of {height} x {width} pixels; {parameters:,} parameters"
+        f"patches of {f'{frames} x ' * (frames > 1)}{height} x {width} pixels; {parameters:,} parameters"
     )
 
 

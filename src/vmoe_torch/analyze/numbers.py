@@ -51,8 +51,8 @@ def collect_patch_experts(
     Raises:
         ValueError: if there is no image, or the model has no MoE layer to count.
     """
-    chosen = different_classes(dataset, count)
-    tensors = torch.stack([transform(image) for image, _ in chosen])
+    chosen = different_classes(dataset, transform, count)
+    tensors = torch.stack([image for image, _ in chosen])
     numbers = kept_choices_per_patch(model, tensors)
     most = max(module.num_selected_experts for module in model.modules() if hasattr(module, "num_selected_experts"))
     names = tuple(class_names[label] for _, label in chosen)

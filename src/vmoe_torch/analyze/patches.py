@@ -30,7 +30,7 @@ class KeptPatches:
     """What every layer kept of a few images, at falling capacities."""
 
     pictures: Tensor
-    """(B, H, W) grey or (B, H, W, 3) colours in 0..1, as the model sees them."""
+    """(B, H, W) grey or (B, H, W, 3) colours in 0..1, as the model sees them; of clips with T after B."""
     class_names: tuple[str, ...]
     """(B,) class of each image."""
     capacity_factors: tuple[float, ...]
@@ -38,12 +38,18 @@ class KeptPatches:
     group_images: int
     """How many of the images share slots."""
     kept: dict[str, Tensor]
-    """{layer name: (capacities, 2, B, h, w)} kept choices of each patch, in the order of `ORDERS`."""
+    """{layer name: (capacities, 2, B, h, w)} kept choices of each patch, in the order of `ORDERS`; of clips with the
+    layers in time after B."""
 
     def shares(self, layer: str, capacity: float, batch_priority: bool) -> list[float]:
         """Of every image, the share of patches that at least one expert processed."""
         place = self.capacity_factors.index(capacity)
-        return (self.kept[layer][place, int(batch_priority)] > 0).float().mean((1, 2)).tolist()
+        return (self.kept[layer][place, int(batch_priority)] > 0).float().flatten(1).mean(1).tolist()
+
+    @property
+    def of_clips(self) -> bool:
+        """Whether these are clips of videos."""
+        return next(iter(self.kept.values())).ndim == 6
 
 
 def collect_kept_patches(
@@ -67,8 +73,8 @@ def collect_kept_patches(
     Raises:
         ValueError: if there is no image, or the model has no MoE layer to count.
     """
-    chosen = different_classes(dataset, count)
-    tensors = torch.stack([transform(image) for image, _ in chosen])
+    chosen = different_classes(dataset, transform, count)
+    tensors = torch.stack([image for image, _ in chosen])
     capacity_factors = tuple(sorted(set(capacity_factors), reverse=True))
     kept: dict[str, list[Tensor]] = {}
     for capacity in capacity_factors:
@@ -85,7 +91,7 @@ def collect_kept_patches(
     )
 
 
-def different_classes(dataset: Dataset, count: int) -> list[tuple[Image.Image, int]]:
+def different_classes(dataset: Dataset, transform: Callable, count: int) -> list[tuple[Tensor, int]]:
     """The first images that each show another class, then the first others; only the first few hundred are read.
 
     Raises:
@@ -95,6 +101,7 @@ def different_classes(dataset: Dataset, count: int) -> list[tuple[Image.Image, i
     for index in range(min(len(dataset), 40 * count)):
         try:
             image, label = dataset[index]
+            image = transform(image)
         # Whoever reads all images counts and names it.
         except BrokenImageError:
             continue
@@ -113,13 +120,16 @@ def pictures_of(tensors: Tensor, transform: Callable) -> Tensor:
     """What a model sees, to be looked at: its normalisation undone.
 
     Args:
-        tensors: (B, C, H, W) that the transform made, C = 1 or 3.
+        tensors: (B, C, H, W) that the transform made, C = 1 or 3, or (B, C, T, H, W) that a `ClipTransform` made.
         transform: one with `transforms`, the last of which that has `mean` and `std` is undone; without any, the
             smallest value becomes black and the largest white.
 
     Returns:
-        (B, H, W) or (B, H, W, 3) in 0..1.
+        (B, H, W) or (B, H, W, 3) in 0..1; of clips (B, T, H, W) or (B, T, H, W, 3).
     """
+    if tensors.ndim == 5:
+        frames = pictures_of(tensors.transpose(1, 2).flatten(0, 1), transform.image)
+        return frames.unflatten(0, (len(tensors), -1))
     parts = [part for part in getattr(transform, "transforms", ()) if hasattr(part, "mean") and hasattr(part, "std")]
     if parts:
         mean, std = (torch.as_tensor(value).float().view(-1, 1, 1) for value in (parts[-1].mean, parts[-1].std))
@@ -188,7 +198,7 @@ def picture_grid(
 
 
 def coloured(images: Tensor) -> Tensor:
-    """(B, H, W) or (B, H, W, 3) as (B, H, W, 3)."""
+    """(B, H, W, 3) float32 of images that are grey (B, H, W) or coloured."""
     return (images if images.ndim == 4 else images.unsqueeze(-1).expand(-1, -1, -1, 3)).float()
 
 
@@ -216,20 +226,32 @@ def kept_patches_animation(patches: KeptPatches, layer: str, title: str, side: i
         The file; it repeats for ever.
     """
     frames = [_frame(patches, layer, place, title, side) for place in range(len(patches.capacity_factors))]
-    # One palette for all frames, made of those with most and with least to see, or colours would flicker.
-    both = Image.new("RGB", (frames[0].width, 2 * frames[0].height))
-    both.paste(frames[0], (0, 0))
-    both.paste(frames[-1], (0, frames[0].height))
-    palette = both.quantize(256, method=Image.Quantize.MAXCOVERAGE)
+    durations = [450] * len(frames)
+    durations[0] = durations[-1] = 1600
+    # Those with most and with least to see have all the colours.
+    return animation(frames, durations, [frames[0], frames[-1]])
+
+
+def animation(frames: Sequence[Image.Image], durations: Sequence[int], coloured_as: Sequence[Image.Image]) -> bytes:
+    """A GIF that repeats for ever.
+
+    Args:
+        frames: in colour, of one size.
+        durations: of each, in milliseconds.
+        coloured_as: frames that the palette of all is made of, or colours would flicker.
+    """
+    width, height = frames[0].size
+    samples = Image.new("RGB", (width, len(coloured_as) * height))
+    for number, frame in enumerate(coloured_as):
+        samples.paste(frame, (0, number * height))
+    palette = samples.quantize(256, method=Image.Quantize.MAXCOVERAGE)
     colours = np.array(palette.getpalette()).reshape(-1, 3)
     # The page's white, which a mean of light colours is not.
     colours[(colours > 245).all(1)] = 255
     palette.putpalette(colours.flatten().tolist())
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    durations = [450] * len(frames)
-    durations[0] = durations[-1] = 1600
     data = io.BytesIO()
-    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, disposal=1)
+    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], duration=list(durations), loop=0, disposal=1)
     return data.getvalue()
 
 

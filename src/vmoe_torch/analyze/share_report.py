@@ -236,10 +236,8 @@ def analyze_shares(
     Raises:
         ValueError: if there is no image.
     """
-    chosen = different_classes(dataset, pictures)
-    if not chosen:
-        raise ValueError("dataset must hold at least one image, got none")
-    tensors = torch.stack([transform(image) for image, _ in chosen])
+    chosen = different_classes(dataset, transform, pictures)
+    tensors = torch.stack([image for image, _ in chosen])
     found = collect_shares(model, loader, progress=progress("looking at the routers"))
     (own,) = evaluate(model, loader, progress=progress("evaluating"))
     layers = layers_without_choices(model)

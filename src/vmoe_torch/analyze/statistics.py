@@ -5,6 +5,7 @@ Counts only, so memory does not grow with the images.
 Dims: B images, L tokens per image (class and register tokens first), K choices per token, E experts, N classes.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe_torch.control import moe_layers
+from vmoe_torch.data.clips import frames_of_a_tubelet
 from vmoe_torch.evaluate.classification import slots_of
 from vmoe_torch.evaluate.settings import eval_mode
 from vmoe_torch.layers import MoeMlp
@@ -34,8 +36,8 @@ class LayerRouting:
     slots: int = 0
     """Number of slots there were, used or not."""
     positions: Tensor | None = None
-    """(rows, columns, E) int64, choices of patches that found a slot, by the patch's place in the image; None for a
-    model without a grid of patches."""
+    """(rows, columns, E) int64, choices of patches that found a slot, by the patch's place in the image, or in all
+    frames of a clip; None for a model without a grid of patches."""
     numbers: Tensor | None = None
     """(K + 1,) int64, tokens by the number of experts that processed them; None where it was not counted."""
 
@@ -121,10 +123,14 @@ def routed_layers(model: nn.Module) -> dict[str, MoeMlp]:
     return layers
 
 
-def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int] | None:
-    """Rows and columns of patches of images (B, C, H, W); None for a model that makes none."""
+def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, ...] | None:
+    """Rows and columns of patches of images (B, C, H, W), before them the layers in time of clips (B, C, T, H, W); None
+    for a model that makes none."""
     embed = getattr(model, "patch_embed", None)
-    return None if embed is None else tuple(embed.dynamic_feat_size(tuple(images.shape[-2:])))
+    if embed is None or images.ndim == 4:
+        return None if embed is None else tuple(embed.dynamic_feat_size(tuple(images.shape[-2:])))
+    height, width = embed.patch_size[-2:]
+    return images.shape[2] // frames_of_a_tubelet(model), images.shape[3] // height, images.shape[4] // width
 
 
 @torch.no_grad()
@@ -178,7 +184,7 @@ def collect_routing(
     return found
 
 
-def _add(routing: LayerRouting, layer: MoeMlp, labels: Tensor, grid: tuple[int, int] | None) -> None:
+def _add(routing: LayerRouting, layer: MoeMlp, labels: Tensor, grid: tuple[int, ...] | None) -> None:
     record = layer.record
     experts, slots, gates = record.experts.cpu().long(), record.slots.cpu(), record.gates.float().cpu()
     kept = slots >= 0
@@ -199,14 +205,16 @@ def _add(routing: LayerRouting, layer: MoeMlp, labels: Tensor, grid: tuple[int, 
         _add_positions(routing, experts, kept, len(labels), grid)
 
 
-def _add_positions(routing: LayerRouting, experts: Tensor, kept: Tensor, images: int, grid: tuple[int, int]) -> None:
-    rows, columns = grid
+def _add_positions(routing: LayerRouting, experts: Tensor, kept: Tensor, images: int, grid: tuple[int, ...]) -> None:
+    *times, rows, columns = grid
+    patches = math.prod(grid)
     num_experts = routing.kept.shape[1]
     if routing.positions is None:
         routing.positions = torch.zeros(rows, columns, num_experts, dtype=torch.int64)
     # Class and register tokens come first and have no place.
-    experts, kept = (choices.view(images, -1, choices.shape[1])[:, -rows * columns :] for choices in (experts, kept))
-    cell = torch.arange(rows * columns).view(1, -1, 1) * num_experts + experts
+    experts, kept = (choices.view(images, -1, choices.shape[1])[:, -patches:] for choices in (experts, kept))
+    # The same place at all times, which come first.
+    cell = torch.arange(rows * columns).repeat(math.prod(times)).view(1, -1, 1) * num_experts + experts
     count = torch.bincount(cell[kept], minlength=routing.positions.numel())
     routing.positions += count.view_as(routing.positions)
 
@@ -217,11 +225,11 @@ def kept_choices_per_patch(model: nn.Module, images: Tensor) -> dict[str, Tensor
 
     Args:
         model: a VMoE.
-        images: (B, C, H, W); consecutive images form the routing groups.
+        images: (B, C, H, W), or clips (B, C, T, H, W); consecutive ones form the routing groups.
 
     Returns:
-        {layer name: (B, rows, columns) int64 in 0..K, on the CPU}: 0 where the layer passed the patch by. Class and
-        register tokens, which take part in the routing, are left out.
+        {layer name: (B, rows, columns) int64 in 0..K, on the CPU}, of clips (B, times, rows, columns): 0 where the
+        layer passed the patch by. Class and register tokens, which take part in the routing, are left out.
 
     Raises:
         ValueError: if the model has no MoE layer, or one that has no choices per token.
@@ -229,9 +237,9 @@ def kept_choices_per_patch(model: nn.Module, images: Tensor) -> dict[str, Tensor
     layers = routed_layers(model)
     with eval_mode(model):
         model(images.to(next(model.parameters()).device))
-    height, width = patch_grid(model, images)
+    grid = patch_grid(model, images)
     maps = {}
     for name, layer in layers.items():
         kept = (layer.record.slots >= 0).sum(1).view(len(images), -1)
-        maps[name] = kept[:, model.num_prefix_tokens :].reshape(len(images), height, width).cpu()
+        maps[name] = kept[:, model.num_prefix_tokens :].reshape(len(images), *grid).cpu()
     return maps

@@ -26,6 +26,7 @@ def add(commands) -> None:
     )
     opt.add_model(parser)
     opt.add_data(parser)
+    opt.add_views(parser)
     opt.add_routing(parser, several=True)
     opt.add_device(parser)
     opt.add_out(parser)
@@ -35,7 +36,7 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     opt.writable(options.out)
-    source = open_model(options.model, options.device, average=opt.wants_average(options))
+    source = open_model(options.model, options.device, average=opt.wants_average(options), views=options.views)
     settings = [RoutingSetting()]
     calibration = None
     if options.capacity or options.k or options.order or options.mean or options.threshold:

@@ -7,12 +7,21 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 
 from vmoe_torch.commands.sources import Source
-from vmoe_torch.data import ImageFolder, LabelledImages, TarShards, Typefaces, evaluation_loader, open_data
+from vmoe_torch.data import (
+    ClipTransform,
+    ImageFolder,
+    LabelledImages,
+    TarShards,
+    Typefaces,
+    evaluation_loader,
+    open_data,
+)
 from vmoe_torch.data.factory import FOLDER, named_data
 from vmoe_torch.data.glyphs import has_fonts
 from vmoe_torch.data.loader import Batches
 from vmoe_torch.data.names import shown
 from vmoe_torch.data.typefaces import TYPEFACES, are_characters
+from vmoe_torch.data.video import VIDEO
 
 # What errors call it, those of the library, too.
 MAX_BROKEN = "max_broken"
@@ -34,7 +43,7 @@ def open_images(
         source: the model.
         data: a folder, "fashion_mnist", or a name of `vmoe_torch.data.open_data` and its folder, as
             "torch/cifar10=FOLDER". Of fonts ("typefaces=FOLDER", or FOLDER for a model that learned from fonts) the
-            characters that the model knows.
+            characters that the model knows. A folder is of videos for a model that takes them.
         split: as `open_data` has it; None is one to measure on.
         own_labels: whether to number the classes as the data set does, whatever those of the model.
         class_names: to number the classes so, whatever those of the model.
@@ -50,6 +59,12 @@ def open_images(
         name = TYPEFACES
     # As the model has seen images in training; the original does not turn them.
     arguments = {"mode": source.mode, "exif": config is not None and config.exif}
+    takes_videos = isinstance(source.transform, ClipTransform)
+    if name == FOLDER and takes_videos:
+        name = VIDEO
+    if (name == VIDEO) != takes_videos:
+        kind = "videos" if takes_videos else "images"
+        raise ValueError(f"data must be {kind}, as the model takes them, got {shown(text)}")
     if name == TYPEFACES:
         known = class_names or (None if own_labels else source.class_names)
         arguments["class_names"] = known if known is not None and are_characters(known) else None
@@ -86,12 +101,16 @@ def _title(dataset: Dataset, text: str) -> str:
 
 
 def batches(source: Source, images: Dataset, options: argparse.Namespace) -> DataLoader | Batches:
-    """Batches (images, labels) for a model, without the broken images, which are named on stderr."""
+    """Batches (images, labels) for a model, without the broken images, which are named on stderr.
+
+    A forward has `options.batch_size` images or views of videos, or the views of one video where these are more.
+    """
+    views = getattr(source.transform, "num_views", 1)
     pin = options.device.startswith("cuda")
     loader = evaluation_loader(
         images,
         source.transform,
-        options.batch_size,
+        max(options.batch_size // views, 1),
         options.workers,
         pin,
         max_broken=options.max_broken,

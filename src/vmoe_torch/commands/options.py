@@ -1,6 +1,7 @@
 """The vocabulary of the command line: every option that commands share, with its name, meaning and range."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,8 +21,9 @@ MODEL_HELP = (
 )
 DATA_HELP = (
     "folder of class folders (or of splits train, val, valid, validation, test of such), folder of Fashion-MNIST's IDX "
-    "files, fashion_mnist for the images that come along, a data set of timm's as torch/cifar10=FOLDER, or "
-    "typefaces=FOLDER for the characters in a folder of fonts"
+    "files, fashion_mnist for the images that come along, a data set of timm's as torch/cifar10=FOLDER, "
+    "typefaces=FOLDER for the characters in a folder of fonts, or video=FOLDER for class folders of videos (FOLDER for "
+    "a model that learned from such)"
 )
 # Who claims slots first, as options call it, to batch_priority.
 ORDERS = {"vanilla": False, "bpr": True}
@@ -206,6 +208,20 @@ def add_data(parser: argparse.ArgumentParser, split: str | None = None, several:
     add_number(parser, "--workers", 0, 0, "processes that read images")
     text = "images that cannot be read and are left out; more are an error that names them"
     add_number(parser, "--max-broken", 0, 0, text)
+
+
+def views(text: str) -> tuple[int, int]:
+    """Clips and crops "8x3" as argparse wants them."""
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be CLIPSxCROPS, each at least 1, as 8x3, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def add_views(parser: argparse.ArgumentParser) -> None:
+    """Adds the views of a video whose probabilities are averaged."""
+    text = "clips of each video, evenly spaced, times crops of each, whose probabilities are averaged (default: 1x1)"
+    parser.add_argument("--views", type=views, metavar="CLIPSxCROPS", help=text)
 
 
 def add_sample(parser: argparse.ArgumentParser, images: int) -> None:

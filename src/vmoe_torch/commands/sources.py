@@ -4,14 +4,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
 
 from vmoe_torch.control import moe_layers
+from vmoe_torch.data import ClipTiming, ClipTransform
 from vmoe_torch.layers.choice import description_of
 from vmoe_torch.models.architecture import open_weights
 from vmoe_torch.train import Config, build_transforms
@@ -26,8 +27,8 @@ class Source:
 
     model: nn.Module
     """The model in eval mode, on the device."""
-    transform: Callable[[Image.Image], Tensor]
-    """Transform for evaluation, PIL image -> (C, H, W) float32."""
+    transform: Callable[[Any], Tensor]
+    """Transform for evaluation, PIL image -> (C, H, W) float32; a `ClipTransform` for a model of videos."""
     mode: str
     """PIL mode of the images that it takes, "RGB" or "L"."""
     class_names: tuple[str, ...] | None
@@ -38,7 +39,13 @@ class Source:
     """In a few words, which weights were taken and what told the model."""
 
 
-def open_model(name: str | Path, device: str | torch.device = "cpu", *, average: bool | None = None) -> Source:
+def open_model(
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    average: bool | None = None,
+    views: tuple[int, int] | None = None,
+) -> Source:
     """Opens a trained model, with the routing that was chosen for it where its file says it.
 
     Args:
@@ -46,10 +53,11 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
             has by default.
         device: where to put the model.
         average: whether to take the moving average of the weights; None takes it where there is one.
+        views: clips, and crops of each, of a video; None is one clip in the middle, cropped there.
 
     Raises:
         ValueError: if it is none of these, cannot be read or fetched, has no moving average where one is wanted, or
-            there is no such device.
+            there is no such device; if views are wanted of a model that takes no videos.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be cpu on a machine without CUDA, got {device}")
@@ -95,6 +103,12 @@ def open_model(name: str | Path, device: str | torch.device = "cpu", *, average:
         if channels == 1:
             cfg |= {key: (sum(cfg[key]) / len(cfg[key]),) for key in ("mean", "std")}
         transform, mode = create_transform(**cfg), "L" if channels == 1 else "RGB"
+        if hasattr(model, "num_frames"):
+            transform = ClipTransform(transform, ClipTiming.of(model))
+    if views is not None:
+        if not isinstance(transform, ClipTransform):
+            raise ValueError(f"--views needs a model of videos, got {text}")
+        transform = transform.views(*views)
     return Source(model.to(device).eval(), transform, mode, class_names, config, about)
 
 

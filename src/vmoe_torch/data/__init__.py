@@ -1,6 +1,7 @@
-"""Images to train on: the Fashion-MNIST subset that ships with the package, image folders, WebDataset's shards,
-characters in typefaces, data sets of timm's, and reproducible loaders."""
+"""Images and videos to train on: the Fashion-MNIST subset that ships with the package, folders of images and of videos,
+WebDataset's shards, characters in typefaces, data sets of timm's, and reproducible loaders."""
 
+from vmoe_torch.data.clips import ClipTiming, ClipTransform
 from vmoe_torch.data.distort import Distort
 from vmoe_torch.data.factory import open_data
 from vmoe_torch.data.fashion_mnist import FashionMnist
@@ -11,9 +12,13 @@ from vmoe_torch.data.loader import EpochSampler, evaluation_loader, training_loa
 from vmoe_torch.data.named import NamedDataset, described
 from vmoe_torch.data.shards import TarShards
 from vmoe_torch.data.typefaces import Typefaces
+from vmoe_torch.data.video import Video
+from vmoe_torch.data.video_folder import VideoFolder
 
 __all__ = [
     "BrokenImageError",
+    "ClipTiming",
+    "ClipTransform",
     "Distort",
     "EpochSampler",
     "FashionMnist",
@@ -22,6 +27,8 @@ __all__ = [
     "NamedDataset",
     "TarShards",
     "Typefaces",
+    "Video",
+    "VideoFolder",
     "described",
     "evaluation_loader",
     "open_data",

@@ -3,6 +3,7 @@
 | name | root | split by default |
 | --- | --- | --- |
 | folder | holds a folder per split, which holds a folder per class; or the folders of classes | one to measure on |
+| video | the same, of videos | one to measure on |
 | fashion_mnist | holds the IDX files; None is the subset that ships with the package | test |
 | typefaces | holds a folder of fonts per split; or the fonts | one to measure on |
 | wds/ | holds WebDataset's shards | one to measure on |
@@ -20,6 +21,8 @@ from vmoe_torch.data.glyphs import has_fonts
 from vmoe_torch.data.named import NUMBERED, STREAMS, NamedDataset
 from vmoe_torch.data.shards import WDS, TarShards
 from vmoe_torch.data.typefaces import TYPEFACES, Typefaces
+from vmoe_torch.data.video import VIDEO
+from vmoe_torch.data.video_folder import VideoFolder
 
 FOLDER, FASHION_MNIST = "folder", "fashion_mnist"
 
@@ -27,8 +30,8 @@ FOLDER, FASHION_MNIST = "folder", "fashion_mnist"
 def named_data(text: str) -> tuple[str, str | None]:
     """Name and root of data that are written as one word: a folder, "fashion_mnist" or "torch/cifar10=FOLDER"."""
     name, _, root = text.partition("=")
-    # A folder may be called typefaces, too.
-    if name.startswith((WDS, *NUMBERED, *STREAMS)) or (name == TYPEFACES and root):
+    # A folder may be called typefaces or video, too.
+    if name.startswith((WDS, *NUMBERED, *STREAMS)) or (name in (TYPEFACES, VIDEO) and root):
         return name, root
     if text == FASHION_MNIST:
         return FASHION_MNIST, None
@@ -45,10 +48,10 @@ def open_data(
     class_names: tuple[str, ...] | None = None,
     **arguments: Any,
 ) -> Dataset:
-    """Opens a split of a data set; an item is (PIL image, label).
+    """Opens a split of a data set; an item is (PIL image, label), or (`Video`, label).
 
     Args:
-        name: "folder", "fashion_mnist", "typefaces", "wds/", or a data set of timm's that numbers its images.
+        name: "folder", "video", "fashion_mnist", "typefaces", "wds/", or a data set of timm's that numbers its images.
         root: folder of its files.
         split: whatever the case, "val", "valid" and "validation" mean the same, as "train" and "training". "." is all
             that is in the folder.
@@ -72,7 +75,8 @@ def open_data(
         parts = class_folders(root, split, has_fonts, "folder of fonts")
         arguments["characters"] = class_names or arguments.get("characters")
         return Typefaces(root, parts[0] if len(parts) == 1 else ".", mode=mode, **arguments)
-    parts = class_folders(root, split)
+    kind = VideoFolder if name == VIDEO else ImageFolder
+    parts = class_folders(root, split, kind=f"{kind.kind} folder")
     if len(parts) == 1:
         root, parts = root / parts[0], []
-    return ImageFolder(root, class_names, mode, parts=parts, exif=exif)
+    return kind(root, class_names, mode, parts=parts, exif=exif)

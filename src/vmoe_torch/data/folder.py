@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vmoe_torch.data.image import read_image
+from vmoe_torch.data.image import image_suffixes, read_image
 from vmoe_torch.data.names import natural_key, shown, some
 from vmoe_torch.data.scanning import scan, subfolders
 
@@ -39,11 +39,14 @@ class ImageFolder(Dataset):
         parts: the folders in root that were read, "." for root itself.
         empty: names of class folders without an image.
         notices: what was passed over.
+        kind: what errors and notices call an item.
 
     Raises:
         ValueError: if the folder is missing or cannot be read, holds no image, has images outside a class folder, or
             its classes are not `class_names`; on access, if an image cannot be read.
     """
+
+    kind = "image"
 
     def __init__(
         self,
@@ -60,23 +63,25 @@ class ImageFolder(Dataset):
         roots = [self.root / part for part in self.parts]
         for folder in roots:
             if not folder.is_dir():
-                raise ValueError(f"image folder {shown(folder)} does not exist{_beside(folder)}")
-        found = scan(roots)
+                raise ValueError(f"{self.kind} folder {shown(folder)} does not exist{_beside(folder)}")
+        found = scan(roots, self.kind, self.suffixes())
         if found.loose is not None:
             raise ValueError(
-                f"images in {shown(root)} must lie in one folder per class, got {shown(found.loose)} outside of them"
+                f"{self.kind}s in {shown(root)} must lie in one folder per class, got {shown(found.loose)} outside of "
+                "them"
             )
         self.notices = found.notices()
         if not found.images:
             passed = "".join(f"; {notice}" for notice in self.notices)
             raise ValueError(
-                f"image folder {shown(root)} must hold one folder of images per class, got no image{passed}"
+                f"{self.kind} folder {shown(root)} must hold one folder of {self.kind}s per class, "
+                f"got no {self.kind}{passed}"
             )
         present = {name for _, name in found.images}
         self.empty = sorted(found.classes - present, key=order)
         if self.empty:
             count = f"{len(self.empty):,} of {len(found.classes):,} class folders"
-            self.notices.append(f"no image in {count}: {some(self.empty)}")
+            self.notices.append(f"no {self.kind} in {count}: {some(self.empty)}")
         if class_names is None:
             class_names = tuple(sorted(found.classes, key=order))
         labels = {name: label for label, name in enumerate(class_names)}
@@ -87,6 +92,11 @@ class ImageFolder(Dataset):
         self.class_names = tuple(class_names)
         self.mode = mode
         self.exif = exif
+
+    @staticmethod
+    def suffixes() -> frozenset[str]:
+        """The endings, in small letters, of the files that count."""
+        return image_suffixes()
 
     def __len__(self) -> int:
         return len(self.samples)

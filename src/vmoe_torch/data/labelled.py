@@ -9,7 +9,7 @@ from vmoe_torch.data.names import shown, some
 
 
 class LabelledImages(Dataset):
-    """Labelled images of a data set; an item is (PIL image, label).
+    """Labelled images, or videos, of a data set; an item is (PIL image or `Video`, label).
 
     Args:
         dataset: items (PIL image, label).
@@ -35,7 +35,7 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image, label = self.dataset[index]
-        return image.convert(self.mode), self._label(label)
+        return image if image.mode == self.mode else image.convert(self.mode), self._label(label)
 
     def described(self) -> str:
         """Which images these are, how many, in how many classes, and what was passed over."""

@@ -83,11 +83,19 @@ class EpochSampler:
                 yield [(epoch, int(image)) for image in part]
 
 
-def read_item(dataset: Dataset, index: int, seed: tuple[int, ...]) -> tuple[Any, int, list[str]]:
+def read_item(
+    dataset: Dataset, index: int, seed: tuple[int, ...], transform: Callable[[Any], Tensor]
+) -> tuple[Tensor, int, list[str]]:
     """An item (image, label) of a data set, or in place of a broken one another, which the seed decides.
 
+    Args:
+        dataset: items (image, label).
+        index: which of them.
+        seed: decides what takes the place of a broken one.
+        transform: image -> tensor. Videos are read here, so it may find that one is broken.
+
     Returns:
-        (image, label, messages that name the broken images).
+        (tensor, label, messages that name the broken images).
 
     Raises:
         BrokenImageError: if 100 images in a row are broken, naming them.
@@ -95,7 +103,8 @@ def read_item(dataset: Dataset, index: int, seed: tuple[int, ...]) -> tuple[Any,
     broken: list[str] = []
     while True:
         try:
-            return (*dataset[index], broken)
+            image, label = dataset[index]
+            return transform(image), label, broken
         except BrokenImageError as error:
             broken.append(str(error))
             if len(broken) == MOST_BROKEN_IN_A_ROW:
@@ -134,8 +143,7 @@ class SeededDataset(Dataset):
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        image, label, broken = read_item(self.dataset, index, (self.seed, epoch))
-        return self.transform(image), label, broken
+        return read_item(self.dataset, index, (self.seed, epoch), self.transform)
 
 
 class TransformedDataset(Dataset):
@@ -157,8 +165,8 @@ class TolerantDataset(TransformedDataset):
     """The same, but in place of a broken image comes another with the label NO_LABEL, and messages come third."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, list[str]]:
-        image, label, broken = read_item(self.dataset, index, ())
-        return self.transform(image), NO_LABEL if broken else label, broken
+        image, label, broken = read_item(self.dataset, index, (), self.transform)
+        return image, NO_LABEL if broken else label, broken
 
 
 class SkippingDataset(TransformedDataset):
@@ -166,10 +174,9 @@ class SkippingDataset(TransformedDataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int, list[str]]:
         try:
-            image, label = self.dataset[index]
+            return *super().__getitem__(index), []
         except BrokenImageError as error:
             return None, NO_LABEL, [str(error)]
-        return self.transform(image), label, []
 
 
 class Batches:

@@ -125,5 +125,7 @@ def class_names_of(dataset: Any) -> tuple[str, ...] | None:
 def described(dataset: Any) -> str:
     """How many images and classes a data set has, and what of it was passed over: "48 images in 3 classes"."""
     names = class_names_of(dataset)
-    text = f"{len(dataset):,} images" + ("" if names is None else f" in {len(names):,} classes")
+    text = f"{len(dataset):,} {getattr(dataset, 'kind', 'image')}s" + (
+        "" if names is None else f" in {len(names):,} classes"
+    )
     return "; ".join([text, *getattr(dataset, "notices", ())])

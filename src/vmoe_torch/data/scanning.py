@@ -53,6 +53,8 @@ def subfolders(folder: Path) -> list[str]:
 class Scan:
     """What lies below class folders."""
 
+    kind: str = "image"
+    """What a file that counts is called."""
     images: list[tuple[str, str]] = field(default_factory=list)
     """(path, class) of each image, by path; a class is the first folder below the one that was read."""
     classes: set[str] = field(default_factory=set)
@@ -71,14 +73,15 @@ class Scan:
             kinds = ", ".join(
                 f"{shown(kind) or 'no ending'} {count:,}" for kind, count in self.passed_over.most_common(8)
             )
-            texts.append(f"passed over {self.passed_over.total():,} files that are no images by their ending ({kinds})")
+            count, what = self.passed_over.total(), f"{self.kind}s"
+            texts.append(f"passed over {count:,} files that are no {what} by their ending ({kinds})")
         if self.repeated:
             count = len(self.repeated)
             texts.append(f"passed over {count:,} links to folders read already ({shown(self.repeated[0])})")
         return texts
 
 
-def scan(roots: Iterable[Path | str]) -> Scan:
+def scan(roots: Iterable[Path | str], kind: str = "image", suffixes: frozenset[str] | None = None) -> Scan:
     """Reads the folders, and says so while that takes long.
 
     Real folders come first, then links to folders, so that a link never takes the place of the folder itself. A link to
@@ -86,11 +89,13 @@ def scan(roots: Iterable[Path | str]) -> Scan:
 
     Args:
         roots: folders of class folders, which exist.
+        kind: what errors and notices call a file that counts.
+        suffixes: endings, in small letters, of the files that count; None is those of images.
 
     Raises:
         ValueError: if a folder cannot be read, naming it.
     """
-    walk = _Walk()
+    walk = _Walk(kind, image_suffixes() if suffixes is None else suffixes)
     with walk.bar:
         for root in roots:
             walk.begin(str(root))
@@ -104,16 +109,16 @@ def scan(roots: Iterable[Path | str]) -> Scan:
 
 
 class _Walk:
-    def __init__(self) -> None:
-        self.found = Scan()
-        self.suffixes = image_suffixes()
+    def __init__(self, kind: str, suffixes: frozenset[str]) -> None:
+        self.found = Scan(kind)
+        self.suffixes = suffixes
         # What tells every folder that was read from others; asked for when a second way to it may turn up.
         self.seen: set = set()
         self.unasked: list[str] = []
         self.links: list[tuple[str, str | None]] = []
         self.bar = tqdm(
             desc="reading folders",
-            unit=" images",
+            unit=f" {kind}s",
             delay=2.0,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
             leave=False,

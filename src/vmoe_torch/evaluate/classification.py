@@ -24,7 +24,7 @@ class Evaluation:
     setting: RoutingSetting
     """What was asked for."""
     images: int
-    """Number of images."""
+    """Number of images, or of videos."""
     top1: float
     """Share of images whose label scored highest, in 0..1."""
     top5: float
@@ -38,7 +38,7 @@ class Evaluation:
     unprocessed: float
     """Share of tokens that no expert processed, in 0..1."""
     flops: Flops
-    """FLOPs per image of the first batch."""
+    """FLOPs per image of the first batch; of a video, those of all its views."""
     selected: float = math.nan
     """Choices per token, above the threshold where there is one, on average; NaN for a dense model."""
 
@@ -52,7 +52,7 @@ class _Sums:
         self.loss = 0.0
 
     def add(self, model: nn.Module, logits: Tensor, labels: Tensor) -> None:
-        logits = logits.float()
+        logits = _averaged(logits.float(), len(labels))
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
         self.images += len(labels)
         self.top1 += int(best[:, 0].sum())
@@ -85,6 +85,13 @@ class _Sums:
             flops,
             self.choices / self.tokens if self.tokens else math.nan,
         )
+
+
+def _averaged(logits: Tensor, items: int) -> Tensor:
+    """Of the logits of all views of each item, the logarithm of the mean of their probabilities; one view's stay."""
+    if len(logits) == items:
+        return logits
+    return logits.unflatten(0, (items, -1)).log_softmax(2).logsumexp(1) - math.log(len(logits) / items)
 
 
 def slots_of(layer: MoeMlp) -> int:
@@ -135,7 +142,8 @@ def evaluate(
 
     Args:
         model: a classifier with choices per token in its MoE layers, if any; it keeps its routing and its modes.
-        loader: batches of images (B, C, H, W) and labels (B,) int64.
+        loader: batches of images (B, C, H, W), of clips (B, C, T, H, W), or of several views of videos
+            (B, V, C, T, H, W), over which probabilities are averaged, and labels (B,) int64.
         settings: what to evaluate.
         calibration: images to find the thresholds on of settings with mean_selected_experts, as `set_routing` takes
             them; a model trained by threshold needs none.
@@ -158,10 +166,12 @@ def evaluate(
             images, labels = images.to(device), labels.to(device)
             if len(images) == 0:
                 continue
+            views = images.shape[1] if images.ndim == 6 else 1
+            images = images.flatten(0, 1) if images.ndim == 6 else images
             if not flops:
                 for each in routings:
                     with each.set():
-                        flops.append(count_flops(model, images))
+                        flops.append(count_flops(model, images).times(views))
             forward = shared_forward(model, images)
             for each, running in zip(routings, sums):
                 with each.set():

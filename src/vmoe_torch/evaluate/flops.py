@@ -37,6 +37,12 @@ class Flops:
         """Share of the dense counterpart's FLOPs."""
         return self.total / self.dense
 
+    def times(self, factor: int) -> "Flops":
+        """Those of several forwards, as of a video's views."""
+        layers = {name: factor * flops for name, flops in self.layers.items()}
+        filled = None if self.filled is None else factor * self.filled
+        return Flops(factor * self.total, factor * self.dense, layers, filled)
+
 
 @torch.no_grad()
 def count_flops(model: nn.Module, images: Tensor) -> Flops:

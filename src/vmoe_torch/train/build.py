@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
-from vmoe_torch.data import Distort, ImageFolder, Typefaces, described, open_data
+from vmoe_torch.data import ClipTiming, ClipTransform, Distort, ImageFolder, Typefaces, described, open_data
 from vmoe_torch.data import fashion_mnist as fm
 from vmoe_torch.data.factory import FASHION_MNIST
 from vmoe_torch.data.names import shown, some
 from vmoe_torch.data.typefaces import TYPEFACES
+from vmoe_torch.data.video import VIDEO
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.models.upcycling import upcycle
 from vmoe_torch.train.arguments import data_arguments, model_arguments, upcycle_arguments
@@ -181,11 +182,23 @@ def build_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[An
     """timm's transforms for training and for evaluation, at the model's own image size.
 
     Returns:
-        (training transform, evaluation transform), PIL image -> (C, H, W) float32.
+        (training transform, evaluation transform), PIL image -> (C, H, W) float32; of videos, `Video` -> (C, T, H, W):
+        a clip at random, or the one in the middle.
 
     Raises:
-        ValueError: if timm does not take a value.
+        ValueError: if timm does not take a value, or the model takes no such clips.
     """
+    train, evaluation = _image_transforms(config, model)
+    if config.name != VIDEO:
+        return train, evaluation
+    try:
+        timing = ClipTiming.of(model, config.frames, config.frame_stride, config.fps)
+    except ValueError as error:
+        raise ValueError(f"data.name=video: {error}") from None
+    return ClipTransform(train, timing, clips=None), ClipTransform(evaluation, timing)
+
+
+def _image_transforms(config: DataConfig, model: nn.Module) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
     size = resolve_data_config({}, model=model)
     height, width = size["input_size"][1:]
     channels = size["input_size"][0]

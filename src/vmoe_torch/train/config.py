@@ -1,6 +1,6 @@
 """The configuration of a training run: nested dataclasses, read from JSON and changed by `key=value`.
 
-Every error names the path of the key, the rule and what was got.
+Every error names the path of the key, the rule and what was got. Over 400 lines: all keys of a run stand in one place.
 """
 
 import difflib
@@ -15,6 +15,7 @@ import torch
 from vmoe_torch.data.named import NUMBERED, STREAMS
 from vmoe_torch.data.shards import WDS
 from vmoe_torch.data.typefaces import TYPEFACES
+from vmoe_torch.data.video import VIDEO
 from vmoe_torch.train.arguments import suggestions
 from vmoe_torch.train.idle_keys import check_idle, idle, reset
 from vmoe_torch.train.overrides import Text, changed, read_object
@@ -63,11 +64,12 @@ class DataConfig:
     """Where the images come from, and timm's transforms."""
 
     name: Annotated[str, SOMETHING] = "folder"
-    """One of "folder", "fashion_mnist", "typefaces", "wds/" for WebDataset's shards, or a data set of timm's
+    """One of "folder", "video", "fashion_mnist", "typefaces", "wds/" for WebDataset's shards, or a data set of timm's
     `create_dataset` whose images have numbers, as "torch/cifar10" or "hfds/NAME"."""
     root: Annotated[str | None, SOMETHING] = None
-    """Of folder: one folder per split, which holds one folder per class, with images at any depth. Of fashion_mnist:
-    the full IDX files. Of typefaces: one folder of fonts per split. Of wds/: the shards. Of timm's: the files."""
+    """Of folder and video: one folder per split, which holds one folder per class, with files at any depth. Of
+    fashion_mnist: the full IDX files. Of typefaces: one folder of fonts per split. Of wds/: the shards. Of timm's: the
+    files."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of `Typefaces`, as data.kwargs.side=64."""
     train_split: Annotated[str, SOMETHING] = "train"
@@ -87,6 +89,12 @@ class DataConfig:
     takes the place of a broken one in training, in validation it does not count. Each process counts its own."""
     exif: bool = False
     """Turn images as their EXIF orientation says. The original does not; commands do as the model's run did."""
+    frames: Annotated[int | None, count(1)] = None
+    """Of video: frames of a clip, at least 1; None is the model's."""
+    frame_stride: Annotated[float | None, POSITIVE] = None
+    """Of video: every so many-th frame is one of the clip, at the video's mean rate; None is the model's, or 1."""
+    fps: Annotated[float | None, POSITIVE] = None
+    """Of video: frames a second of a clip, whatever the video's rate, in place of data.frame_stride."""
     mean: Annotated[tuple[float, ...] | None, Each(Number())] = None
     """Subtracted from pixels in 0..1, one per channel or one for all; None is the model's."""
     std: Annotated[tuple[float, ...] | None, Each(POSITIVE)] = None
@@ -374,14 +382,15 @@ class Config:
         data = self.data
         check("data must describe timm's transforms: data.interpolation", OneOf(INTERPOLATIONS), data.interpolation)
         if not data.name.startswith((*NUMBERED, *STREAMS)):
-            names = ("folder", "fashion_mnist", TYPEFACES, WDS, *(f"{prefix}NAME" for prefix in NUMBERED))
+            names = ("folder", VIDEO, "fashion_mnist", TYPEFACES, WDS, *(f"{prefix}NAME" for prefix in NUMBERED))
             check("data.name", OneOf(names), data.name)
         if data.mixup_mode == "dirichlet" and data.cutmix > 0:
             raise ValueError(f"data.cutmix must be 0 with data.mixup_mode=dirichlet, got {data.cutmix}")
-        if data.name == TYPEFACES and data.root is None:
-            raise ValueError(f"data.root must name the folder of fonts for data.name={data.name}, got none")
-        if data.name.startswith(("folder", "torch/", WDS)) and data.root is None:
-            raise ValueError(f"data.root must name the folder of images for data.name={data.name}, got none")
+        held = {TYPEFACES: "fonts", VIDEO: "videos"}.get(data.name)
+        if held is None and data.name.startswith(("folder", "torch/", WDS)):
+            held = "images"
+        if held is not None and data.root is None:
+            raise ValueError(f"data.root must name the folder of {held} for data.name={data.name}, got none")
         if self.parallel.enabled:
             self._check_parallel()
         check_idle(self, set(given))

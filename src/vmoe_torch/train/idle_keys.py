@@ -8,6 +8,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 
 from vmoe_torch.data.factory import FASHION_MNIST
 from vmoe_torch.data.typefaces import TYPEFACES
+from vmoe_torch.data.video import VIDEO
 
 
 def idle(config: Any) -> dict[str, str]:
@@ -80,6 +81,9 @@ def _combinations(config: Any) -> list[tuple[bool, str, str]]:
             f"with data.name={data.name}, which reads no image files",
             "data.exif data.max_broken",
         ),
+        (data.name == VIDEO, "with data.name=video, whose files are always turned as they say", "data.exif"),
+        (data.name != VIDEO, f"with data.name={data.name}", "data.frames data.frame_stride data.fps"),
+        (data.fps is not None, "with data.fps, which counts instead", "data.frame_stride"),
         (data.workers == 0, "with data.workers=0", "data.prefetch"),
         (
             not data.augment,

@@ -223,7 +223,7 @@ class TrainingRun:
         )
         # A file or transform that cannot work fails here, before any training.
         for split, transform in ((data.train, train_transform), (data.val, val_transform)):
-            transform(read_item(split, 0, (config.run.seed,))[0])
+            read_item(split, 0, (config.run.seed,), transform)
 
     def run(self, stop: StopSignals) -> TrainResult:
         """All epochs, or those up to run.max_updates."""
@@ -231,8 +231,9 @@ class TrainingRun:
         last = total if config.run.max_updates is None else min(total, config.run.max_updates)
         logs = Logs(config, self.group.is_first, state.model, state.update, total, self.data.lines())
         self.alarms = Alarms(config.alarms, logs.losses())
+        broken = f"broken {getattr(self.data.train, 'kind', 'image')}"
         for batches in (self.train_batches, self.val_batches):
-            batches.warn = lambda message: logs.alarm(Alarm(state.update, "broken image", "", message), everywhere=True)
+            batches.warn = lambda message: logs.alarm(Alarm(state.update, broken, "", message), everywhere=True)
         for notice in self.data.notices():
             logs.alarm(Alarm(state.update, "data", "", notice))
         # A quiet run says at its end what it was about.

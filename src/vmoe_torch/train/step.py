@@ -92,7 +92,9 @@ class Update:
         labels = labels.to(self.device, non_blocking=True)
         inputs, targets = images, labels
         if self.mixup is not None:
-            inputs, targets = self.mixup(images, labels)
+            # Of clips all frames alike: as if they were channels.
+            inputs, targets = self.mixup(images.flatten(1, -3), labels)
+            inputs = inputs.view_as(images)
         # A spread model adds up its gradients' parts, reduced at every step.
         shared = self.spread or self.group.world_size == 1 or is_last
         with contextlib.nullcontext() if shared else self.model.no_sync():
