@@ -103,9 +103,10 @@ class Soft(Router):
 
     def capacity(self, group_tokens: int) -> int:
         """P, for a group of so many tokens; once there are slots, for any."""
-        slots = self.slots_per_expert
-        if slots is not None:
-            return slots
+        # A local one, for TorchScript.
+        slots_per_expert = self.slots_per_expert
+        if slots_per_expert is not None:
+            return slots_per_expert
         return self.slots_for(group_tokens, 1)
 
     @torch.jit.unused
