@@ -98,7 +98,7 @@ def shape_arguments(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     if "head.weight" not in state:
         found["num_classes"] = 0
     if routers:
-        found |= {"moe_layers": tuple(sorted(routers)), "num_experts": len(next(iter(routers.values())))}
+        found |= {"moe_layers": tuple(sorted(routers)), "num_experts": _experts(routers)}
     if "pre_logits.0.weight" in state:
         found["representation_size"] = len(state["pre_logits.0.weight"])
     kernel = state.get("patch_embed.proj.weight")
@@ -139,6 +139,12 @@ def identified(state: Mapping[str, Tensor], source: str) -> str:
     )
 
 
+def _experts(routers: Mapping[int, Tensor]) -> int | dict[str, int]:
+    """E, or that of each layer where they differ, of the routers by their blocks."""
+    numbers = {f"blocks.{block}.mlp": len(weight) for block, weight in routers.items()}
+    return numbers if len(set(numbers.values())) > 1 else next(iter(numbers.values()))
+
+
 def model_arguments(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
     """The arguments of a `VMoE` or `VMoEEnsemble` with these weights.
 
@@ -168,7 +174,7 @@ def model_arguments(state: Mapping[str, Tensor], origin: Origin) -> dict[str, An
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
     }
     if routers:
-        arguments["num_experts"] = len(next(iter(routers.values())))
+        arguments["num_experts"] = _experts(routers)
     if "pos_embed" in state:
         grid = square_grid(state)
         if grid is None:
