@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import get_type_hints
 
 import torch
-from timm.layers import Mlp, get_act_layer
+from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
 from vmoe_kernels.common.checks import check_flag
@@ -19,6 +19,8 @@ from vmoe_torch.layers.usage import ExpertUsage
 from vmoe_torch.models.description import remember
 from vmoe_torch.models.pruning import check_experts, counts_of, refuse_ensembles
 from vmoe_torch.models.vmoe import VMoE
+
+_ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
 @torch.no_grad()
@@ -88,7 +90,7 @@ def _average(layer: MoeMlp, weights: Tensor, scale: float) -> Mlp:
         weight.shape[2],
         weight.shape[1],
         layer.fc2.weight.shape[1],
-        act_layer=get_act_layer(layer.activation),
+        act_layer=_ACTIVATIONS[layer.activation],
         bias=layer.fc1.bias is not None,
         drop=(layer.expert_drop, layer.drop.p),
         device=weight.device,
