@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "parallel": {"vmoe_kernels", "layers", "weights", "planning"},
     "evaluate": {"vmoe_kernels", "data", "layers", "control"},
     "budget": {"control", "evaluate"},
-    "export": {"control", "evaluate"},
+    "export": {"layers", "control", "evaluate"},
     "report": {"data"},
     "analyze": {"data", "layers", "control", "evaluate", "report"},
     "trainers": {"layers"},

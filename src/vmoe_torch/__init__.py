@@ -18,17 +18,21 @@ __all__ = [
     "follow_loss_scale",
     "models",
     "moe_layers",
+    "prune_experts",
     "push_to_hf_hub",
     "routing",
     "routing_stats",
     "save_for_hf",
     "set_budget",
     "set_routing",
+    "to_dense",
     "upcycle",
 ]
 
 if TYPE_CHECKING:
     from vmoe_torch.budget import set_budget
+    from vmoe_torch.models.averaging import to_dense
+    from vmoe_torch.models.pruning import prune_experts
     from vmoe_torch.models.upcycling import upcycle
 else:
 
@@ -38,6 +42,14 @@ else:
             from vmoe_torch.models.upcycling import upcycle
 
             return upcycle
+        if name == "prune_experts":
+            from vmoe_torch.models.pruning import prune_experts
+
+            return prune_experts
+        if name == "to_dense":
+            from vmoe_torch.models.averaging import to_dense
+
+            return to_dense
         if name == "set_budget":
             from vmoe_torch.budget import set_budget
 

@@ -68,7 +68,7 @@ def _run(arguments: list[str]) -> int:
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of everything, and that of each command."""
     import vmoe_torch
-    from vmoe_torch.commands import analyze, budget, convert, doctor, eval, export, fewshot, plan, predict, train
+    from vmoe_torch.commands import analyze, budget, convert, doctor, eval, export, fewshot, plan, predict, prune, train
 
     made = argparse.ArgumentParser(
         prog="vmoe",
@@ -77,7 +77,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     made.add_argument("--version", action="version", version=f"vmoe-torch {vmoe_torch.__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (train, eval, fewshot, predict, analyze, budget, export, plan, convert, doctor):
+    for command in (train, eval, fewshot, predict, analyze, budget, prune, export, plan, convert, doctor):
         command.add(commands)
     for name, each in commands.choices.items():
         each.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)

@@ -100,8 +100,11 @@ def shape_arguments(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
         found["num_classes"] = 0
     slots = {int(key.split(".")[1]): value for key, value in joined.items() if key.endswith(".mlp.router.mu")}
     if routers:
-        found |= {"moe_layers": tuple(sorted(routers)), "num_experts": len(next(iter(routers.values())))}
-        if (widths := _expert_widths(state, min(routers), found["num_experts"])) is not None:
+        found |= {"moe_layers": tuple(sorted(routers)), "num_experts": _experts(routers)}
+        # Layers of different numbers have experts of one size.
+        if isinstance(experts := found["num_experts"], int) and (
+            widths := _expert_widths(state, min(routers), experts)
+        ):
             found["expert_hidden"] = widths
     elif slots:
         _, experts, per_expert = next(iter(slots.values())).shape
@@ -158,6 +161,12 @@ def identified(state: Mapping[str, Tensor], source: str) -> str:
     )
 
 
+def _experts(routers: Mapping[int, Tensor]) -> int | dict[str, int]:
+    """E, or that of each layer where they differ, of the routers by their blocks."""
+    numbers = {f"blocks.{block}.mlp": len(weight) for block, weight in routers.items()}
+    return numbers if len(set(numbers.values())) > 1 else next(iter(numbers.values()))
+
+
 def model_arguments(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
     """The arguments of a `VMoE` or `VMoEEnsemble` with these weights.
 
@@ -187,7 +196,7 @@ def model_arguments(state: Mapping[str, Tensor], origin: Origin) -> dict[str, An
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
     }
     if routers:
-        arguments["num_experts"] = len(next(iter(routers.values())))
+        arguments["num_experts"] = _experts(routers)
     if "pos_embed" in state:
         grid = square_grid(state)
         if grid is None:

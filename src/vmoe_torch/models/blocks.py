@@ -43,11 +43,16 @@ def parse_moe_layers(moe_layers: MoeLayers, depth: int) -> tuple[int, ...]:
 
 
 class MoeBlock(vit.Block):
-    """timm's Block, with a MoeMlp where `depth` is among `moe_layers`."""
+    """timm's Block, with a MoeMlp where `depth` is among `moe_layers`.
+
+    `moe` has the arguments of `MoeMlp`; num_experts may be a dict, {number of a block: E}.
+    """
 
     def __init__(
         self, *args: Any, depth: int = 0, moe_layers: tuple[int, ...] = (), moe: dict[str, Any], **kwargs: Any
     ) -> None:
         if depth in moe_layers:
-            kwargs["mlp_layer"] = partial(MoeMlp, **moe)
+            experts = moe["num_experts"]
+            own = experts[depth] if isinstance(experts, dict) else experts
+            kwargs["mlp_layer"] = partial(MoeMlp, **{**moe, "num_experts": own})
         super().__init__(*args, depth=depth, **kwargs)

@@ -5,7 +5,7 @@ every MoE layer: `{"blocks.1.mlp": 1, "blocks.3.mlp": 2}`. `VMoE` takes such a d
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -46,6 +46,38 @@ def choose_per_layer(model: nn.Module, arguments: Mapping[str, Mapping[str, Any]
 def constructor_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What of the arguments of a timm factory makes the model: for timm, too, rates of dropout are a training's."""
     return {name: value for name, value in kwargs.items() if name not in _FACTORY and not name.endswith("drop_rate")}
+
+
+def remember(model: nn.Module, arguments: Mapping[str, Any], forgotten: Iterable[str] = ()) -> None:
+    """Notes that a model has become what other arguments of `timm.create_model` make.
+
+    Args:
+        model: a `VMoE`; nothing is known of one that timm has not made.
+        arguments: that take the place of those that it was made with.
+        forgotten: names of arguments that mean nothing now.
+    """
+    if model.made_with is None:
+        return
+    gone = set(forgotten)
+    model.made_with = {name: value for name, value in model.made_with.items() if name not in gone} | dict(arguments)
+    # timm's own record, since 1.0.31.
+    record = {name: value for name, value in getattr(model, "_model_args", {}).items() if name not in gone}
+    model._model_args = record | dict(arguments)
+
+
+def experts_by_block(numbers: Mapping[str, int], blocks: Iterable[int]) -> dict[int, int]:
+    """Numbers of experts by the blocks' numbers, of those by the layers' names.
+
+    Raises:
+        ValueError: if they do not name exactly the MoE layers.
+    """
+    names = {f"blocks.{block}.mlp": block for block in blocks}
+    if numbers.keys() != names.keys():
+        raise ValueError(
+            f"num_experts must be one value, or have one for each of {', '.join(names) or 'no MoE layers'}, "
+            f"got {', '.join(map(str, numbers)) or 'none'}"
+        )
+    return {names[name]: value for name, value in numbers.items()}
 
 
 def model_arguments(model: nn.Module) -> dict[str, Any]:

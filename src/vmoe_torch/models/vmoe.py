@@ -48,7 +48,7 @@ class VMoE(vit.VisionTransformer):
     `vmoe_torch.layers.options.MoeOptions` describes, and those below. What may change after training
     (`RoutingOptions`) may also be a dict with one value for each MoE layer, by the names of `vmoe_torch.moe_layers`:
     `timm.models.save_for_hf` writes so what `set_routing` and `set_budget` chose, and an argument given to
-    `create_model` takes its place.
+    `create_model` takes its place. So may num_experts, as `vmoe_torch.prune_experts` leaves it.
 
     Args:
         moe_layers: "every2", "last2" or block numbers.
@@ -68,7 +68,7 @@ class VMoE(vit.VisionTransformer):
         self,
         *args: Any,
         moe_layers: MoeLayers = "every2",
-        num_experts: int = 32,
+        num_experts: int | dict[str, int] = 32,
         expert_hidden: Sequence[int | float] | None = None,
         num_selected_experts: int | dict[str, int] = 2,
         capacity_factor: opt.CapacityFactor | dict[str, opt.CapacityFactor] = 1.05,
@@ -115,9 +115,15 @@ class VMoE(vit.VisionTransformer):
             raise ValueError(
                 f"pos_embed_temperature must be {TEMPERATURE} unless pos_embed is 'sincos2d', got {temperature}"
             )
+        blocks = parse_moe_layers(moe_layers, depth)
         per_layer = {name: value for name, value in moe.items() if isinstance(value, Mapping)}
+        experts = per_layer.pop("num_experts", None)
         # Each layer gets its own below: until then any of the values.
         moe |= {name: next(iter(values.values()), None) for name, values in per_layer.items()}
+        if experts is not None:
+            moe["num_experts"] = description.experts_by_block(experts, blocks)
+            # Any layer may have one: each gets its own below.
+            moe |= {"num_selected_experts": 1} if "num_selected_experts" in per_layer else {}
         super().__init__(
             *args,
             depth=depth,
@@ -126,7 +132,7 @@ class VMoE(vit.VisionTransformer):
             pos_embed="learn" if sincos else pos_embed,
             no_embed_class=no_embed_class or sincos,
             weight_init="skip",
-            block_fn=partial(kwargs.pop("block_fn", MoeBlock), moe_layers=parse_moe_layers(moe_layers, depth), moe=moe),
+            block_fn=partial(kwargs.pop("block_fn", MoeBlock), moe_layers=blocks, moe=moe),
             **kwargs,
         )
         for layer in self.modules():

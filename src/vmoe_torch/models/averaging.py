@@ -1,0 +1,111 @@
+"""The way back to a dense model: the experts of each layer averaged into one MLP (arXiv 2308.06093).
+
+An option to measure, not a claim: the paper averages experts that were trained for it, with tokens spread over them at
+random; those of a V-MoE have parted, and their average computes something else.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import get_type_hints
+
+import torch
+from timm.layers import GELUTanh, Mlp
+from torch import Tensor, nn
+
+from vmoe_kernels.common.checks import check_flag
+from vmoe_torch.layers import ExpertLinear, MoeMlp
+from vmoe_torch.layers.options import MoeOptions
+from vmoe_torch.layers.usage import ExpertUsage
+from vmoe_torch.models.description import remember
+from vmoe_torch.models.pruning import check_experts, counts_of, refuse_ensembles
+from vmoe_torch.models.vmoe import VMoE
+
+_ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "relu": nn.ReLU, "silu": nn.SiLU}
+
+
+@torch.no_grad()
+def to_dense(
+    model: nn.Module,
+    *,
+    usage: Mapping[str, ExpertUsage | Tensor] | None = None,
+    scale_gates: bool = False,
+) -> nn.Module:
+    """A copy of a model with one timm `Mlp` in place of each `MoeMlp`: the average of the layer's experts.
+
+    The router is gone, and with it groups, capacity and gates. Experts that are all equal, as `upcycle` makes them,
+    give that MLP back bit for bit (in float32 and narrower).
+
+    Args:
+        model: any with MoE layers whose experts are of one size, whatever their router; not changed.
+        usage: choices that each expert processed, by layer, to weigh the experts by: of
+            `vmoe_torch.evaluate.expert_usage`, or (E,) numbers. None weighs all alike.
+        scale_gates: whether the MLP's output is multiplied by the mean of a token's summed gates, as the output of the
+            experts was; needs the usage that `expert_usage` counts.
+
+    Returns:
+        The copy, in the same mode, dtype and on the same device; a `VMoE` becomes one without MoE layers, with the
+        names of weights that timm's VisionTransformer has.
+
+    Raises:
+        ValueError: if there is no MoE layer, an argument is off, or a layer is of a kind that has no average.
+    """
+    scale_gates = check_flag("scale_gates", scale_gates)
+    refuse_ensembles(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
+    if not layers:
+        raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
+    if "" in layers:
+        raise ValueError("model must have its MoE layers inside, got a MoeMlp itself")
+    averages = {}
+    for name, layer in layers.items():
+        check_experts(name, layer)
+        averages[name] = _average(layer, *_weighed(name, layer, usage, scale_gates))
+    # Not the experts, of which there are many: the copies of their layers are the averages.
+    model = copy.deepcopy(model, {id(layer): averages[name] for name, layer in layers.items()})
+    for part in model.modules():
+        if isinstance(part, VMoE):
+            remember(part, {"moe_layers": ()}, forgotten=get_type_hints(MoeOptions))
+    return model
+
+
+def _weighed(
+    name: str, layer: MoeMlp, usage: Mapping[str, ExpertUsage | Tensor] | None, scale_gates: bool
+) -> tuple[Tensor, float]:
+    """(E,) float64 weights of the experts, not normalised, and what the output is multiplied by."""
+    weights = torch.ones(layer.num_experts, dtype=torch.float64) if usage is None else counts_of(name, layer, usage)
+    if weights.sum() == 0:
+        raise ValueError(f"usage must be above 0 for at least one expert of {name}, got none")
+    if not scale_gates:
+        return weights, 1.0
+    found = None if usage is None else usage[name]
+    if not isinstance(found, ExpertUsage) or found.tokens < 1:
+        raise ValueError(f"usage must be of expert_usage to scale by gates, got {type(found).__name__} for {name}")
+    return weights, float(found.gates.sum()) / found.tokens
+
+
+def _average(layer: MoeMlp, weights: Tensor, scale: float) -> Mlp:
+    """The MLP of a layer, in its mode."""
+    weight = layer.fc1.weight
+    mlp = Mlp(
+        weight.shape[2],
+        weight.shape[1],
+        layer.fc2.weight.shape[1],
+        act_layer=_ACTIVATIONS[layer.activation],
+        bias=layer.fc1.bias is not None,
+        drop=(layer.expert_drop, layer.drop.p),
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    for experts, dense, factor in ((layer.fc1, mlp.fc1, 1.0), (layer.fc2, mlp.fc2, scale)):
+        _copy_average(experts, dense, weights.to(weight.device), factor)
+    return mlp.train(layer.training)
+
+
+def _copy_average(experts: ExpertLinear, dense: nn.Linear, weights: Tensor, factor: float) -> None:
+    for key, parameter in dense.named_parameters():
+        total = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
+        # One expert at a time: all of them in float64 need not fit.
+        for weight, expert in zip(weights, getattr(experts, key)):
+            total += weight * expert.double()
+        parameter.copy_(total / weights.sum() * factor)
+        parameter.requires_grad_(getattr(experts, key).requires_grad)
