@@ -16,6 +16,7 @@ __all__ = [
     "VMoE",
     "auxiliary_loss",
     "follow_loss_scale",
+    "inflate",
     "models",
     "moe_layers",
     "push_to_hf_hub",
@@ -29,6 +30,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from vmoe_torch.budget import set_budget
+    from vmoe_torch.models.inflation import inflate
     from vmoe_torch.models.upcycling import upcycle
 else:
 
@@ -38,6 +40,10 @@ else:
             from vmoe_torch.models.upcycling import upcycle
 
             return upcycle
+        if name == "inflate":
+            from vmoe_torch.models.inflation import inflate
+
+            return inflate
         if name == "set_budget":
             from vmoe_torch.budget import set_budget
 

@@ -17,7 +17,7 @@ from vmoe_torch.weights.names import join_members
 from vmoe_torch.weights.sources import Weights
 
 # Of our models, as timm lists them.
-MODULES = ("vmoe", "ensemble")
+MODULES = ("vmoe", "ensemble", "video")
 
 
 def open_weights(weights: Weights) -> tuple[nn.Module, str]:

@@ -58,6 +58,8 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     now["global_pool"] = model.global_pool
     if model.patch_embed.img_size is not None:
         now["img_size"] = tuple(model.patch_embed.img_size)
+    if hasattr(model, "num_frames"):
+        now["num_frames"] = model.num_frames
     return {**model.made_with, **now, **routing_arguments(model)}
 
 
