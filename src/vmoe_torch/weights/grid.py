@@ -21,7 +21,7 @@ def known_grid(state_dict: Mapping[str, Tensor], model: nn.Module) -> tuple[int,
     size = getattr(model, "pretrained_model_args", {}).get("img_size")
     if size is None:
         size = getattr(model, "pretrained_cfg", {}).get("input_size", (0, 0, 0))[1:]
-    if not isinstance(kernel, Tensor) or kernel.dim() not in (4, 5):
+    if not isinstance(kernel, Tensor) or kernel.dim() != 4:
         return None
     return grid_of(size, state_dict)
 
