@@ -16,6 +16,7 @@ __all__ = [
     "VMoE",
     "auxiliary_loss",
     "follow_loss_scale",
+    "inflate",
     "models",
     "moe_layers",
     "prune_experts",
@@ -32,6 +33,7 @@ __all__ = [
 if TYPE_CHECKING:
     from vmoe_torch.budget import set_budget
     from vmoe_torch.models.averaging import to_dense
+    from vmoe_torch.models.inflation import inflate
     from vmoe_torch.models.pruning import prune_experts
     from vmoe_torch.models.upcycling import upcycle
 else:
@@ -42,6 +44,10 @@ else:
             from vmoe_torch.models.upcycling import upcycle
 
             return upcycle
+        if name == "inflate":
+            from vmoe_torch.models.inflation import inflate
+
+            return inflate
         if name == "prune_experts":
             from vmoe_torch.models.pruning import prune_experts
 

@@ -1,5 +1,6 @@
-"""The original's checkpoints: read, written, converted; and dense models turned sparse."""
+"""The original's checkpoints: read, written, converted; dense models turned sparse, image models turned to video."""
 
+from vmoe_torch.models.inflation import inflate
 from vmoe_torch.models.upcycling import upcycle, upcycle_optimizer
 from vmoe_torch.weights.conversion import convert
 from vmoe_torch.weights.exporting import export_original
@@ -14,6 +15,7 @@ __all__ = [
     "cached_checkpoint",
     "convert",
     "export_original",
+    "inflate",
     "load_original",
     "read_index",
     "read_original",

@@ -311,7 +311,7 @@ def _ends_activations(model: nn.Module, images: int, tokens: int, settings: Plan
         return kept + tokens * model.embed_dim * a
     # Of the output the head's copy only; and copies of the weights.
     parts = (model.patch_embed.proj, *model.pre_logits.modules(), model.head)
-    weights = sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear | nn.Conv2d))
+    weights = sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d))
     return kept + a * (images * model.embed_dim + weights)
 
 

@@ -18,7 +18,7 @@ from vmoe_torch.weights.names import join_members
 from vmoe_torch.weights.sources import Weights
 
 # Of our models, as timm lists them.
-MODULES = ("vmoe", "ensemble", "soft_moe")
+MODULES = ("vmoe", "ensemble", "soft_moe", "video")
 
 
 def open_weights(weights: Weights) -> tuple[nn.Module, str]:

@@ -96,6 +96,8 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     if slots:
         now["slots_per_expert"] = slots.pop()
         made.pop("capacity_factor", None)
+    if hasattr(model, "num_frames"):
+        now["num_frames"] = model.num_frames
     return {**made, **now, **routing_arguments(model)}
 
 

@@ -21,7 +21,7 @@ def init_module(module: nn.Module, name: str = "", needs_reset: bool = True) -> 
             nn.init.uniform_(module.weight, -bound, bound)
         if module.bias is not None:
             nn.init.normal_(module.bias, std=1e-6) if ".mlp." in f".{name}" else nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, nn.Conv2d | nn.Conv3d):
         lecun_normal_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

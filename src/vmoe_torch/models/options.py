@@ -11,6 +11,7 @@ from vmoe_torch.layers.options import MoeOptions
 Layer = str | Callable[..., nn.Module] | type[nn.Module]
 MoeLayers = str | int | tuple[int, ...] | list[int]
 PositionEmbedding = Literal["learn", "none", "sincos2d"]
+VideoPositionEmbedding = Literal["learn", "factorised", "none"]
 WeightInit = Literal["", "jax", "jax_nlhb", "moco", "reset", "skip"]
 
 

@@ -229,7 +229,9 @@ class VMoE(vit.VisionTransformer):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         described = local_metadata.get(MODEL_KEY)
         own, given = tuple(self.patch_embed.grid_size), described and tuple(described["grid"])
-        if f"{prefix}pos_embed" in state_dict and given not in (None, own) and math.prod(given) == math.prod(own):
+        position = state_dict.get(f"{prefix}pos_embed")
+        alike = position is not None and self.pos_embed is not None and position.shape == self.pos_embed.shape
+        if alike and given not in (None, own):
             # As many positions, yet of other places: load_pretrained resizes them.
             args[-1].append(f"{prefix}pos_embed must be of a grid of {own}, got one of {given}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

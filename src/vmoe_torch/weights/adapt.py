@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vmoe_torch.weights.grid import known_grid, zoom_position
 from vmoe_torch.weights.names import split_members
+from vmoe_torch.weights.tubelets import for_video
 
 
 def checkpoint_filter_fn(
@@ -22,9 +23,14 @@ def checkpoint_filter_fn(
         source_grid = known_grid(state_dict, model)
     source = state_dict.get("model", state_dict)
     source = dict(source.get("state_dict", source))
-    position = source.pop("pos_embed", None)
     own = model.state_dict()
-    filtered = vit_filter_fn(source, model)
+    # timm's filter knows images alone: what differs for clips goes around it.
+    apart = {}
+    if own["patch_embed.proj.weight"].dim() == 5:
+        source = for_video(source, model, source_grid)
+        apart = {name: source.pop(name) for name in ("patch_embed.proj.weight", "pos_embed") if name in source}
+    position = source.pop("pos_embed", None)
+    filtered = vit_filter_fn(source, model) | apart
     if isinstance(model.pre_logits, nn.Sequential):
         filtered.update({name: value for name, value in source.items() if name.startswith("pre_logits.")})
     if position is not None and "pos_embed" in own:
@@ -41,11 +47,11 @@ def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
     """A patch embedding's kernel for other images, as timm adapts it from 3 channels (before 1.0.31 from 3 alone).
 
     Args:
-        kernel: (D, channels, height, width).
+        kernel: (D, channels, height, width), or of tubelets (D, channels, frames, height, width).
         in_chans: channels of the images to come.
 
     Returns:
-        (D, in_chans, height, width): one channel is the sum of all, several repeat them and keep the sum's scale.
+        (D, in_chans, ...): one channel is the sum of all, several repeat them and keep the sum's scale.
     """
     channels = kernel.shape[1]
     if in_chans == channels:
@@ -53,7 +59,7 @@ def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
     wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
     if in_chans == 1:
         return wide.sum(1, keepdim=True).to(kernel.dtype)
-    repeated = wide.repeat(1, -(-in_chans // channels), 1, 1)[:, :in_chans]
+    repeated = torch.cat([wide] * -(-in_chans // channels), 1)[:, :in_chans]
     return (repeated * (channels / in_chans)).to(kernel.dtype)
 
 
@@ -71,7 +77,8 @@ def load_adapted(
     original's fine-tuning does. Other channels are summed or repeated as in timm.
 
     Args:
-        model: a VMoE; nothing in it changes on an error.
+        model: a VMoE; nothing in it changes on an error. A `VideoVMoE` takes an image model's weights, too, inflated as
+            `weights.tubelets.for_video` does.
         state: names as ours.
         source: where the state comes from, for errors.
         drop_head: whether to keep the model's own head even where the number of classes is the same.
@@ -83,7 +90,8 @@ def load_adapted(
     own = model.state_dict()
     had_pre_logits = "pre_logits.0.weight" in state
     head, kernel = state.get("head.weight"), state.get("patch_embed.proj.weight")
-    if kernel is not None and (kernel.dim() != 4 or kernel.numel() == 0):
+    dims = (4, own["patch_embed.proj.weight"].dim())
+    if kernel is not None and (kernel.dim() not in dims or kernel.numel() == 0):
         raise ValueError(f"{source}: patch_embed.proj.weight must be (D, C, P, P), got {tuple(kernel.shape)}")
     state = checkpoint_filter_fn(dict(state), model, grid or known_grid(state, model))
     kernel = state.get("patch_embed.proj.weight")

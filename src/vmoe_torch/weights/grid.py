@@ -29,9 +29,12 @@ def known_grid(state_dict: Mapping[str, Tensor], model: nn.Module) -> tuple[int,
 def grid_of(size: int | tuple[int, int], state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """Rows and columns of the patches of images of this size, if they are what a state dict has positions for."""
     height, width = (size, size) if isinstance(size, int) else size
-    patch = state["patch_embed.proj.weight"].shape[2:]
-    grid = (int(height) // patch[0], int(width) // patch[1])
-    return grid if grid[0] * grid[1] in _patches(state) else None
+    kernel = state["patch_embed.proj.weight"]
+    grid = (int(height) // kernel.shape[-2], int(width) // kernel.shape[-1])
+    patches = max(grid[0] * grid[1], 1)
+    # A video model may have positions for the patches of several times.
+    fits = any(count % patches == 0 if kernel.dim() == 5 else count == patches for count in _patches(state))
+    return grid if fits and min(grid) > 0 else None
 
 
 def square_grid(state: Mapping[str, Tensor]) -> tuple[int, int] | None:

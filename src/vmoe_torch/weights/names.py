@@ -231,6 +231,9 @@ def to_original(state: Mapping[str, Tensor], num_heads: int, ensemble_size: int 
         elif path.rpartition("/")[2] in _NORMS:
             arrays[f"{path}/scale"] = value
         elif module == "patch_embed.proj":
+            if value.dim() != 4:
+                shape = tuple(value.shape)
+                raise ValueError(f"{name} must be (D, C, P, P), as the original has no video models, got {shape}")
             arrays[f"{path}/kernel"] = value.permute(2, 3, 1, 0)
         else:
             value = value.transpose(-1, -2)
