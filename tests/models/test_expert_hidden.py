@@ -101,6 +101,8 @@ def test_flops_are_the_bound_and_what_was_filled():
     dense = count_flops(timm.create_model("test_vmoe", img_size=32, depth=2, moe_layers=()), images)
     assert counted.dense == dense.total == dense.filled
     assert forward_flops(model, 8) / 8 == counted.total
+    unknown = count_flops(_model(capacity_factor=2.0).to("meta"), images.to("meta"))
+    assert (unknown.total, unknown.filled) == (counted.total, None)
     (evaluation,) = vmoe_torch.evaluate.evaluate(model, [(images, torch.zeros(8, dtype=torch.int64))])
     assert as_rows([evaluation])[0]["filled_flops"] == counted.filled
 

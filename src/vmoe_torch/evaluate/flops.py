@@ -30,7 +30,7 @@ class Flops:
     """FLOPs of each MoE layer by name, its router included."""
     filled: float | None = None
     """FLOPs of the whole model if slots without a token cost nothing and experts are as wide as they are; None where
-    that was not counted."""
+    that cannot be known, as on the meta device."""
 
     @property
     def relative(self) -> float:
@@ -65,18 +65,23 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
     with eval_mode(model), sdpa_kernel(SDPBackend.MATH), counter:
         model(images)
     per_module = counter.get_flop_counts()
-    total = dense = filled = counter.get_total_flops()
+    total = dense = counter.get_total_flops()
+    filled: float | None = total
     layers = {}
     for name, layer in moe_layers(model).items():
         layers[name] = sum(per_module[f"{type(model).__name__}.{name}"].values())
         dense -= layers[name]
         widest = layer.fc1.linears()[0].weight.shape, layer.fc2.linears()[0].weight.shape
         dense += mlp_flops(layer.record.slots.shape[0], *widest)
-        slots = layer.record.slots
-        rows = slots.numel() if layer.own_router().is_dropless() else layer.num_experts * layer.record.groups.rows
-        filled += layer.filled_flops() - layer.expert_flops(rows)
+        if filled is None or not layer.record.has_values():
+            filled = None
+        else:
+            slots = layer.record.slots
+            rows = slots.numel() if layer.own_router().is_dropless() else layer.num_experts * layer.record.groups.rows
+            filled += layer.filled_flops() - layer.expert_flops(rows)
     per_layer = {name: count / len(images) for name, count in layers.items()}
-    return Flops(total / len(images), dense / len(images), per_layer, filled / len(images))
+    filled = None if filled is None else filled / len(images)
+    return Flops(total / len(images), dense / len(images), per_layer, filled)
 
 
 def ptflops_hooks() -> dict[type | object, Callable]:
