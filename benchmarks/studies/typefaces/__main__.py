@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness.results import RESULTS, command_line, environment, publish
+from benchmarks.harness.results import RESULTS, command_line, environment, heading, publish
 from benchmarks.studies.fashion_mnist import FIGURES
-from benchmarks.studies.typefaces import figures, fonts, report
+from benchmarks.studies.typefaces import claims, figures, fonts, report
 from benchmarks.studies.typefaces.measure import RESULT, execute
 from benchmarks.studies.typefaces.runs import PARTS, Run, runs_of
 from vmoe_torch.data.typefaces import CHARACTERS
@@ -55,11 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if found:
         for name, canvas in figures.drawn(found, options.runs).items():
             canvas.savefig(options.figures / f"typefaces_{name}.png", dpi=150)
-        publish(options.out, "results", {"environment": made, "runs": found}, report.markdown)
+        publish(options.out, "results", {"environment": made, "runs": found}, page)
     left = [run.name for run in runs if not _finished(run, options.runs)]
     if left:
         print(f"{len(left)} runs are left: {', '.join(left)}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if left else 0
+
+
+def page(content: dict) -> list[str]:
+    """The page of the results, from what their JSON holds."""
+    title = heading("Characters in typefaces never seen", content["environment"])
+    return [*title, *claims.table(content["runs"]), *report.sections(content["runs"])]
 
 
 def _finished(run: Run, folder: Path) -> bool:

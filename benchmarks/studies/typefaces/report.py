@@ -4,17 +4,11 @@ import itertools
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.harness.results import heading
 from benchmarks.studies.typefaces.runs import SIZES, SWEEP, sweep
 from vmoe_torch.report.style import layer_label
 
 # The order of claiming slots that a trained V-MoE is evaluated with.
 PRIORITY = True
-
-
-def markdown(content: dict) -> list[str]:
-    """The page of the results, from what their JSON holds."""
-    return [*heading("Characters in typefaces never seen", content["environment"]), *sections(content["runs"])]
 
 
 def sections(found: Sequence[dict]) -> list[str]:

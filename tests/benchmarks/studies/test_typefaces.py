@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.studies.typefaces import figures, fonts, measure, report, runs, specialisation
-from benchmarks.studies.typefaces.__main__ import main
+from benchmarks.studies.typefaces.__main__ import main, page
 
 FACES = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
@@ -109,8 +109,16 @@ def test_a_whole_study(tiny, tmp_path):
     # A finished run is read, not repeated.
     again = dataclasses.replace(next(iter(runs.sizes())), updates=9)
     assert measure.execute(again, tiny) == found[0]
-    text = "\n".join(report.markdown({"environment": {"machine": "any"}, "runs": found}))
-    for part in ("equal inference FLOPs", "digits | 1", "set_budget", "| layer | character |", "upcycled |"):
+    text = "\n".join(page({"environment": {"machine": "any"}, "runs": found}))
+    for part in (
+        "equal inference FLOPs",
+        "digits | 1",
+        "set_budget",
+        "| layer | character |",
+        "upcycled |",
+        "better at equal",
+        "| yes |",
+    ):
         assert part in text
     assert "half drawn" not in text
     assert figures.drawn(found, tiny).keys() == {"training_flops", "capacity", "experts", "specialists"}
