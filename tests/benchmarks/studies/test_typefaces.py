@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from benchmarks.studies.typefaces import figures, fonts, measure, report, runs, specialisation
+from benchmarks.studies.typefaces import claims, figures, fonts, measure, report, runs, specialisation
 from benchmarks.studies.typefaces.__main__ import main, page
 
 FACES = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -82,6 +82,23 @@ def test_equal_inference_flops_lie_between_settings():
     assert report.reached(run, 0.9) is None
 
 
+def test_claims_hold_or_not():
+    def run(kind: str, name: str, top1: float) -> dict:
+        return {"kind": kind, "size": "small", "name": name, "seed": 0, "test": {"all": top1}}
+
+    found = [
+        run("sparse", "sparse_small_0", 0.5),
+        run("dense", "dense_small_0", 0.45),
+        run("dense", "dense_flops_small_0", 0.51),
+    ]
+    lines = claims.table(found)
+    assert [line.split(" | ")[2:] for line in lines[4:-1]] == [
+        ["small +5.0 points", "yes |"],
+        ["small -1.0 points", "no |"],
+    ]
+    assert claims.table([]) == []
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A study of few letters and updates; returns the folder of its runs."""
@@ -116,8 +133,8 @@ def test_a_whole_study(tiny, tmp_path):
         "set_budget",
         "| layer | character |",
         "upcycled |",
-        "better at equal",
-        "| yes |",
+        "after as many training steps | 5-shot",
+        "is better upcycled",
     ):
         assert part in text
     assert "half drawn" not in text
