@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import vmoe_kernels as kernels
+from vmoe_kernels.common.impl import row_tile
 from vmoe_kernels.testing import Comparison, compare_with_eager, make_experts, make_routed, slots_fault
 from vmoe_torch.doctor import problems
 from vmoe_torch.doctor.problems import Problem
@@ -168,6 +169,25 @@ def _assign_slots(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> dic
     return found
 
 
+def _assign_dropless_slots(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> dict[str, Comparison]:
+    options = {"num_experts": sizes.experts, "group_size": -(-sizes.tokens // 2)}
+    experts = _chosen(device, sizes)
+    got = kernels.assign_dropless_slots(experts, **options)
+    want = kernels.assign_dropless_slots_reference(experts, tile=row_tile(device), **options)
+    found = {}
+    for name, own, twin in zip(("slots", "spans"), got, want):
+        others = int((own != twin).sum()) if own.shape == twin.shape else twin.numel()
+        fault = f"{name} must be the twin's, {others} are others" if others else None
+        found[name] = Comparison(torch.inf if others else 0.0, 0.0, 0.0, fault)
+    return found
+
+
+def _chosen(device: torch.device, sizes: Sizes) -> Tensor:
+    """(T, K) int32 experts, others for each choice of a token."""
+    scores = torch.rand(sizes.tokens, sizes.experts, generator=torch.Generator().manual_seed(6))
+    return scores.topk(sizes.selected).indices.to(device, torch.int32).contiguous()
+
+
 def _routed(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> dict[str, Tensor]:
     shape = (sizes.tokens, sizes.selected, sizes.experts, sizes.capacity, sizes.width)
     routed = make_routed("random", shape, dtype, device=str(device))
@@ -201,6 +221,13 @@ def _moe_mlp(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> dict[str
     return _compared("moe_mlp", inputs, activation="gelu", rows_per_expert=sizes.capacity)
 
 
+def _dropless_mlp(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> dict[str, Comparison]:
+    slots, spans = kernels.assign_dropless_slots(_chosen(device, sizes), num_experts=sizes.experts)
+    routed = _routed(dtype, device, sizes)
+    inputs = {"x": routed["x"], "slots": slots, "spans": spans, "gates": routed["gates"]}
+    return _compared("dropless_mlp", {**inputs, **_experts(dtype, device, sizes)}, activation="gelu_tanh")
+
+
 def _compared(op: str, inputs: dict[str, Any], **options: Any) -> dict[str, Comparison]:
     """An op of one output beside its twin; its first input names the dtype."""
     dtype = next(iter(inputs.values())).dtype
@@ -216,4 +243,6 @@ OPS: dict[str, Callable[[torch.dtype, torch.device, Sizes], dict[str, Comparison
     "expert_mlp": _expert_mlp,
     "combine": _combine,
     "moe_mlp": _moe_mlp,
+    "assign_dropless_slots": _assign_dropless_slots,
+    "dropless_mlp": _dropless_mlp,
 }
