@@ -225,9 +225,11 @@ class MoeMlp(TravellingRouting):
                 per_image *= size
             groups = self.groups(tokens.shape[0], per_image)
             routed = self.router.route(tokens, self.router.weight, groups, None)
-            weights = [(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)]
-            counts = [self.num_experts]
-            y = self.run_experts(tokens, routed.slots, routed.gates, weights, counts, groups.rows, None, "auto")
+            own: Weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            weights: list[Weights] = [own]
+            y = self.run_experts(
+                tokens, routed.slots, routed.gates, weights, [self.num_experts], groups.rows, None, "auto"
+            )
         else:
             y = self._routed(x, tokens)
         return self.drop(y).reshape(x.shape[:-1] + (y.shape[-1],))
