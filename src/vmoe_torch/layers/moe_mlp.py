@@ -245,9 +245,9 @@ class MoeMlp(TravellingRouting):
                 per_image *= size
             groups = self.groups(tokens.shape[0], per_image)
             routed = self.router.infer(tokens, groups)
-            weights = [(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)]
-            counts = [self.num_experts]
-            y = self.run_experts(tokens, routed, routed.gates, weights, counts, groups.rows, None, "auto")
+            own: Weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            weights: list[Weights] = [own]
+            y = self.run_experts(tokens, routed, routed.gates, weights, [self.num_experts], groups.rows, None, "auto")
         else:
             y = self._routed(x, tokens)
         return self.drop(y).reshape(x.shape[:-1] + (y.shape[-1],))
