@@ -2,8 +2,9 @@
 
 timm's test file asks `timm.list_models` which models each test gets. This plugin, loaded before that file, imports
 vmoe_torch and answers in timm's place: where a list of name patterns says `vit_*` it reads as if it also said `vmoe_*`,
-`test_vit*` as if also `test_vmoe*`, and where a list of modules says `vision_transformer` also `vmoe`, so each of our
-models is held to what a ViT is held to; and of the answer only our models are kept. Tests of other models by name go.
+`test_vit*` as if also `test_vmoe*`, and where a list of modules says `vision_transformer` also `vmoe` and `video`, so
+each of our models is held to what a ViT is held to; and of the answer only our models are kept. Tests of other models
+by name go.
 
 So that loading is tested without a network, the tiny models get a file of random weights in the folder named by
 VMOE_TIMM_WEIGHTS.
@@ -18,6 +19,7 @@ What a test needs decides who runs it:
 Parameters are counted on the meta device. Who ran and who was left out, and why, is printed at the end.
 """
 
+import dataclasses
 import os
 import warnings
 from collections import defaultdict
@@ -31,22 +33,23 @@ import torch
 from safetensors.torch import save_file
 
 import vmoe_torch  # noqa: F401  (registers the models)
-from vmoe_torch.models import vmoe
+from vmoe_torch.models import video, vmoe
 
 LIMIT = 4 * 1024**3 // 8
 ON_META = ("test_model_default_cfgs_non_std",)
 NEEDS_HUB = ("test_model_inference",)
 LOADS = ("test_model_load_pretrained", "test_model_features_pretrained")
 COPY_PER_BLOCK = ("test_prune_intermediate_layers_contract",)
-SAME_PATTERNS = {"vit_*": "vmoe_*", "test_vit*": "test_vmoe*"}
-SAME_MODULES = {"vision_transformer": "vmoe"}
+SAME_PATTERNS = {"vit_*": ["vmoe_*"], "test_vit*": ["test_vmoe*"]}
+MODULES = ["vmoe", "video"]
+SAME_MODULES = {"vision_transformer": MODULES}
 
 _timm_list_models = timm.list_models
 
 
-def _with_ours(words, ours: dict[str, str]) -> list[str]:
+def _with_ours(words, ours: dict[str, list[str]]) -> list[str]:
     words = list(filter(None, [words] if isinstance(words, str) else words))
-    return words + [ours[word] for word in words if word in ours]
+    return words + [own for word in words for own in ours.get(word, ())]
 
 
 def list_our_models(
@@ -66,7 +69,7 @@ def list_our_models(
         name_matches_cfg=name_matches_cfg,
         include_tags=include_tags,
     )
-    return [name for name in names if timm.models.is_model_in_modules(name, ["vmoe"])]
+    return [name for name in names if timm.models.is_model_in_modules(name, MODULES)]
 
 
 @cache
@@ -96,15 +99,16 @@ def reason_to_leave_out(test: str, name: str) -> str | None:
 
 def _give_weights(folder: Path) -> None:
     """Tiny models get a pretrained tag that names a local file, through timm's own registration."""
-    for name in _timm_list_models("test_vmoe*", module="vmoe"):
+    for name in (name for module in MODULES for name in _timm_list_models("test_vmoe*", module=module)):
+        home = video if name in video.default_cfgs else vmoe
         path = folder / f"{name}.safetensors"
         save_file(timm.create_model(name).state_dict(), path)
-        cfgs = {f"{name}.{tag}": cfg.to_dict() for tag, cfg in vmoe.default_cfgs[name].cfgs.items()}
-        cfgs[f"{name}.random"] = {**cfgs[f"{name}.untrained"], "file": str(path)}
-        vmoe.default_cfgs.update(timm.models.generate_default_cfgs(cfgs))
+        cfgs = {f"{name}.{tag}": cfg for tag, cfg in home.default_cfgs[name].cfgs.items()}
+        cfgs[f"{name}.random"] = dataclasses.replace(cfgs[f"{name}.untrained"], file=str(path))
+        home.default_cfgs.update(timm.models.generate_default_cfgs(cfgs))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f"Overwriting {name} in registry")
-            timm.models.register_model(getattr(vmoe, name))
+            timm.models.register_model(getattr(home, name))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -119,7 +123,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[_LEFT_OUT] = left_out = defaultdict(dict)
     for item in items:
         name = item.callspec.params.get("model_name") if hasattr(item, "callspec") else None
-        ours = isinstance(name, str) and timm.models.is_model_in_modules(name, ["vmoe"])
+        ours = isinstance(name, str) and timm.models.is_model_in_modules(name, MODULES)
         reason = reason_to_leave_out(item.originalname, name) if ours else None
         if reason is not None:
             left_out[item.originalname][name] = reason
