@@ -11,11 +11,17 @@ from tests.export.test_export import CASES, SAVE, SHAPE
 from vmoe_torch.export import count_experts, export_program, save_onnx
 from vmoe_torch.layers import ROUTERS
 
-EXPORTED = {**CASES, "images": {"group_size": "image"}, "no biases": {"proj_bias": False}}
+EXPORTED = {
+    **CASES,
+    "images": {"group_size": "image"},
+    "no biases": {"proj_bias": False},
+    "by threshold": {"router": "threshold", "mean_selected_experts": 1.5, "group_size": 4},
+    "soft": {"router": "soft", "slots_per_expert": 2, "capacity_factor": 1.05},
+}
 
 
 def test_every_router_has_a_case():
-    assert {case.get("router", "top_experts") for case in CASES.values()} == set(ROUTERS)
+    assert {case.get("router", "top_experts") for case in EXPORTED.values()} == set(ROUTERS)
 
 
 @pytest.mark.parametrize("case", EXPORTED)

@@ -23,7 +23,8 @@ _TORCH_PARTS = frozenset({"slice", "select", "index", "index_select", "gather", 
 def count_experts(file: Path | str | ExportedProgram, model: nn.Module) -> dict[str, int]:
     """Looks for every expert of a model in a file that was made of it, and for operators that depend on data.
 
-    An expert is there if each of its weights is, to the bit, and is read whole on a way to the logits.
+    An expert is there if each of its weights is, to the bit, and is read whole on a way to the logits. Of a soft router's
+    own weights a file may hold what was made of them, so they are not looked for.
 
     Args:
         file: an .onnx or .pt2 file, or a program of `export_program`.
@@ -47,6 +48,9 @@ def count_experts(file: Path | str | ExportedProgram, model: nn.Module) -> dict[
     found = {}
     for layer_name, layer in moe_layers(model).items():
         for key, parameter in layer.named_parameters():
+            if key.startswith("router.") and key != "router.weight":
+                # An exporter folds what a soft router makes of its slots.
+                continue
             for number, weight in enumerate(_parts(plain(parameter))):
                 if not _digests(weight) & held:
                     part = f" of expert {number}" if parameter.dim() == 3 else ""
