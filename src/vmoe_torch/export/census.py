@@ -23,8 +23,8 @@ _TORCH_PARTS = frozenset({"slice", "select", "index", "index_select", "gather", 
 def count_experts(file: Path | str | ExportedProgram, model: nn.Module) -> dict[str, int]:
     """Looks for every expert of a model in a file that was made of it, and for operators that depend on data.
 
-    An expert is there if each of its weights is, to the bit, and is read whole on a way to the logits. Of a soft router's
-    own weights a file may hold what was made of them, so they are not looked for.
+    An expert is there if each of its weights is, to the bit, and is read whole on a way to the logits. Of a soft
+    router's own weights a file may hold what was made of them, so they are not looked for.
 
     Args:
         file: an .onnx or .pt2 file, or a program of `export_program`.
