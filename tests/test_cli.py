@@ -205,7 +205,7 @@ def test_commands_refuse_options_out_of_their_range(trained, image, capsys):
 
 def test_every_numeric_option_has_a_rule():
     # Their ranges are those of the model's layers, which check them by their own names.
-    layers = {"--capacity", "--k", "--shots"}
+    layers = {"--capacity", "--k", "--shots", "--mean", "--threshold"}
     for name, command in cli.parsers()[1].items():
         ruled = {option for option, _ in command.get_default("rules") or ()}
         numeric = {

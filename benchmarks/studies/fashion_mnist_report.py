@@ -170,7 +170,8 @@ def figure(results: Sequence[dict]) -> Figure:
 
 
 def _average(place: Place, order: bool, rows: list[dict]) -> Evaluation:
-    mean = {key: statistics.mean(row[key] for row in rows) for key in rows[0] if key != "batch_priority"}
+    told = [key for key, value in rows[0].items() if key != "batch_priority" and value is not None]
+    mean = {key: statistics.mean(row[key] for row in rows) for key in told}
     return Evaluation(
         RoutingSetting(place[1], place[0], order),
         rows[0]["images"],

@@ -124,9 +124,7 @@ def test_what_does_not_fit_is_refused(video_run, run_folder, videos, image_folde
     fails(capsys, ["eval", video_run, "--data=fashion_mnist"], "data must be videos, as the model takes them, got fa")
     fails(capsys, ["eval", video_run, "--data", image_folder], "must hold one folder of videos per class, got no")
     fails(capsys, ["eval", run_folder, f"--data=video={videos}"], "data must be images, as the model takes them, got")
-    fails(
-        capsys, ["eval", run_folder, "--data", image_folder, "--views=2x1"], "--views needs a model that takes videos"
-    )
+    fails(capsys, ["eval", run_folder, "--data", image_folder, "--views=2x1"], "--views needs a model of videos")
     for wrong in ("8", "0x1", "2x", "axb", "2x3x4"):
         with pytest.raises(SystemExit, match="2"):
             main(["eval", str(video_run), f"--data={videos}", f"--views={wrong}"])

@@ -84,7 +84,7 @@ def test_streams_are_refused(tmp_path, name):
     [
         (
             "data.name=cifar10",
-            r"data\.name must be one of folder, fashion_mnist, typefaces, wds/, torch/NAME, hfds/NAME, got 'cifar10'",
+            r"data\.name must be one of folder, video, .*, wds/, torch/NAME, hfds/NAME, got 'cifar10'",
         ),
         ("data.name=wds/", r"data\.root must name the folder of .* for data\.name=wds/, got none"),
         ("data.name=torch/cifar10", r"data\.root must name the folder of .* for data\.name=torch/cifar10, got none"),

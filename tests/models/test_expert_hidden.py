@@ -95,7 +95,7 @@ def test_flops_are_the_bound_and_what_was_filled():
     tokens = [int(((slots >= 0) & (slots // rows == e)).sum()) for e in range(4)]
     assert min(tokens) > 0
     filled = 4 * 64 * sum(h * n for h, n in zip((128, 64, 0, 32), tokens))
-    bound = layer.expert_flops(rows)
+    bound = layer.expert_flops(4 * rows)
     assert (counted.total - counted.filled) * 8 == pytest.approx(bound - filled)
     # The dense counterpart has the widest expert's MLP.
     dense = count_flops(timm.create_model("test_vmoe", img_size=32, depth=2, moe_layers=()), images)

@@ -62,8 +62,13 @@ def current_settings(model: nn.Module) -> Assignment:
 
 def assign(model: nn.Module, settings: Mapping[str, LayerSetting]) -> None:
     """Sets these layers for good."""
+    layers = moe_layers(model)
     for name, setting in settings.items():
-        set_routing(model, layers=[name], **dataclasses.asdict(setting))
+        now = layers[name].routing()
+        # Of a layer without a mean and a threshold none is taken away.
+        wanted = dataclasses.asdict(setting).items()
+        changes = {key: value for key, value in wanted if value is not None or now.get(key) is not None}
+        set_routing(model, layers=[name], **changes)
 
 
 @contextmanager

@@ -28,7 +28,8 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "prune",
         help="drop experts without training",
-        description="Drops the experts whose routers moved least in fine-tuning, or that process least on some images; "
+        description="Drops the experts whose routers moved least in fine-tuning, or that fewest tokens of "
+        "--data choose; "
         "or averages the experts of each layer into the MLP of a dense model. Writes a MODEL of every command.",
         epilog="example: vmoe prune runs/mine small.pt --keep 0.5 --data IMAGES",
     )
@@ -38,11 +39,13 @@ def add(commands) -> None:
     opt.add_option(parser, "--keep", Number(0, open_low=True), type=_number, metavar="N", help=text)
     parser.add_argument("--dense", action="store_true", help="average the experts instead, weighed by use with --data")
     parser.add_argument("--before", metavar="MODEL", help="the same model before it was fine-tuned")
-    parser.add_argument("--data", metavar="DATA", help=f"or images to count each expert's choices on: {opt.DATA_HELP}")
+    parser.add_argument("--data", metavar="DATA", help=opt.DATA_HELP)
     parser.add_argument("--split", default="train", metavar="NAME", help="part of the data (default: train)")
     opt.add_number(parser, "--batch-size", 1, 128, "images per forward")
     opt.add_number(parser, "--workers", 0, 0, "processes that read images")
-    opt.add_number(parser, "--max-broken", 0, 0, "images that cannot be read and are left out; more are an error")
+    opt.add_number(
+        parser, "--max-broken", 0, 0, "images that cannot be read and are left out; more are an error that names them"
+    )
     opt.add_sample(parser, 1000)
     opt.add_routing(parser)
     opt.add_device(parser)

@@ -8,7 +8,7 @@ from vmoe_torch.layers.routers.top_experts import TopExperts
 
 ROUTERS: dict[str, type[Router]] = {
     "top_experts": TopExperts,
+    "threshold": Threshold,
     "expert_choice": ExpertChoice,
     "soft": Soft,
-    "threshold": Threshold,
 }
