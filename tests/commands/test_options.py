@@ -11,7 +11,7 @@ from vmoe_torch.commands.options import RENAMED
 
 # "FILE" where a command writes a file, "DIR" where it writes a folder: what is in it differs.
 RESULTS = {"--out"}
-LISTS = {"C,C": "C", "K,K": "K", "ORDER,ORDER": "ORDER"}
+LISTS = {"M,M": "M", "T,T": "T", "C,C": "C", "K,K": "K", "ORDER,ORDER": "ORDER"}
 
 
 def parsers():
