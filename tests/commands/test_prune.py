@@ -49,7 +49,7 @@ def test_by_the_weights_before(run_folder, tmp_path, capsys):
 def test_dense(run_folder, tmp_path, capsys, weighed):
     out = tmp_path / "dense.pt"
     data = ["--data=fashion_mnist", "--split=test", "--images=40"] if weighed else []
-    assert main(["prune", str(run_folder), str(out), "--dense", *data]) == 0
+    assert main(["prune", str(run_folder), str(out), "--average", *data]) == 0
     assert "the average of 4 experts" in capsys.readouterr().out
     model = open_model(out).model
     assert not vmoe_torch.moe_layers(model)
@@ -70,12 +70,12 @@ def test_models_of_no_run(tmp_path, capsys):
 
 def test_what_a_user_gets_wrong(run_folder, tmp_path, capsys):
     start = ["prune", run_folder, tmp_path / "x.pt"]
-    fails(capsys, [*start[:2], tmp_path / "x.onnx", "--dense"], "OUT must end in .pt, got")
-    fails(capsys, start, "one of --keep and --dense must be given, got neither")
-    fails(capsys, [*start, "--keep=2", "--dense"], "one of --keep and --dense must be given, got both")
+    fails(capsys, [*start[:2], tmp_path / "x.onnx", "--average"], "OUT must end in .pt, got")
+    fails(capsys, start, "one of --keep and --average must be given, got neither")
+    fails(capsys, [*start, "--keep=2", "--average"], "one of --keep and --average must be given, got both")
     fails(capsys, [*start, "--keep=2"], "one of --before and --data must be given, got neither")
     fails(capsys, [*start, "--keep=2", "--before=x", "--data=y"], "--before and --data must be given, got both")
-    fails(capsys, [*start, "--dense", "--before=x"], "--before must go with --keep, got it with --dense")
+    fails(capsys, [*start, "--average", "--before=x"], "--before must go with --keep, got it with --average")
     fails(capsys, [*start, "--keep=0", "--before=x"], "--keep must be above 0 and finite, got 0")
     fails(capsys, [*start, "--keep=9", f"--before={run_folder}"], "keep must be in 1..4 in blocks.0.mlp, got 9")
     assert not (tmp_path / "x.pt").exists()

@@ -37,7 +37,7 @@ def add(commands) -> None:
     parser.add_argument("out", metavar="OUT.pt", help="file to write")
     text = "experts of each layer that stay, or their share where it has a point, as 0.5"
     opt.add_option(parser, "--keep", Number(0, open_low=True), type=_number, metavar="N", help=text)
-    parser.add_argument("--dense", action="store_true", help="average the experts instead, weighed by use with --data")
+    parser.add_argument("--average", action="store_true", help="average the experts instead, by use with --data")
     parser.add_argument("--before", metavar="MODEL", help="the same model before it was fine-tuned")
     parser.add_argument("--data", metavar="DATA", help=opt.DATA_HELP)
     parser.add_argument("--split", default="train", metavar="NAME", help="part of the data (default: train)")
@@ -61,18 +61,18 @@ def run(options: argparse.Namespace) -> int:
     opt.writable(options.out, "OUT")
     if not options.out.endswith(".pt"):
         raise ValueError(f"OUT must end in .pt, got {options.out}")
-    if options.dense == (options.keep is not None):
-        raise ValueError(f"one of --keep and --dense must be given, got {'both' if options.dense else 'neither'}")
-    if options.dense and options.before is not None:
-        raise ValueError("--before must go with --keep, got it with --dense")
-    if not options.dense and (options.before is None) == (options.data is None):
+    if options.average == (options.keep is not None):
+        raise ValueError(f"one of --keep and --average must be given, got {'both' if options.average else 'neither'}")
+    if options.average and options.before is not None:
+        raise ValueError("--before must go with --keep, got it with --average")
+    if not options.average and (options.before is None) == (options.data is None):
         raise ValueError(f"one of --before and --data must be given, got {'both' if options.data else 'neither'}")
     source = open_model(options.model, options.device, average=opt.wants_average(options))
     opt.check_sparse(source.model, options)
     opt.route(source.model, options)
     usage = None if options.data is None else _usage(source, options)
     before = moe_layers(source.model)
-    if options.dense:
+    if options.average:
         model = to_dense(source.model, usage=usage)
         lines = [f"{name}: the average of {layer.num_experts} experts" for name, layer in before.items()]
     else:
