@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.stand_in import video_model
 from tests.tiny import randomized
+from tests.tiny_video import video_model
 from tests.videos import write_video
 from vmoe_torch.analyze import (
     analyze,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.stand_in import NAME
 from tests.test_cli import fails
+from tests.tiny_video import NAME
 from tests.videos import write_video
 from vmoe_torch.cli import main
 from vmoe_torch.commands.images import open_images

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.stand_in import NAME
+from tests.tiny_video import NAME
 from tests.videos import write_video
 from vmoe_torch.data import ClipTiming
 from vmoe_torch.train import Config, build_model, build_transforms, train

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.models import video_loader
 from benchmarks.models.video_loader import LOADER, MODEL, main, run, write_videos
-from tests.stand_in import NAME
+from tests.tiny_video import NAME
 from vmoe_torch.data import VideoFolder
 
 
