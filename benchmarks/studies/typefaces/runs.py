@@ -63,8 +63,8 @@ REGIMES = {
 # The designs that were tried, at the middle size and for fewer updates; what they change in SPARSE and in the recipe.
 SWEEP_UPDATES = 1600
 SWEEP: dict[str, tuple[str, dict, tuple[str, ...]]] = {
-    **{f"dense, lr {lr:g}": ("dense", {}, (f"optim.lr={lr}",)) for lr in (1e-3, 2e-3, 4e-3)},
-    **{f"sparse, lr {lr:g}": ("sparse", {}, (f"optim.lr={lr}",)) for lr in (1e-3, 2e-3, 4e-3)},
+    **{f"dense, lr {lr:g}": ("dense", {}, (f"optim.lr={lr}",)) for lr in (1e-3, 2e-3, 5e-4, 4e-3)},
+    **{f"sparse, lr {lr:g}": ("sparse", {}, (f"optim.lr={lr}",)) for lr in (1e-3, 2e-3, 5e-4, 4e-3)},
     "dense, queries and keys normalised": ("dense", {"qk_norm": True}, ()),
     "sparse, queries and keys normalised": ("sparse", {"qk_norm": True}, ()),
     "second half": ("sparse", {"moe_layers": (3, 4, 5)}, ()),
