@@ -17,6 +17,18 @@ def moe_layers(model: nn.Module) -> dict[str, MoeMlp]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode for the length of a `with` block; every module gets its own mode back, also after an error."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 def capacity_text(capacity_factor: CapacityFactor) -> str:
     """As tables and descriptions show it."""
     return capacity_factor if isinstance(capacity_factor, str) else f"{capacity_factor:g}"
@@ -81,7 +93,9 @@ def set_routing(
         for layer, _ in before:
             layer.choose_routing(given)
         if data is not None:
-            for name, threshold in find_thresholds(model, {name: found[name] for name in names}, data).items():
+            with eval_mode(model):
+                thresholds = find_thresholds(model, {name: found[name] for name in names}, data)
+            for name, threshold in thresholds.items():
                 found[name].choose_routing({"gate_threshold": threshold})
     except Exception:
         for layer, state in before:

@@ -85,3 +85,21 @@ def test_manual_loss_stays_in_the_transform():
     vmoe_torch.auxiliary_loss(model).backward()
     torch.testing.assert_close(got, model[0].router.weight.grad)
     assert got.abs().sum() > 0
+
+
+def test_kept_experts_are_those_of_the_choices_with_and_without_capacities():
+    layer = MoeMlp(8, num_experts=4, num_selected_experts=2, capacity_factor=50.0).eval()
+    torch.nn.init.normal_(layer.router.weight)
+    x = torch.randn(2, 5, 8)
+    counts = []
+    for factor in (50.0, "dropless", 0.5):
+        layer.choose_routing({"capacity_factor": factor, "eval_capacity_factor": None})
+        layer(x)
+        kept = layer.record.slots >= 0
+        assert torch.equal(layer.record.kept_experts(), layer.record.experts[kept].long())
+        counts.append((layer.record.kept_experts().bincount(minlength=4).tolist(), layer.record.num_slots(4)))
+    assert counts[0][0] == counts[1][0]
+    assert counts[1][1] == 20 < counts[0][1]
+    chosen = MoeMlp(8, num_experts=4, router="expert_choice", capacity_factor=1.0, group_size="image").eval()
+    chosen(x)
+    assert chosen.record.kept_experts().bincount(minlength=4).tolist() == [chosen.record.groups.rows] * 4

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmoe_torch.analyze.statistics import routed_layers
+from vmoe_torch.control import eval_mode
 from vmoe_torch.evaluate.prefix import shared_forward
-from vmoe_torch.evaluate.settings import eval_mode
 
 
 @dataclass(frozen=True)

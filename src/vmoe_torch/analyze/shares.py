@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe_torch.analyze.statistics import patch_grid
-from vmoe_torch.control import moe_layers
-from vmoe_torch.evaluate.settings import eval_mode
+from vmoe_torch.control import eval_mode, moe_layers
 from vmoe_torch.layers import MoeMlp, Routed
 
 # Words of `router` whose tokens choose nothing.

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vmoe_torch.control import moe_layers
+from vmoe_torch.control import eval_mode, moe_layers
 from vmoe_torch.data.clips import frames_of_a_tubelet
-from vmoe_torch.evaluate.classification import slots_of
-from vmoe_torch.evaluate.settings import eval_mode
 from vmoe_torch.layers import MoeMlp
 
 
@@ -200,7 +198,7 @@ def _add(routing: LayerRouting, layer: MoeMlp, labels: Tensor, grid: tuple[int, 
     routing.tokens += len(slots)
     routing.unprocessed += int((~kept).all(1).sum())
     routing.numbers += torch.bincount(kept.sum(1), minlength=len(routing.numbers))
-    routing.slots += slots_of(layer)
+    routing.slots += layer.record.num_slots(layer.num_experts)
     if grid is not None:
         _add_positions(routing, experts, kept, len(labels), grid)
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vmoe_torch.budget.settings import Assignment, LayerSetting, assigned
-from vmoe_torch.control import moe_layers
+from vmoe_torch.control import eval_mode, moe_layers
 from vmoe_torch.evaluate import count_flops
-from vmoe_torch.evaluate.settings import eval_mode
 
 # Forwards whose median is a latency.
 REPEATS = 7

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmoe_torch.budget.settings import Assignment, LayerSetting, assigned
-from vmoe_torch.control import moe_layers
+from vmoe_torch.control import eval_mode, moe_layers
 from vmoe_torch.evaluate.prefix import layer_forward, shared_forward
-from vmoe_torch.evaluate.settings import eval_mode
 
 
 class Quality:

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe_torch.control import moe_layers, routing
+from vmoe_torch.control import eval_mode, moe_layers, routing
 from vmoe_torch.evaluate.flops import Flops, count_flops
 from vmoe_torch.evaluate.prefix import shared_forward
-from vmoe_torch.evaluate.settings import RoutingSetting, eval_mode
-from vmoe_torch.layers import MoeMlp
+from vmoe_torch.evaluate.settings import RoutingSetting
 from vmoe_torch.layers.calibration import Images
 
 
@@ -60,7 +59,7 @@ class _Sums:
         self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         for layer in moe_layers(model).values():
             slots = layer.record.slots
-            self.slots += slots_of(layer)
+            self.slots += layer.record.num_slots(layer.num_experts)
             if layer.record.experts is None:
                 # Who is not asked is not dropped: as if every token had wanted one expert.
                 self.choices += len(slots)
@@ -92,13 +91,6 @@ def _averaged(logits: Tensor, items: int) -> Tensor:
     if len(logits) == items:
         return logits
     return logits.unflatten(0, (items, -1)).log_softmax(2).logsumexp(1) - math.log(len(logits) / items)
-
-
-def slots_of(layer: MoeMlp) -> int:
-    """Slots that a layer's experts had in its last forward, used or not; as many as choices where none is dropped."""
-    if layer.record.spans is not None:
-        return layer.record.slots.numel()
-    return layer.record.groups.rows * layer.num_experts
 
 
 class _Routing:

@@ -9,8 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vmoe_kernels.common.flops import mlp_flops
-from vmoe_torch.control import moe_layers
-from vmoe_torch.evaluate.settings import eval_mode
+from vmoe_torch.control import eval_mode, moe_layers
 from vmoe_torch.layers import MoeMlp
 
 
@@ -76,9 +75,7 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
         if filled is None or not layer.record.has_values():
             filled = None
         else:
-            slots = layer.record.slots
-            rows = slots.numel() if layer.own_router().is_dropless() else layer.num_experts * layer.record.groups.rows
-            filled += layer.filled_flops() - layer.expert_flops(rows)
+            filled += layer.filled_flops() - layer.expert_flops(layer.record.num_slots(layer.num_experts))
     per_layer = {name: count / len(images) for name, count in layers.items()}
     filled = None if filled is None else filled / len(images)
     return Flops(total / len(images), dense / len(images), per_layer, filled)

@@ -1,11 +1,8 @@
-"""Routing settings: what may change in the MoE layers of a trained model, and the mode to measure it in."""
+"""Routing settings: what may change in the MoE layers of a trained model."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import product
-
-from torch import nn
 
 from vmoe_torch.layers.options import CapacityFactor
 
@@ -43,15 +40,3 @@ def setting_grid(
         RoutingSetting(capacity, selected, priority, mean, threshold)
         for selected, capacity, priority, mean, threshold in product(*map(tuple, axes))
     ]
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Eval mode for the length of a `with` block; every module gets its own mode back, also after an error."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, training in before:
-            module.training = training

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from vmoe_torch.control import eval_mode
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.data.names import shown
 from vmoe_torch.evaluate.ridge import best_strength, shot_accuracies, shuffled_classes
-from vmoe_torch.evaluate.settings import eval_mode
 
 SHOTS = (1, 5, 10, 25)
 STRENGTHS = tuple(2.0**power for power in range(-10, 20))

@@ -5,8 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from vmoe_torch.control import moe_layers
-from vmoe_torch.evaluate.settings import eval_mode
+from vmoe_torch.control import eval_mode, moe_layers
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.layers.usage import ExpertUsage
 
@@ -44,9 +43,9 @@ def _used(layer: MoeMlp) -> ExpertUsage:
     record = layer.record
     if record.slots is None or record.groups is None:
         raise ValueError("every MoE layer must have run in a forward, got one that has not")
-    kept = record.slots >= 0
-    # Slots are rows of the buffer, expert by expert, whatever the router.
-    experts = record.slots[kept].long() // max(record.groups.rows, 1)
+    if layer.own_router().slots_per_expert is not None:
+        raise ValueError(f"every MoE layer must have choices to count, got one of router {layer.router_type!r}")
+    kept, experts = record.slots >= 0, record.kept_experts()
     choices = torch.bincount(experts, minlength=layer.num_experts)
     gates = torch.zeros(layer.num_experts, dtype=torch.float64, device=kept.device)
     gates = gates.index_add(0, experts, record.gates[kept].double())

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vmoe_torch.control import moe_layers
-from vmoe_torch.evaluate.settings import eval_mode
+from vmoe_torch.control import eval_mode, moe_layers
 
 # Largest difference, relative to the largest logit: some hundred times the rounding of float32 over a model's depth.
 TOLERANCE = 1e-4

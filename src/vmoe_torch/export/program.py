@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from vmoe_torch.control import moe_layers
-from vmoe_torch.evaluate.settings import eval_mode
+from vmoe_torch.control import eval_mode, moe_layers
 
 
 @torch.no_grad()

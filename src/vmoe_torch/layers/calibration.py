@@ -22,10 +22,10 @@ def find_thresholds(model: nn.Module, layers: Mapping[str, MoeMlp], data: Images
     """For each layer the least gate of the choices to keep, if it keeps `mean_selected_experts` per token on images.
 
     All layers are found in one pass: each keeps the largest gates of its groups meanwhile, so that the ones behind it
-    see what they will see. The model runs in eval mode on the device of its parameters, and stays as it is.
+    see what they will see. The model runs on the device of its parameters, and stays as it is.
 
     Args:
-        model: that takes a batch of images.
+        model: that takes a batch of images, in eval mode.
         layers: of the model, by name; of top experts or threshold, with mean_selected_experts set to one number.
         data: images; more change less: with some hundred the mean on others is met to a few hundredths.
 
@@ -38,8 +38,6 @@ def find_thresholds(model: nn.Module, layers: Mapping[str, MoeMlp], data: Images
     routers = {name: layer.own_router() for name, layer in layers.items()}
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         for name, router in routers.items():
             router.selection = functools.partial(_largest, seen[name], router.capacity_mean)
@@ -50,8 +48,6 @@ def find_thresholds(model: nn.Module, layers: Mapping[str, MoeMlp], data: Images
     finally:
         for router in routers.values():
             router.selection = None
-        for module, training in modes:
-            module.training = training
     if not all(seen.values()):
         raise ValueError("data must hold at least one image, got none")
     return {name: _threshold(torch.cat(gates), routers[name].capacity_mean) for name, gates in seen.items()}

@@ -204,13 +204,10 @@ class MoeMlp(TravellingRouting):
     @torch.jit.unused
     def filled_flops(self) -> int:
         """FLOPs of the rows that the last forward filled with a token, 2 * (D + O) * sum(H_e * n_e)."""
-        slots, groups = self.record.slots, self.record.groups
         if self.own_router().slots_per_expert is not None:
             # A mixture fills every slot.
-            return self.expert_flops(self.num_experts * groups.rows)
-        if self.own_router().is_dropless() or groups.rows == 0:
-            return self.expert_flops(int((slots >= 0).sum()))
-        rows = (slots[slots >= 0].long() // groups.rows).bincount(minlength=self.num_experts).tolist()
+            return self.expert_flops(self.record.num_slots(self.num_experts))
+        rows = self.record.kept_experts().bincount(minlength=self.num_experts).tolist()
         return experts_by_size.flops(self.sizes, self.fc1, self.fc2, rows)
 
     def groups(self, num_tokens: int, per_image: int) -> Groups:

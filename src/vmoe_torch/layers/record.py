@@ -70,6 +70,18 @@ class Record:
         self.loss = routed.record.get("loss")
         self.leave_transforms()
 
+    def kept_experts(self) -> Tensor:
+        """(N,) int64 experts of the choices that were processed, token by token; not of mixtures, which choose none."""
+        kept = self.slots >= 0
+        if self.experts is not None:
+            return self.experts[kept].long()
+        # A router without choices has rows with capacities, expert by expert.
+        return self.slots[kept].long() // max(self.groups.rows, 1)
+
+    def num_slots(self, num_experts: int) -> int:
+        """Slots that the experts had, used or not; as many as choices where none is dropped."""
+        return self.slots.numel() if self.spans is not None else num_experts * self.groups.rows
+
     def waiting(self) -> Tensor | None:
         """0-dim sum of the losses that wait for a reading, or None; again the same until the next forward.
 

@@ -55,7 +55,7 @@ def check_means(means: MeanSelectedExperts, num_selected_experts: int) -> tuple[
     if not listed:
         raise ValueError(f"{name} must be {rule}, got none")
     below = math.nextafter(num_selected_experts, math.inf)
-    return tuple(dict.fromkeys(check_number(name, mean, rule, math.ulp(0.0), below) for mean in listed))
+    return tuple(dict.fromkeys(check_number(name, mean, rule, _TINY, below) for mean in listed))
 
 
 def check_threshold(threshold: float | None) -> float | None:
