@@ -1,6 +1,6 @@
 """The study of typefaces: trains what is missing, then writes its tables and figures.
 
-    python -m benchmarks.studies.typefaces [--parts regimes sweep sizes upcycling] [--jobs 2] [--minutes 120]
+    python -m benchmarks.studies.typefaces [--parts search sizes upcycling] [--jobs 2] [--minutes 120]
 
 Every run is a process of one thread and takes at most half an hour on a core of its own. Stopped at any moment, by
 --minutes too, it goes on where it was; a finished run is not repeated. Fonts: `apt-get install` what

@@ -90,7 +90,14 @@ def _transform(model: nn.Module, config: Config) -> Callable:
 
 
 def _loader(model: nn.Module, config: Config, images: Dataset):
-    return evaluation_loader(images, _transform(model, config), config.data.eval_batch_size, 0, False)
+    """Batches of images in an order of chance: neighbours, which share slots, are not all of one face."""
+    mixed = Subset(images, order(len(images)))
+    return evaluation_loader(mixed, _transform(model, config), config.data.eval_batch_size, 0, False)
+
+
+def order(count: int) -> np.ndarray:
+    """Of the images of a split as `_loader` has them: [i] is which one comes as number i."""
+    return np.random.default_rng(0).permutation(count)
 
 
 def accuracy(model: nn.Module, config: Config, split: str) -> dict[str, float]:
@@ -98,7 +105,8 @@ def accuracy(model: nn.Module, config: Config, split: str) -> dict[str, float]:
     images = _images(config, split)
     with torch.no_grad():
         right = torch.cat([model(x).argmax(1) == labels for x, labels in _loader(model, config, images)]).numpy()
-    faces = {face.name: float(right[images.face_numbers == number].mean()) for number, face in enumerate(images.faces)}
+    shown = images.face_numbers[order(len(images))]
+    faces = {face.name: float(right[shown == number].mean()) for number, face in enumerate(images.faces)}
     return {"all": float(right.mean()), **faces}
 
 
@@ -129,7 +137,7 @@ def transfer(model: nn.Module, config: Config) -> list[dict]:
 def budgeted(model: nn.Module, config: Config, share: float) -> dict:
     """Accuracy at a share of the FLOPs that `set_budget` chose for on validation typefaces."""
     images = _images(config, "val")
-    some = Subset(images, np.random.default_rng(0).permutation(len(images))[:CALIBRATION])
+    some = Subset(images, order(len(images))[:CALIBRATION])
     with routing(model):
         chosen = set_budget(model, flops=share, data=_loader(model, config, some))
         result = evaluate(model, _loader(model, config, _images(config, "test")))[0]
@@ -141,7 +149,7 @@ def routed(model: nn.Module, config: Config) -> dict[str, dict]:
     images = _images(config, "test")
     patch = config.model.kwargs["patch_size"]
     found, arrays = specialisation.routed(
-        model, _loader(model, config, images), images.face_numbers, len(images.class_names), patch
+        model, _loader(model, config, images), images.face_numbers[order(len(images))], len(images.class_names), patch
     )
     with replacing(Path(config.run.output) / ROUTING) as partial, open(partial, "wb") as stream:
         np.savez_compressed(stream, **arrays)
