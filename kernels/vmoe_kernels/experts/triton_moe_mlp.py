@@ -69,10 +69,11 @@ def gate_gradient(row_dots: Tensor, bias_dots: Tensor | None, slots: Tensor, gat
 @no_autocast
 def moe_mlp_triton(x: Tensor, slots: Tensor, gates: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """Launcher of `vmoe::moe_mlp`."""
-    *weights, rows, activation, drop, seed, save = arguments
+    # Arguments that are their defaults are left out.
+    *weights, rows, activation, drop, seed, save = arguments[:9]
     weights, activation = bundle(*weights, activation, drop, seed)
     check_sizes(rows, weights, activation)
-    y, pre = _forward(x, _buffer(slots.contiguous(), weights, rows), gates, weights, activation, save)
+    y, pre = _forward(x, _buffer(slots, weights, rows, *arguments[9:]), gates, weights, activation, save)
     return y, pre
 
 
@@ -81,9 +82,9 @@ def moe_mlp_backward_triton(
     d_y: Tensor, x: Tensor, slots: Tensor, gates: Tensor, pre: Tensor, *arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher of `vmoe::moe_mlp_backward`."""
-    *weights, rows, activation, drop, seed = arguments
+    *weights, rows, activation, drop, seed = arguments[:8]
     weights, activation = bundle(*weights, activation, drop, seed)
-    return _backward(d_y, x, _buffer(slots.contiguous(), weights, rows), gates, pre, weights, activation)
+    return _backward(d_y, x, _buffer(slots, weights, rows, *arguments[8:]), gates, pre, weights, activation)
 
 
 @no_autocast
@@ -104,9 +105,11 @@ def dropless_mlp_backward_triton(
     return _backward(d_y, x, _dropless_buffer(slots, spans), gates, pre.unsqueeze(0), weights, activation)
 
 
-def _buffer(slots: Tensor, weights: ExpertWeights, rows: int) -> Buffer:
-    num_experts = weights.fc1_weight.shape[0]
-    return Buffer(num_experts, rows, slots, choice_of_row_triton(slots, num_experts * rows))
+def _buffer(slots: Tensor, weights: ExpertWeights, rows: int, choices: Tensor | None = None) -> Buffer:
+    slots, num_experts = slots.contiguous(), weights.fc1_weight.shape[0]
+    if choices is None:
+        choices = choice_of_row_triton(slots, num_experts * rows)
+    return Buffer(num_experts, rows, slots, choices.contiguous())
 
 
 def _dropless_buffer(slots: Tensor, spans: Tensor) -> Buffer:
