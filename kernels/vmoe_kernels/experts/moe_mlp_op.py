@@ -140,9 +140,7 @@ def _backward(ctx, d_y, _pre):
         gradients = twin_gradients(twin, (x, gates, *weights), (d_y,))
     else:
         settings = (ctx.rows_per_expert, ctx.activation, ctx.drop, seed, choices)
-        gradients = torch.ops.vmoe.moe_mlp_backward(
-            d_y.contiguous(), x, slots, gates, pre, *weights, *settings, choices
-        )
+        gradients = torch.ops.vmoe.moe_mlp_backward(d_y.contiguous(), x, slots, gates, pre, *weights, *settings)
         gradients = (None if of is None else gradient for gradient, of in zip(gradients, (x, gates, *weights)))
     d_x, *others = gradients
     return (d_x, None, *others, None, None, None, None, None, None)

@@ -60,7 +60,7 @@ def test_a_layer_launches_eight_kernels_forward_and_backward_with_those_of_the_c
     assert [each.name for each in launches[90]] == [
         *("choice_of_row", "expert_up", "expert_down", "combine"),
         *("choice_of_row", "expert_d_hidden", "output_bias", "sum_parts"),
-        *("expert_d_fc2", "expert_d_fc1", "expert_d_rows", "dispatch_backward", "gate_gradient"),
+        *("expert_d_fc2", "expert_d_fc1", "expert_d_rows", "dispatch_backward"),
     ]
     up = {chip: next(each for each in found if each.name == "expert_up") for chip, found in launches.items()}
     assert (up[80].max_registers, up[90].max_registers) == (None, 128)
@@ -100,7 +100,7 @@ def test_a_layer_takes_six_launches_forward_and_eleven_backward(batch_priority, 
     ]
     assert backward == [
         *("expert_d_hidden/fp32", "output_bias", "sum_parts", "expert_d_fc2/fp32", "expert_d_fc1/fp32"),
-        *("expert_d_rows/fp32", "dispatch_backward", "gate_gradient"),
+        *("expert_d_rows/fp32", "dispatch_backward"),
         *("router_backward_tokens_fp32_le32", "router_backward_weight_fp32_le32"),
         # Of the parts of the router's gradient, and of what x gets from the router and from the experts.
         *("sum", "add"),
