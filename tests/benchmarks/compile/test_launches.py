@@ -63,7 +63,7 @@ def test_a_layer_launches_eight_kernels_forward_and_backward_with_those_of_the_c
         *("expert_d_fc2", "expert_d_fc1", "expert_d_rows", "dispatch_backward"),
     ]
     up = {chip: next(each for each in found if each.name == "expert_up") for chip, found in launches.items()}
-    assert (up[80].max_registers, up[90].max_registers) == (None, 128)
+    assert (up[80].constexprs["BLOCK_COLS"], up[90].constexprs["BLOCK_COLS"]) == (128, 256)
 
 
 class _Library(TorchDispatchMode):
@@ -116,7 +116,7 @@ def test_every_kernel_and_every_table_entry_is_captured(captured):
         assert {each.kernel for each in every} == kernels
         for op in launch.registered_ops():
             with launch.pretend(f"sm{chip}"):
-                entries = [launch.look_up(op, CPU, bucket) for bucket in ("any", "le64")]
+                entries = [launch.look_up(op, CPU, bucket) for bucket in ("any", "le64", "wide")]
             launched = [_options(each) for each in every if each.name.startswith(f"{op}/")]
             # The slots' table names a design, not a kernel's constants.
             for config in entries if op != "slots" else ():
