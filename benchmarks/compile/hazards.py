@@ -68,10 +68,10 @@ def register_operands(sass: str) -> Operands:
     }
     overwritten: dict[int, str] = {}
     # From the top, and from the head of each loop with what is in flight at its end.
-    starts: list[tuple[int, int, list[set[int]]]] = [(0, len(code), [set()])]
-    for start, end, groups in starts:
+    runs: list[tuple[range, list[set[int]]]] = [(range(len(code)), [set()])]
+    for number, (run, groups) in enumerate(runs):
         groups = [set(group) for group in groups]
-        for i in range(start, end):
+        for i in run:
             each = code[i]
             if any(register in group for group in groups for register in each.written):
                 overwritten[i] = f"{each.address:#x} {each.name} {each.operands}"
@@ -84,9 +84,9 @@ def register_operands(sass: str) -> Operands:
                 left = int(_WAIT.search(each.operands)[1], 16)
                 # The last group is open, and the wait is not for it.
                 groups = groups[max(len(groups) - 1 - left, 0) :]
-            elif each.name == "BRA" and start == 0 and any(groups):
+            elif each.name == "BRA" and number == 0 and any(groups):
                 target = re.search(r"0x([0-9a-f]+)", each.operands)
                 head = index.get(int(target[1], 16)) if target else None
                 if head is not None and head <= i:
-                    starts.append((head, i + 1, groups))
+                    runs.append((range(head, i + 1), groups))
     return Operands(len(products), tuple(overwritten[i] for i in sorted(overwritten)))

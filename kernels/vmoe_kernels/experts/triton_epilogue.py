@@ -221,6 +221,7 @@ def store_hidden(
 @triton.jit
 def store_hidden_gradient(
     d_hidden,  # (BLOCK_ROWS, BLOCK) float32
+    row_dots,  # (BLOCK_ROWS,) float32
     gates,  # (BLOCK_ROWS,) float32, or None for 1
     pre_ptr,  # (E * R, W)
     d_pre_ptr,  # (E * R, W)
@@ -243,20 +244,19 @@ def store_hidden_gradient(
 ):
     """Recomputes a tile of the hidden activations; stores gate * hidden, d_pre and the column sums of d_pre.
 
-    Empty rows get zeros in both, as the weight gradients read them. Returns <d_hidden, hidden> of each row. PARTS as
-    in `store_hidden`.
+    Empty rows get zeros in both, as the weight gradients read them. Returns row_dots + <d_hidden, hidden> of each row.
+    PARTS as in `store_hidden`.
     """
     if PARTS > 1:
         left, right = _halves(d_hidden, BLOCK_ROWS, BLOCK)
-        left_dots = store_hidden_gradient(
-            left, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, stream, draws, place, count,
-            held, start, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
+        row_dots = store_hidden_gradient(
+            left, row_dots, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, stream, draws,
+            place, count, held, start, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
         )  # fmt: skip
-        right_dots = store_hidden_gradient(
-            right, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, stream, draws, place, count,
-            held, start + BLOCK // 2, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
+        return store_hidden_gradient(
+            right, row_dots, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, stream, draws,
+            place, count, held, start + BLOCK // 2, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK // 2, PARTS // 2, TILE,
         )  # fmt: skip
-        return left_dots + right_dots
     rows = tl.arange(0, BLOCK_ROWS)
     cols = start + tl.arange(0, BLOCK)
     first = place * WIDTH
@@ -270,7 +270,7 @@ def store_hidden_gradient(
         scale = _dropout_scale(seed_ptr, drop, stream, draws, cols, WIDTH)
         hidden *= scale
         slope *= scale
-    row_dots = tl.sum(d_hidden * hidden, 1)
+    row_dots += tl.sum(d_hidden * hidden, 1)
     d_pre = d_hidden * slope
     if gates is not None:
         hidden *= gates[:, None]

@@ -52,6 +52,8 @@ def _hidden_gradient_tile(
     choices,
     start,
     end,
+    num_parts,
+    num_rows,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     K: tl.constexpr,
@@ -64,7 +66,7 @@ def _hidden_gradient_tile(
     PARTS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile of `_hidden_gradient_kernel`, whose arguments these are, its sums' pointers moved to the tile."""
+    """One tile of `_hidden_gradient_kernel`, whose arguments these are, column_sums_ptr moved to the tile."""
     held = choices >= 0
     rows = tl.arange(0, BLOCK_ROWS)
     if GATHER:
@@ -79,11 +81,13 @@ def _hidden_gradient_tile(
     if gates_ptr is not None:
         gates = tl.load(gates_ptr + choices, mask=held, other=0.0).to(tl.float32)
     row_dots = store_hidden_gradient(
-        acc, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, stream, draws, place, count,
-        held, start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS, BLOCK_COLS,
+        acc, tl.zeros((BLOCK_ROWS,), tl.float32), gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop,
+        stream, draws, place, count, held, start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS, BLOCK_COLS,
     )  # fmt: skip
     if row_dots_ptr is not None:
-        tl.store(row_dots_ptr + place + rows, row_dots, mask=rows < count)
+        # A pointer that is made before it is needed would take registers from the epilogue.
+        plane = (start // BLOCK_COLS).to(tl.int64) * num_parts * num_rows
+        tl.store(row_dots_ptr + plane + place + rows, row_dots, mask=rows < count)
 
 
 @triton.jit(do_not_specialize=["num_parts", "num_rows"])
@@ -133,9 +137,7 @@ def _hidden_gradient_kernel(
         expert = expert.to(tl.int64)
         place, count, choices = tile_rows(choices_ptr, expert, tile_row, num_rows, BLOCK_ROWS)
         owner, stream, draws = tile_owner(owners_ptr, expert, place, num_rows, choices, BLOCK_ROWS, TILE)
-        dots_ptr, sums_ptr = None, None
-        if row_dots_ptr is not None:
-            dots_ptr = row_dots_ptr + tile_col.to(tl.int64) * num_parts * num_rows
+        sums_ptr = None
         if column_sums_ptr is not None:
             sums_ptr = column_sums_ptr + (expert * row_tiles + tile_row) * OUT
         start = tile_col * BLOCK_COLS
@@ -146,15 +148,15 @@ def _hidden_gradient_kernel(
             if choices_ptr is not None and not PERSISTENT:
                 end = IN * (tl.max(choices, 0) >= 0).to(tl.int32)
             _hidden_gradient_tile(
-                d_out_ptr, gates_ptr, weight, pre_ptr, d_pre_ptr, gated_ptr, dots_ptr, sums_ptr, seed_ptr, drop,
-                owner, stream, draws, place, count, choices, start, end, IN, OUT, K, GATHER, ACTIVATION, PRECISION,
-                BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
+                d_out_ptr, gates_ptr, weight, pre_ptr, d_pre_ptr, gated_ptr, row_dots_ptr, sums_ptr, seed_ptr, drop,
+                owner, stream, draws, place, count, choices, start, end, num_parts, num_rows,
+                IN, OUT, K, GATHER, ACTIVATION, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
             )  # fmt: skip
         elif tl.max(choices, 0) >= 0:
             _hidden_gradient_tile(
-                d_out_ptr, gates_ptr, weight, pre_ptr, d_pre_ptr, gated_ptr, dots_ptr, sums_ptr, seed_ptr, drop,
-                owner, stream, draws, place, count, choices, start, IN, IN, OUT, K, GATHER, ACTIVATION, PRECISION,
-                BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
+                d_out_ptr, gates_ptr, weight, pre_ptr, d_pre_ptr, gated_ptr, row_dots_ptr, sums_ptr, seed_ptr, drop,
+                owner, stream, draws, place, count, choices, start, IN, num_parts, num_rows,
+                IN, OUT, K, GATHER, ACTIVATION, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
             )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def _upper_half(x):
 def bfloat16_parts(x):
     """Three float32 tiles of bfloat16's values that add up to a float32 tile, bit for bit; the first is the largest.
 
-    An infinite value is its own first part. Values below 2^-100 may lose their last part where a product flushes it.
+    An infinite value is its own first part. Below 2^-110 the last part may need bits that bfloat16 lacks.
     """
     high = _upper_half(x)
     rest = tl.where(high == x, 0.0, x - high)
