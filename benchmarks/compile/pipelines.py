@@ -15,6 +15,7 @@ from typing import NamedTuple
 import triton
 
 _TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
+_LEAVES = re.compile(r"\b(?:BRA|EXIT|RET)\b")
 _BUFFERS = re.compile(r"ttg\.local_alloc\b.*memdesc<(\d+)x\d+x\d+x\w")
 
 
@@ -65,7 +66,7 @@ class _Block(NamedTuple):
 def _blocks(code: list[tuple[int, str]]) -> dict[int, _Block]:
     """Address of a block's first instruction to the block."""
     targets = {int(target, 16) for _, text in code for target in re.findall(r"\bBRA\b.*?(0x[0-9a-f]+)", text)}
-    ends = [i for i, (_, text) in enumerate(code) if re.search(r"\b(?:BRA|EXIT|RET)\b", text)]
+    ends = [i for i, (_, text) in enumerate(code) if _LEAVES.search(text)]
     firsts = sorted({0} | {i + 1 for i in ends} | {i for i, (address, _) in enumerate(code) if address in targets})
     found = {}
     for first, past in zip(firsts, [*firsts[1:], len(code)]):
@@ -74,8 +75,8 @@ def _blocks(code: list[tuple[int, str]]) -> dict[int, _Block]:
         last = code[past - 1][1]
         branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", last)
         after = [int(branch[1], 16)] if branch else []
-        # What has no predicate always leaves.
-        if last.lstrip().startswith("@") or not re.search(r"\b(?:BRA|EXIT|RET)\b", last):
+        # What has no predicate always leaves; uniform branches name theirs behind.
+        if re.match(r"\s*(?:@|BRA\.U\b)", last) or not _LEAVES.search(last):
             after += [code[past][0]] if past < len(code) else []
         products = sum(bool(_TENSOR_CORES.search(text)) for _, text in code[first:past])
         found[code[first][0]] = _Block(past - first, products, tuple(after))

@@ -163,11 +163,7 @@ def _linear_kernel(
     if end_ptr is not None:
         row_tiles = tl.cdiv(tl.load(end_ptr), BLOCK_ROWS)
     num_tiles = num_parts * row_tiles * col_tiles
-    first = tl.program_id(0)
-    step = num_tiles
-    if PERSISTENT:
-        step = tl.num_programs(0)
-    for tile in tl.range(first, num_tiles, step, flatten=PERSISTENT):
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=PERSISTENT):
         expert, tile_row, tile_col = tile_of(tile, row_tiles, col_tiles, GROUP_ROWS)
         expert = expert.to(tl.int64)
         place, _, choices = tile_rows(choices_ptr, expert, tile_row, num_rows, BLOCK_ROWS)
@@ -355,8 +351,8 @@ def linear(
     if tiles > 0:
         operand, launch = weight_operand(weight, config, transposed)
         _linear_kernel[(programs(config, tiles, weight.device),)](
-            x.data, buffer.choices, buffer.owners, buffer.end, operand, bias, pre, out, activation.seed, activation.drop,
-            buffer.parts, buffer.rows,
+            x.data, buffer.choices, buffer.owners, buffer.end, operand, bias, pre, out,
+            activation.seed, activation.drop, buffer.parts, buffer.rows,
             IN=width_in, OUT=width_out, K=buffer.num_choices, TILE=ROW_TILE, GATHER=x.gather, TRANSPOSED=transposed,
             ACTIVATION=activation.name, PRECISION=dot_precision(weight), **launch,
         )  # fmt: skip

@@ -229,7 +229,7 @@ _D_HIDDEN_FLOAT32 = gemm_tile(64, 64, 32, warps=8, stages=2)
 _D_HIDDEN_TF32 = gemm_tile(128, 64, 32, warps=4, stages=3, parts=4)
 _D_HIDDEN_CANDIDATES = (
     gemm_tile(128, 64, 64, warps=8, stages=3, parts=2, registers=128),
-    gemm_tile(128, 128, 64, warps=8, stages=4, parts=4, persistent=True),
+    gemm_tile(128, 128, 64, warps=8, stages=4, parts=8, persistent=True, tma=True),
 )
 _D_HIDDEN_TMA = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, tma=True)
 register_table(

@@ -41,6 +41,16 @@ FLAT = _code(
 )
 
 
+ELECTED = _code(
+    "LDGSTS.E [R3], [R4]",
+    "BRA.U UP1, 0x40",  # All warps but one.
+    "UTCHMMA gdesc[UR12], gdesc[UR14], tmem[UR34], tmem[UR4], idesc[UR5], !UPT",
+    "UTCBAR [UR6], URZ",
+    "@!P1 BRA 0x0",  # 40
+    "EXIT",
+)
+
+
 def test_a_step_is_the_inner_loop():
     assert pipelines.step(NESTED) == pipelines.Step(4, 2)
     assert len(pipelines.instructions(NESTED)) == 11
@@ -48,6 +58,10 @@ def test_a_step_is_the_inner_loop():
 
 def test_a_step_of_a_flattened_loop_leaves_the_epilogue_out():
     assert pipelines.step(FLAT) == pipelines.Step(5, 1)
+
+
+def test_a_step_is_that_of_the_warp_that_multiplies():
+    assert pipelines.step(ELECTED) == pipelines.Step(5, 1)
 
 
 def test_code_without_a_loop_of_products_has_no_step():
