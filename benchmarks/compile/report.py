@@ -7,8 +7,9 @@ Of sm_86, sm_89 and sm_120 it compiles the launches that sm_80 does not share wi
                                                    if a number is worse than the report of this Triton has it
 
 A defect is stack use, local-memory instructions (spills), more shared memory than the chip has, a matrix product
-without tensor-core instructions (a float32 product in full precision, "ieee", has none to use and is excepted), or a
-tensor descriptor that is not read by TMA. Each Triton version has a report of its own.
+without tensor-core instructions (a float32 product in full precision, "ieee", has none to use and is excepted), an
+operand that is overwritten while a product reads it, or a tensor descriptor that is not read by TMA. Each Triton
+version has a report of its own.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from benchmarks.compile import pipelines
+from benchmarks.compile import hazards, pipelines
 from benchmarks.compile.launches import CAPABILITIES, SIBLINGS, Launch, capture
 from vmoe_kernels.common.launch import triton_version
 
@@ -92,6 +93,8 @@ class Compiled:
     step: int = 0  # machine instructions of a warp from one step of a product to the next
     tensor_core: int = 0  # of those, products
     instructions: int = 0  # machine instructions in all, of a kernel with products
+    register_operands: int = 0  # products on sm_90 that read an operand from registers
+    overwritten: int = 0  # instructions that write to such an operand while its product may run
 
     def problems(self) -> list[str]:
         """Why this config must not ship; empty if it may."""
@@ -100,6 +103,8 @@ class Compiled:
             found.append(f"uses {self.stack} bytes of stack")
         if self.local:
             found.append(f"spills: {self.local} local-memory instructions")
+        if self.overwritten:
+            found.append(f"overwrites operands of products that still run: {self.overwritten} instructions")
         limit = SHARED_PER_BLOCK[self.capability]
         if self.shared > limit:
             found.append(f"needs {self.shared} bytes of shared memory, the chip has {limit}")
@@ -158,6 +163,8 @@ def compile_case(case: Launch, capability: int) -> Compiled:
     ptx, shared = binary.asm["ptx"], binary.metadata.shared
     sass = pipelines.disassemble(binary.asm["cubin"]) if case.has_dot else ""
     step = pipelines.step(sass) or pipelines.Step(0, 0)
+    # Products that go on after their instruction.
+    operands = hazards.register_operands(sass if capability == 90 else "")
     dots = re.findall(r"= tt\.dot(?:_scaled)? .*", binary.asm["ttir"])
     ieee = [dot for dot in dots if "xf32> *" in dot and "inputPrecision" not in dot]
     return Compiled(
@@ -184,6 +191,8 @@ def compile_case(case: Launch, capability: int) -> Compiled:
         step=step.instructions,
         tensor_core=step.tensor_core,
         instructions=len(pipelines.instructions(sass)),
+        register_operands=operands.products,
+        overwritten=len(operands.overwritten),
     )
 
 
@@ -313,6 +322,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(markdown(rows))
     for problem in problems:
         print(problem, file=sys.stderr)
+    print(
+        f"sm_90: {sum(row.register_operands for row in rows)} products read an operand from registers, "
+        f"{sum(row.overwritten for row in rows)} instructions overwrite one while it is read"
+    )
     print(f"{len(rows)} compilations of {len({row.name for row in rows})} configs, {len(problems)} defects")
     return 1 if problems else 0
 
