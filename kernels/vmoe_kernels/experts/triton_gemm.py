@@ -262,14 +262,17 @@ register_table("expert_up/dropout", {(ANY, ANY, ANY): _DROPOUT}, candidates=(CUB
 
 
 def gemm_config(
-    op: str, dtype: torch.dtype, buffer: Buffer, device: torch.device, drop: float = 0.0, wide: bool = False
+    op: str, dtype: torch.dtype, buffer: Buffer, device: torch.device, drop: float = 0.0, bucket: str | None = None
 ) -> Config:
-    """The table entry of a GEMM over a buffer's rows; float32, tf32 and dropout have tables of their own."""
+    """The table entry of a GEMM over a buffer's rows; float32, tf32 and dropout have tables of their own.
+
+    `bucket` stands for that of the rows where they do not decide.
+    """
     if dtype == torch.float32:
         op = f"{op}/tf32" if _tf32(device) else f"{op}/fp32"
     elif drop > 0:
         op = f"{op}/dropout"
-    config = look_up(op, device, "wide" if wide else size_bucket(buffer.rows_of_expert, ROW_BOUNDS))
+    config = look_up(op, device, bucket or size_bucket(buffer.rows_of_expert, ROW_BOUNDS))
     if buffer.spans is None:
         return config
     # The library has no product of experts of so many rows each, and no tile may hold rows of two.
@@ -337,8 +340,8 @@ def linear(
     """
     buffer = x.buffer
     width_in, width_out = x.data.shape[-1], weight.shape[2 if transposed else 1]
-    wide = _takes_wide_tiles(buffer, weight, transposed)
-    config = gemm_config(op, weight.dtype, buffer, weight.device, activation.drop, wide)
+    bucket = "wide" if _takes_wide_tiles(buffer, weight, transposed) else None
+    config = gemm_config(op, weight.dtype, buffer, weight.device, activation.drop, bucket)
     if config == CUBLAS:
         raw = torch.bmm(x.gathered, weight if transposed else weight.transpose(1, 2))
         if bias is None and activation.name == "none":

@@ -223,8 +223,10 @@ def _weight_tile(m: int, n: int, rows: int, *, warps: int, ahead: int) -> Config
 
 
 # Predicted, nothing was measured yet. The epilogue holds the product, the pre-activation and two results at once, in
-# quarters of 128x128, which do not spill. Smaller tiles fit two programs on a multiprocessor and load more from L2.
+# quarters of 128x128, which do not spill. In eighths two programs fit on a multiprocessor of sm_90, one's epilogue
+# beside the other's product, but for exact GELU, whose series takes three registers too many.
 _D_HIDDEN = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4)
+_D_HIDDEN_SM90 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=8, registers=128)
 _D_HIDDEN_FLOAT32 = gemm_tile(64, 64, 32, warps=8, stages=2)
 _D_HIDDEN_TF32 = gemm_tile(128, 64, 32, warps=4, stages=3, parts=4)
 _D_HIDDEN_CANDIDATES = (
@@ -233,7 +235,9 @@ _D_HIDDEN_CANDIDATES = (
 )
 _D_HIDDEN_TMA = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, tma=True)
 register_table(
-    "expert_d_hidden", {(ANY, ANY, ANY): _D_HIDDEN}, candidates=(*_D_HIDDEN_CANDIDATES, _D_HIDDEN_TMA, CUBLAS)
+    "expert_d_hidden",
+    {(ANY, ANY, ANY): _D_HIDDEN, ("sm90", ANY, "short"): _D_HIDDEN_SM90},
+    candidates=(*_D_HIDDEN_CANDIDATES, _D_HIDDEN_TMA, CUBLAS),
 )
 register_table("expert_d_hidden/fp32", {(ANY, ANY, ANY): _D_HIDDEN_FLOAT32}, candidates=(CUBLAS,))
 register_table("expert_d_hidden/tf32", {(ANY, ANY, ANY): _D_HIDDEN_TF32}, candidates=(CUBLAS,))
@@ -291,7 +295,9 @@ def hidden_gradient(
         undefined.
     """
     buffer = d_out.buffer
-    config = gemm_config("expert_d_hidden", weight.dtype, buffer, weight.device)
+    # Activations whose derivative takes few registers.
+    bucket = None if activation.name == "gelu" else "short"
+    config = gemm_config("expert_d_hidden", weight.dtype, buffer, weight.device, bucket=bucket)
     if config == CUBLAS:
         d_hidden = torch.bmm(d_out.gathered, weight)
         return activation_backward_after_gemm(d_hidden, pre, gates, buffer.choices, biased, activation)
