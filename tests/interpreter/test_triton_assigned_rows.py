@@ -102,7 +102,7 @@ def test_experts_take_the_choices_of_the_rows_for_the_inverse_of_the_slots():
 def test_experts_refuse_choices_of_other_rows():
     inputs, choices = _routed()
     for wrong in (choices[1:], choices.long()):
-        with pytest.raises(ValueError, match=r"choices must be \(E \* R,\) int32 with E=5 and R=4, got"):
+        with pytest.raises(ValueError, match=r"choices must be \(E \* R,\) int32 on cpu with E=5 and R=4, got"):
             vk.moe_mlp(**inputs, rows_per_expert=4, choices=wrong)
 
 

@@ -208,9 +208,11 @@ def moe_mlp(
     if gates.shape != slots.shape:
         raise ValueError(f"gates must have the shape of slots {tuple(slots.shape)}, got {tuple(gates.shape)}")
     rows_per_expert = check_integer("rows_per_expert", rows_per_expert, 0)
-    if choices is not None and (choices.dtype, choices.numel()) != (torch.int32, len(fc1_weight) * rows_per_expert):
-        rule = f"choices must be (E * R,) int32 with E={len(fc1_weight)} and R={rows_per_expert}"
-        raise ValueError(f"{rule}, got {tuple(choices.shape)} {choices.dtype}")
+    if choices is not None:
+        found, num_rows = (choices.dtype, choices.device, choices.shape), len(fc1_weight) * rows_per_expert
+        if found != (torch.int32, x.device, (num_rows,)):
+            rule = f"choices must be (E * R,) int32 on {x.device} with E={len(fc1_weight)} and R={rows_per_expert}"
+            raise ValueError(f"{rule}, got {tuple(choices.shape)} {choices.dtype} on {choices.device}")
     drop = check_experts(x, *weights, rows=rows_per_expert, activation=activation, drop=drop, seed=seed)
     if use_reference(impl, x, gates, *weights):
         return moe_mlp_reference(
