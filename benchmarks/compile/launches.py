@@ -162,10 +162,17 @@ def _route(x: torch.dtype, weight: torch.dtype, width: int, num_experts: int, se
     _backward(out.gates, *((out.importance, out.load, out.mean_gates) if noise else ()))
 
 
-def _assign(group: int, num_experts: int, selected: int, batch_priority: bool, priority: str = "max") -> None:
+def _assign(
+    group: int,
+    num_experts: int,
+    selected: int,
+    batch_priority: bool,
+    priority: str = "max",
+    assign: Callable = kernels.assign_slots,
+) -> None:
     choices = torch.empty(group, selected, dtype=torch.int32)
     settings = {"num_experts": num_experts, "capacity": 1, "batch_priority": batch_priority, "priority": priority}
-    kernels.assign_slots(choices, torch.empty(group, selected), group_size=group, **settings)
+    assign(choices, torch.empty(group, selected), group_size=group, **settings)
 
 
 def _move(dtype: torch.dtype, width: int, selected: int) -> None:
@@ -241,6 +248,13 @@ CALLS: dict[str, Callable[[], None]] = {
     **{
         f"slots/vanilla/S{group}/K{selected}": partial(_assign, group, 32, selected, False)
         for group, selected in ((256, 2), (2048, 1), (2048, 2), (2048, 8), (4096, 2))
+    },
+    **{
+        f"rows/{order}/S{group}/K{selected}": partial(
+            _assign, group, 32, selected, order == "bpr", "sum", assign=kernels.assign_rows
+        )
+        for order in ("bpr", "vanilla")
+        for group, selected in ((256, 2), (2048, 2), (2048, 8), (4096, 2), (4096, 8))
     },
     "slots/bpr/max/S2048/K2": partial(_assign, 2048, 32, 2, True),
     # Groups that only sorting takes.
