@@ -30,6 +30,8 @@ from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS
 from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
 
 CAPABILITIES = (80, 90, 100)
+# Chips that take what sm_80 takes, but for tables with entries of its own.
+SIBLINGS = (86, 89, 120)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 _CPU, _CUDA = torch.device("cpu"), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
@@ -160,10 +162,17 @@ def _route(x: torch.dtype, weight: torch.dtype, width: int, num_experts: int, se
     _backward(out.gates, *((out.importance, out.load, out.mean_gates) if noise else ()))
 
 
-def _assign(group: int, num_experts: int, selected: int, batch_priority: bool, priority: str = "max") -> None:
+def _assign(
+    group: int,
+    num_experts: int,
+    selected: int,
+    batch_priority: bool,
+    priority: str = "max",
+    assign: Callable = kernels.assign_slots,
+) -> None:
     choices = torch.empty(group, selected, dtype=torch.int32)
     settings = {"num_experts": num_experts, "capacity": 1, "batch_priority": batch_priority, "priority": priority}
-    kernels.assign_slots(choices, torch.empty(group, selected), group_size=group, **settings)
+    assign(choices, torch.empty(group, selected), group_size=group, **settings)
 
 
 def _move(dtype: torch.dtype, width: int, selected: int) -> None:
@@ -171,6 +180,16 @@ def _move(dtype: torch.dtype, width: int, selected: int) -> None:
     slots, gates = torch.empty(64, selected, dtype=torch.int32), _leaf(FP32, 64, selected)
     _backward(kernels.dispatch(_leaf(dtype, 64, width), slots, 64))
     _backward(kernels.combine(_leaf(dtype, 64, width), slots, gates))
+
+
+@contextmanager
+def _products_of_float32(precision: str) -> Iterator[None]:
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, precision
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def _experts(
@@ -184,23 +203,27 @@ def _experts(
     biased: bool = True,
     drop: float = 0.0,
     train: bool = True,
+    tf32: bool = False,
 ) -> None:
-    """A step of `moe_mlp`, or of `expert_mlp` where rows are not routed; without `train` the forward alone."""
+    """A step of `moe_mlp`, or of `expert_mlp` where rows are not routed; without `train` the forward alone.
+
+    With `tf32` PyTorch is told to multiply float32 so.
+    """
     leaf = partial(_leaf, dtype)
     weights = {"fc1_weight": leaf(2, hidden, width), "fc2_weight": leaf(2, width, hidden)}
     weights |= {"fc1_bias": leaf(2, hidden) if biased else None, "fc2_bias": leaf(2, width) if biased else None}
     settings = {"activation": activation, "drop": drop, "seed": _seed() if drop else None}
-    with torch.set_grad_enabled(train):
+    with torch.set_grad_enabled(train), _products_of_float32("tf32" if tf32 else "ieee"):
         if routed:
             slots, gates = torch.empty(128, 2, dtype=torch.int32), _leaf(FP32, 128, 2)
             out = kernels.moe_mlp(leaf(128, width), slots, gates, **weights, rows_per_expert=rows, **settings)
         else:
             out = kernels.expert_mlp(leaf(2, rows, width), **weights, **settings)
-    if train:
-        _backward(out)
+        if train:
+            _backward(out)
 
 
-def _dropless(dtype: torch.dtype, activation: str, tokens: int = 256, drop: float = 0.0) -> None:
+def _dropless(dtype: torch.dtype, activation: str, tokens: int = 1024, drop: float = 0.0) -> None:
     """A step of dropless slots and experts."""
     leaf = partial(_leaf, dtype)
     slots, spans = kernels.assign_dropless_slots(torch.empty(tokens, 2, dtype=torch.int32), num_experts=2)
@@ -209,7 +232,7 @@ def _dropless(dtype: torch.dtype, activation: str, tokens: int = 256, drop: floa
     _backward(kernels.dropless_mlp(leaf(tokens, 768), slots, spans, _leaf(FP32, tokens, 2), *weights, **settings))
 
 
-_HEADLINE = "routed/bf16/gelu_tanh/768x3072"
+HEADLINE = "routed/bf16/gelu_tanh/768x3072"
 # Widths of V-MoE-B and, the larger ones, V-MoE-H; 48 takes the tall tiles.
 CALLS: dict[str, Callable[[], None]] = {
     "bf16xbf16/D768/E32/K2": partial(_route, BF16, BF16, 768, 32, 2, False),
@@ -226,6 +249,13 @@ CALLS: dict[str, Callable[[], None]] = {
         f"slots/vanilla/S{group}/K{selected}": partial(_assign, group, 32, selected, False)
         for group, selected in ((256, 2), (2048, 1), (2048, 2), (2048, 8), (4096, 2))
     },
+    **{
+        f"rows/{order}/S{group}/K{selected}": partial(
+            _assign, group, 32, selected, order == "bpr", "sum", assign=kernels.assign_rows
+        )
+        for order in ("bpr", "vanilla")
+        for group, selected in ((256, 2), (2048, 2), (2048, 8), (4096, 2), (4096, 8))
+    },
     "slots/bpr/max/S2048/K2": partial(_assign, 2048, 32, 2, True),
     # Groups that only sorting takes.
     "slots/vanilla/E32/K2": partial(_assign, 5000, 32, 2, False),
@@ -238,25 +268,30 @@ CALLS: dict[str, Callable[[], None]] = {
         for width, selected in ((768, 1), (768, 2), (1280, 2), (48, 2))
     },
     "fp16/D768/K2": partial(_move, FP16, 768, 2),
-    _HEADLINE: partial(_experts, True, BF16, "gelu_tanh", 768, 3072),
+    HEADLINE: partial(_experts, True, BF16, "gelu_tanh", 768, 3072),
     "routed/bf16/gelu/1280x5120": partial(_experts, True, BF16, "gelu", 1280, 5120),
     "routed/fp16/gelu/768x3072": partial(_experts, True, FP16, "gelu", 768, 3072),
     "routed/fp32/gelu/768x3072": partial(_experts, True, FP32, "gelu", 768, 3072),
     "routed/bf16/gelu_tanh/768x3072/le64": partial(_experts, True, BF16, "gelu_tanh", 768, 3072, rows=64),
+    # More rows than choices to fill them.
+    "routed/bf16/gelu_tanh/768x3072/roomy": partial(_experts, True, BF16, "gelu_tanh", 768, 3072, rows=256),
     "routed/bf16/gelu_tanh/768x3072/unbiased": partial(_experts, True, BF16, "gelu_tanh", 768, 3072, biased=False),
     "routed/bf16/gelu_tanh/768x3072/inference": partial(_experts, True, BF16, "gelu_tanh", 768, 3072, train=False),
     "routed/bf16/gelu_tanh/768x3072/dropout": partial(_experts, True, BF16, "gelu_tanh", 768, 3072, drop=0.1),
+    "routed/tf32/gelu/768x3072": partial(_experts, True, FP32, "gelu", 768, 3072, tf32=True),
+    "routed/tf32/gelu/768x3072/dropout": partial(_experts, True, FP32, "gelu", 768, 3072, drop=0.1, tf32=True),
     "routed/fp32/gelu/768x3072/dropout": partial(_experts, True, FP32, "gelu", 768, 3072, drop=0.1),
     "unrouted/bf16/gelu_tanh/768x3072": partial(_experts, False, BF16, "gelu_tanh", 768, 3072),
     "unrouted/fp32/gelu/768x3072": partial(_experts, False, FP32, "gelu", 768, 3072),
     "dropless/bf16/gelu_tanh/768x3072": partial(_dropless, BF16, "gelu_tanh"),
     "dropless/bf16/gelu_tanh/768x3072/le64": partial(_dropless, BF16, "gelu_tanh", tokens=64),
+    "dropless/bf16/gelu_tanh/768x3072/roomy": partial(_dropless, BF16, "gelu_tanh", tokens=256),
     "dropless/bf16/gelu_tanh/768x3072/dropout": partial(_dropless, BF16, "gelu_tanh", drop=0.1),
     "dropless/fp32/gelu/768x3072": partial(_dropless, FP32, "gelu"),
 }
 # With cuBLAS for every GEMM, which leaves the epilogues to kernels of their own.
 _BY_CUBLAS: dict[str, Callable[[], None]] = {
-    "cublas/bf16/gelu_tanh/768x3072": CALLS[_HEADLINE],
+    "cublas/bf16/gelu_tanh/768x3072": CALLS[HEADLINE],
     "cublas/bf16/gelu/1280x5120/dropout": partial(_experts, True, BF16, "gelu", 1280, 5120, drop=0.1),
     "cublas/fp32/gelu/768x3072": partial(_experts, True, FP32, "gelu", 768, 3072),
 }
@@ -303,5 +338,5 @@ def capture(capability: int) -> list[Launch]:
     for call, run in _BY_CUBLAS.items():
         add(call, by_library, run)
     for op, config in _tried(capability):
-        add(f"{_HEADLINE}/{_tile(config)}", {op: config}, CALLS[_HEADLINE], only=op)
+        add(f"{HEADLINE}/{_tile(config)}", {op: config}, CALLS[HEADLINE], only=op)
     return list(found.values())

@@ -1,11 +1,15 @@
 """Compiles what the ops launch on sm_80, sm_90 and sm_100, as launches.py records it without a GPU, and reads it.
 
+Of sm_86, sm_89 and sm_120 it compiles the launches that sm_80 does not share with them.
+
     python -m benchmarks.compile.report            writes benchmarks/results/compile_report/triton-<version>.{json,md}
-    python -m benchmarks.compile.report --check    writes nothing; exit code 1 on any defect, or if a report is stale
+    python -m benchmarks.compile.report --check    writes nothing; exit code 1 on any defect, if a report is stale, or
+                                                   if a number is worse than the report of this Triton has it
 
 A defect is stack use, local-memory instructions (spills), more shared memory than the chip has, a matrix product
-without tensor-core instructions (a float32 product in full precision, "ieee", has none to use and is excepted), or a
-tensor descriptor that is not read by TMA. Each Triton version has a report of its own.
+without tensor-core instructions (a float32 product in full precision, "ieee", has none to use and is excepted), an
+operand that is overwritten while a product reads it, or a tensor descriptor that is not read by TMA. Each Triton
+version has a report of its own.
 """
 
 import argparse
@@ -23,16 +27,21 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
 
-from benchmarks.compile.launches import CAPABILITIES, Launch, capture
+from benchmarks.compile import hazards, pipelines
+from benchmarks.compile.launches import CAPABILITIES, SIBLINGS, Launch, capture
 from vmoe_kernels.common.launch import triton_version
 
 REPORTS = Path(__file__).parents[1] / "results" / "compile_report"
-# Bytes of shared memory a block may use, and a multiprocessor has (CUDA programming guide, compute capabilities).
-SHARED_PER_BLOCK = {80: 166_912, 90: 232_448, 100: 232_448}
-SHARED_PER_SM = {80: 167_936, 90: 233_472, 100: 233_472}
-SHARED_RESERVED_PER_BLOCK = 1024
-REGISTERS_PER_SM, WARPS_PER_SM, BLOCKS_PER_SM = 65_536, 64, 32
+# Bytes of shared memory a block may use, and a multiprocessor has; warps and blocks that it holds (CUDA programming
+# guide, compute capabilities).
+SHARED_PER_BLOCK = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+SHARED_PER_SM = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
+WARPS_PER_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+BLOCKS_PER_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+SHARED_RESERVED_PER_BLOCK, REGISTERS_PER_SM = 1024, 65_536
 TENSOR_MEMORY_COLUMNS = 512
 
 # Heading of a column to the field of Compiled it shows.
@@ -48,7 +57,14 @@ COLUMNS = {
     "tcgen05": "tcgen05",
     "TMA": "tma",
     "blocks/SM": "blocks_per_sm",
+    "buffers": "buffers",
+    "step": "step",
+    "products": "tensor_core",
+    "all": "instructions",
 }
+# Numbers that must not grow, and not shrink, without a new report.
+COSTS = ("registers", "stack", "local", "shared", "step", "instructions")
+GAINS = ("blocks_per_sm", "buffers")
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,12 @@ class Compiled:
     descriptors: int  # arguments that are tensor descriptors
     tensor_memory: int  # columns of sm_100's tensor memory
     blocks_per_sm: int  # resident at once
+    buffers: int = 1  # tiles of an operand of a product that shared memory holds, 1 without a pipeline
+    step: int = 0  # machine instructions of a warp from one step of a product to the next
+    tensor_core: int = 0  # of those, products
+    instructions: int = 0  # machine instructions in all, of a kernel with products
+    register_operands: int = 0  # products on sm_90 that read an operand from registers
+    overwritten: int = 0  # instructions that write to such an operand while its product may run
 
     def problems(self) -> list[str]:
         """Why this config must not ship; empty if it may."""
@@ -81,6 +103,8 @@ class Compiled:
             found.append(f"uses {self.stack} bytes of stack")
         if self.local:
             found.append(f"spills: {self.local} local-memory instructions")
+        if self.overwritten:
+            found.append(f"overwrites operands of products that still run: {self.overwritten} instructions")
         limit = SHARED_PER_BLOCK[self.capability]
         if self.shared > limit:
             found.append(f"needs {self.shared} bytes of shared memory, the chip has {limit}")
@@ -102,6 +126,8 @@ class Compiled:
 def collect(modules: list[str]) -> list[tuple[Launch, int]]:
     """Every captured launch and its chip, or those of the kernels of some modules, each of which must have one."""
     jobs = [(each, chip) for chip in CAPABILITIES for each in capture(chip)]
+    shared = {each.content for each, chip in jobs if chip == 80}
+    jobs += [(each, chip) for chip in SIBLINGS for each in capture(chip) if each.content not in shared]
     if modules:
         jobs = [job for job in jobs if job[0].module in modules]
     for module in modules:
@@ -110,16 +136,13 @@ def collect(modules: list[str]) -> list[tuple[Launch, int]]:
     return sorted(jobs, key=lambda job: (job[0].name, job[1]))
 
 
-def compile_case(case: Launch, capability: int) -> Compiled:
-    """Compiles a launch for a chip and reads the result.
+def build(case: Launch, capability: int) -> CompiledKernel:
+    """Compiles a launch for a chip.
 
     Raises:
         RuntimeError: under Triton's interpreter, which leaves nothing to compile.
         ValueError: if the launch names arguments that the kernel lacks, or lacks some that it has.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels compile only where TRITON_INTERPRET is not set")
     names = case.function.arg_names
@@ -130,9 +153,18 @@ def compile_case(case: Launch, capability: int) -> Compiled:
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
     source = ASTSource(case.function, signature, dict(case.constexprs), divisible)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.max_registers}
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compile_case(case: Launch, capability: int) -> Compiled:
+    """What a launch becomes on a chip; raises what `build` raises."""
+    binary = build(case, capability)
     registers, stack, local = machine_code(binary.asm["cubin"])
     ptx, shared = binary.asm["ptx"], binary.metadata.shared
+    sass = pipelines.disassemble(binary.asm["cubin"]) if case.has_dot else ""
+    step = pipelines.step(sass) or pipelines.Step(0, 0)
+    # Products that go on after their instruction.
+    operands = hazards.register_operands(sass if capability == 90 else "")
     dots = re.findall(r"= tt\.dot(?:_scaled)? .*", binary.asm["ttir"])
     ieee = [dot for dot in dots if "xf32> *" in dot and "inputPrecision" not in dot]
     return Compiled(
@@ -155,6 +187,12 @@ def compile_case(case: Launch, capability: int) -> Compiled:
         tensor_memory=binary.metadata.tmem_size or 0,
         # Warp-specialised kernels get more warps than they ask for.
         blocks_per_sm=blocks_per_sm(capability, registers, shared, binary.metadata.num_warps),
+        buffers=pipelines.buffers(binary.asm["ttgir"]),
+        step=step.instructions,
+        tensor_core=step.tensor_core,
+        instructions=len(pipelines.instructions(sass)),
+        register_operands=operands.products,
+        overwritten=len(operands.overwritten),
     )
 
 
@@ -183,7 +221,7 @@ def blocks_per_sm(capability: int, registers: int, shared: int, num_warps: int) 
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS_PER_SM // per_warp // num_warps
     by_shared = SHARED_PER_SM[capability] // (shared + SHARED_RESERVED_PER_BLOCK)
-    return min(by_registers, by_shared, WARPS_PER_SM // num_warps, BLOCKS_PER_SM)
+    return min(by_registers, by_shared, WARPS_PER_SM[capability] // num_warps, BLOCKS_PER_SM[capability])
 
 
 def compile_all(modules: list[str], processes: int) -> list[Compiled]:
@@ -206,7 +244,9 @@ def markdown(rows: list[Compiled]) -> str:
         f"Written by `python -m benchmarks.compile.report` with {made}; no GPU was used. Registers and stack bytes are",
         "per thread, shared memory and blocks per multiprocessor per block. Local counts local-memory instructions",
         "(spills). wgmma, mma, tcgen05 and TMA count instructions in the PTX; a product marked ieee is float32 in full",
-        "precision, which has no tensor-core instruction.",
+        "precision, which has no tensor-core instruction. Of products: buffers are the tiles of an operand that shared",
+        "memory holds, step the machine instructions of a warp from one step of the sum to the next, products those of",
+        "tensor cores among them, all those of the kernel.",
         "",
         f"| kernel, config | chip | {' | '.join(COLUMNS)} |",
         "| --- " * (len(COLUMNS) + 2) + "|",
@@ -242,15 +282,39 @@ def staleness(rows: list[Compiled], folder: Path = REPORTS) -> list[str]:
     return found
 
 
+def worse(rows: list[Compiled], folder: Path = REPORTS) -> list[str]:
+    """Numbers that are worse than the committed report of the very same Triton has them."""
+    file = folder / f"triton-{triton_version()}.json"
+    if not file.exists():
+        return []
+    committed = json.loads(file.read_text())
+    if committed["versions"]["triton"] != triton.__version__:
+        return []
+    before = {(row["name"], row["capability"]): row for row in committed["rows"]}
+    found = []
+    for row in rows:
+        old = before.get((row.name, row.capability), {})
+        for field in (*COSTS, *GAINS):
+            now, then = getattr(row, field), old.get(field, getattr(row, field))
+            if (now > then) if field in COSTS else (now < then):
+                found.append(
+                    f"{row.name} on sm_{row.capability} has {field} {now}, in {file.stem} {then}; where that is meant, "
+                    "run python -m benchmarks.compile.report"
+                )
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail on any defect or a stale report")
+    what = "write nothing; fail on any defect, a stale report, or a number that got worse"
+    parser.add_argument("--check", action="store_true", help=what)
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("modules", nargs="*", help="modules whose kernels are compiled (default: all)")
     options = parser.parse_args(arguments)
     rows = compile_all(options.modules, options.processes)
     problems = [problem for row in rows for problem in row.problems()]
     if options.check:
+        problems += worse(rows)
         problems += staleness(rows) if not options.modules else []
     elif not options.modules:
         write(rows)
@@ -258,6 +322,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(markdown(rows))
     for problem in problems:
         print(problem, file=sys.stderr)
+    print(
+        f"sm_90: {sum(row.register_operands for row in rows)} products read an operand from registers, "
+        f"{sum(row.overwritten for row in rows)} instructions overwrite one while it is read"
+    )
     print(f"{len(rows)} compilations of {len({row.name for row in rows})} configs, {len(problems)} defects")
     return 1 if problems else 0
 

@@ -8,6 +8,7 @@ from vmoe_kernels.common.groups import compute_capacity, num_groups, rows_per_ex
 from vmoe_kernels.experts.dropless_mlp_op import dropless_mlp, dropless_mlp_reference
 from vmoe_kernels.experts.expert_mlp_op import expert_mlp, expert_mlp_reference
 from vmoe_kernels.experts.moe_mlp_op import moe_mlp, moe_mlp_reference
+from vmoe_kernels.routing.assigned_rows import AssignedRows, assign_rows
 from vmoe_kernels.routing.chain import Routing, route, route_reference
 from vmoe_kernels.routing.dropless_slots import (
     DroplessSlots,
@@ -20,11 +21,13 @@ from vmoe_kernels.rows.combine_op import combine, combine_reference
 from vmoe_kernels.rows.dispatch_op import dispatch, dispatch_reference
 
 __all__ = [
+    "AssignedRows",
     "DroplessSlots",
     "RouterOutput",
     "Routing",
     "assign_dropless_slots",
     "assign_dropless_slots_reference",
+    "assign_rows",
     "assign_slots",
     "assign_slots_reference",
     "combine",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmoe_kernels.common.checks import MAX_ROWS
-from vmoe_kernels.common.groups import expert_of_slot, rows_per_expert
+from vmoe_kernels.common.groups import choices_of_rows, expert_of_slot, rows_per_expert
 from vmoe_kernels.common.impl import row_tile, wants_grad
 
 
@@ -95,6 +95,13 @@ def assign_slots(
     return torch.where(slots < 0, slots, own), 0
 
 
+def assign_rows(info, in_dims, experts, gates, num_experts, group_size, capacity, last_capacity, *order):
+    options = (num_experts, group_size, capacity, last_capacity, *order)
+    slots, _ = assign_slots(info, in_dims, experts, gates, *options)
+    rows = num_experts * rows_per_expert(slots.shape[1], group_size, capacity, last_capacity)
+    return (slots, choices_of_rows(slots, rows)), (0, 0)
+
+
 def assign_dropless_slots(info, in_dims, experts, num_experts, group_size, tile):
     count = info.batch_size
     experts = _samples(experts, in_dims[0], count)
@@ -144,7 +151,8 @@ def expert_mlp(info, in_dims, x, *arguments):
 
 
 def moe_mlp(info, in_dims, x, slots, gates, *arguments):
-    *weights, rows, activation, drop, _, save = arguments
+    # Without the choices of the rows: those of joined samples lie elsewhere.
+    *weights, rows, activation, drop, _, save = arguments[:9]
     _refuse_dropout("moe_mlp", drop)
     save = save or wants_grad(x, gates, *weights)
     count, settings = info.batch_size, (activation, drop, None, save)

@@ -271,6 +271,7 @@ def test_opcheck():
     x = inputs["x"]
     opcheck(ops.router, (x, inputs["router"], 2, 5, 1.0, torch.tensor(3)))
     opcheck(ops.assign_slots, (routing.experts, gates.detach(), 4, 5, 2, 2, True, "max"))
+    opcheck(ops.assign_rows, (routing.experts, gates.detach(), 4, 5, 2, 2, True, "max"))
     opcheck(ops.dispatch, (x, slots, 4 * rows))
     opcheck(ops.combine, (torch.randn(4 * rows, 6, requires_grad=True), slots, gates))
     opcheck(ops.expert_mlp, (torch.randn(4, 3, 6, requires_grad=True), *weights, "gelu", 0.0, None, True))
@@ -279,3 +280,5 @@ def test_opcheck():
     x, gates = torch.randn(12, 6, requires_grad=True), torch.rand(12, 1, requires_grad=True)
     opcheck(ops.moe_mlp, (x, slots, gates, *weights, 3, "gelu_tanh", 0.0, None, True))
     opcheck(ops.moe_mlp, (x, slots, gates, weights[0], None, weights[2], None, 3, "silu", 0.0, None, True))
+    choices = slots.view(-1).argsort().to(torch.int32)
+    opcheck(ops.moe_mlp, (x, slots, gates, *weights, 3, "gelu_tanh", 0.0, None, True, choices))

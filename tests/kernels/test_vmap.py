@@ -106,7 +106,11 @@ def test_vmap_router_and_slots(data, group_size):
     def slots(experts, gates):
         return vk.assign_slots(experts, gates, **GROUPS, group_size=group_size, last_capacity=last)
 
+    def rows(experts, gates):
+        return tuple(vk.assign_rows(experts, gates, **GROUPS, group_size=group_size, last_capacity=last))
+
     check(slots, (0, 0), experts, data["gates"])
+    check(rows, (0, 0), experts, data["gates"])
     check(slots, (0, None), experts, data["gates"][0])
 
 

@@ -131,6 +131,17 @@ def expert_of_slot(slots: Tensor, starts: Tensor) -> Tensor:
     return (slots.unsqueeze(-1) >= starts).sum(-1, dtype=torch.int32) - 1
 
 
+def choices_of_rows(slots: Tensor, rows: int) -> Tensor:
+    """The inverse of slots: (B, T, K) of B samples to (B, N) int32, the choice t * K + k of each row, or -1."""
+    count, choices = slots.shape[0], slots[0].numel()
+    first = torch.arange(count, device=slots.device).view(-1, 1, 1) * rows
+    # Dropped choices land in a row that is cut off.
+    places = torch.where(slots < 0, count * rows, slots + first).flatten()
+    numbers = torch.arange(choices, device=slots.device, dtype=torch.int32).repeat(count)
+    held = numbers.new_full((count * rows + 1,), -1).scatter(0, places, numbers)
+    return held[:-1].view(count, rows)
+
+
 def split_groups(num_tokens: int, group_size: int) -> list[tuple[slice, int]]:
     """All whole groups, then a smaller last one: the tokens, which may be none, and how many groups they form."""
     groups = num_tokens // group_size

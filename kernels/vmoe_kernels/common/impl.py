@@ -24,9 +24,14 @@ INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 ROW_TILE = 128
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels are for tensors on a device."""
+    return device.type == "cuda" or (INTERPRET and device.type == "cpu")
+
+
 def row_tile(device: torch.device) -> int:
     """Rows at whose multiples an expert's part of a dropless buffer begins on a device: CPU loops need no padding."""
-    return ROW_TILE if device.type == "cuda" or (INTERPRET and device.type == "cpu") else 1
+    return ROW_TILE if has_kernels(device) else 1
 
 
 class Choice(NamedTuple):
@@ -41,7 +46,7 @@ class Choice(NamedTuple):
 @functools.cache
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """What answers a call with `impl="auto"`, transforms aside: never a kernel that the device cannot launch."""
-    on_triton = device.type == "cuda" or (INTERPRET and device.type == "cpu")
+    on_triton = has_kernels(device)
     if on_triton and dtype == torch.float64:
         return Choice("reference", "the Triton kernels accumulate in float32, too little for float64")
     if device.type == "cuda":
@@ -112,7 +117,7 @@ def use_reference(impl: str, x: Tensor, *others: Tensor | None) -> bool:
         raise ValueError(
             f"impl must be 'reference' or 'auto' under forward-mode AD and torch.func's gradients, got {impl!r}"
         )
-    on_triton = x.device.type == "cuda" or (INTERPRET and x.device.type == "cpu")
+    on_triton = has_kernels(x.device)
     if impl == "triton":
         if not HAS_TRITON or not on_triton:
             raise ValueError(f"impl='triton' needs Triton and a CUDA tensor, got a tensor on {x.device}")

@@ -67,12 +67,13 @@ def _filled_rows(slots: Tensor, num_experts: int, rows_per_expert: int, width: i
     "vmoe::moe_mlp",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor x, Tensor slots, Tensor gates, {WEIGHTS}, SymInt rows_per_expert, {ACTIVATION}, bool save)"
-    " -> (Tensor, Tensor)",
+    schema=f"(Tensor x, Tensor slots, Tensor gates, {WEIGHTS}, SymInt rows_per_expert, {ACTIVATION}, bool save, "
+    "Tensor? choices=None) -> (Tensor, Tensor)",
 )
 @no_autocast
 def _moe_mlp_op(x, slots, gates, *arguments):
-    *weights, rows_per_expert, activation, drop, seed, save = arguments
+    # Without the choices of the rows, which this loop goes by in another form.
+    *weights, rows_per_expert, activation, drop, seed, save = arguments[:9]
     weights, activation = bundle(*weights, activation, drop, seed)
     num_experts, width, _ = weights.fc1_weight.shape
     dtype = accumulation_dtype(x.dtype)
@@ -85,7 +86,8 @@ def _moe_mlp_op(x, slots, gates, *arguments):
 
 
 @_moe_mlp_op.register_fake
-def _(x, slots, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows_per_expert, activation, drop, seed, save):
+def _(x, slots, gates, *arguments):
+    fc1_weight, _, fc2_weight, _, rows_per_expert, _, _, _, save = arguments[:9]
     num_experts, hidden, _ = fc1_weight.shape
     return (
         x.new_empty((x.shape[0], fc2_weight.shape[1])),
@@ -98,11 +100,11 @@ def _(x, slots, gates, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows_per_expe
     mutates_args=(),
     device_types="cpu",
     schema=f"(Tensor d_y, Tensor x, Tensor slots, Tensor gates, Tensor pre, {WEIGHTS}, SymInt rows_per_expert, "
-    f"{ACTIVATION}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{ACTIVATION}, Tensor? choices=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @no_autocast
 def _moe_mlp_backward_op(d_y, x, slots, gates, pre, *arguments):
-    *weights, rows_per_expert, activation, drop, seed = arguments
+    *weights, rows_per_expert, activation, drop, seed = arguments[:8]
     weights, activation = bundle(*weights, activation, drop, seed)
     num_experts, width, _ = weights.fc1_weight.shape
     gradients = ExpertGradients(weights, activation, pre)
@@ -112,14 +114,14 @@ def _moe_mlp_backward_op(d_y, x, slots, gates, pre, *arguments):
 
 @_moe_mlp_backward_op.register_fake
 def _(d_y, x, slots, gates, pre, *arguments):
-    *weights, _, activation, drop, seed = arguments
+    *weights, _, activation, drop, seed = arguments[:8]
     gradients = bundle(*weights, activation, drop, seed)[0].new_gradients()
     return (x.new_empty(x.shape), gates.new_empty(gates.shape), *gradients)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.rows_per_expert, ctx.activation, ctx.drop, seed, _ = inputs
-    ctx.save_for_backward(*tensors, output[1], seed)
+    *tensors, ctx.rows_per_expert, ctx.activation, ctx.drop, seed, _, choices = inputs
+    ctx.save_for_backward(*tensors, output[1], seed, choices)
     ctx.mark_non_differentiable(output[1])
     # Else autograd would fill a zero gradient of the size of the pre-activation.
     ctx.set_materialize_grads(False)
@@ -127,8 +129,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, d_y, _pre):
     if d_y is None:
-        return (None,) * 12
-    x, slots, gates, *weights, pre, seed = ctx.saved_tensors
+        return (None,) * 13
+    x, slots, gates, *weights, pre, seed, choices = ctx.saved_tensors
     if differs_backward():
 
         def twin(x, gates, *weights):
@@ -137,11 +139,11 @@ def _backward(ctx, d_y, _pre):
 
         gradients = twin_gradients(twin, (x, gates, *weights), (d_y,))
     else:
-        settings = (ctx.rows_per_expert, ctx.activation, ctx.drop, seed)
+        settings = (ctx.rows_per_expert, ctx.activation, ctx.drop, seed, choices)
         gradients = torch.ops.vmoe.moe_mlp_backward(d_y.contiguous(), x, slots, gates, pre, *weights, *settings)
         gradients = (None if of is None else gradient for gradient, of in zip(gradients, (x, gates, *weights)))
     d_x, *others = gradients
-    return (d_x, None, *others, None, None, None, None, None)
+    return (d_x, None, *others, None, None, None, None, None, None)
 
 
 _moe_mlp_op.register_autograd(_backward, setup_context=_setup_context)
@@ -171,6 +173,7 @@ def moe_mlp(
     activation: str = "gelu_tanh",
     drop: float = 0.0,
     seed: Tensor | None = None,
+    choices: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Sends tokens to their slots, runs every expert and sums each token's outputs by its gates.
@@ -187,6 +190,8 @@ def moe_mlp(
         activation: "gelu", "gelu_tanh", "relu" or "silu".
         drop: probability of dropping a hidden activation.
         seed: 0-dim int64 key; needed with dropout.
+        choices: (E * R,) int32 choice that each row holds, as `assign_rows` gives it with these very slots; None is
+            worked out where it is needed.
         impl: "auto", "triton" or "reference".
 
     Returns:
@@ -203,13 +208,18 @@ def moe_mlp(
     if gates.shape != slots.shape:
         raise ValueError(f"gates must have the shape of slots {tuple(slots.shape)}, got {tuple(gates.shape)}")
     rows_per_expert = check_integer("rows_per_expert", rows_per_expert, 0)
+    if choices is not None:
+        found, num_rows = (choices.dtype, choices.device, choices.shape), len(fc1_weight) * rows_per_expert
+        if found != (torch.int32, x.device, (num_rows,)):
+            rule = f"choices must be (E * R,) int32 on {x.device} with E={len(fc1_weight)} and R={rows_per_expert}"
+            raise ValueError(f"{rule}, got {tuple(choices.shape)} {choices.dtype} on {choices.device}")
     drop = check_experts(x, *weights, rows=rows_per_expert, activation=activation, drop=drop, seed=seed)
     if use_reference(impl, x, gates, *weights):
         return moe_mlp_reference(
             x, slots, gates, *weights, rows_per_expert=rows_per_expert, activation=activation, drop=drop, seed=seed
         )
     save = wants_grad(x, gates, *weights)
-    return torch.ops.vmoe.moe_mlp(x, slots, gates, *weights, rows_per_expert, activation, drop, seed, save)[0]
+    return torch.ops.vmoe.moe_mlp(x, slots, gates, *weights, rows_per_expert, activation, drop, seed, save, choices)[0]
 
 
 if HAS_TRITON:

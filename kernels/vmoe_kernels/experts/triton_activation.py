@@ -85,8 +85,9 @@ def _activation_backward_kernel(
         column_sums_ptr += (expert * row_tiles + tile_row) * WIDTH
     draws = place - expert * num_rows + rows
     row_dots = store_hidden_gradient(
-        d_hidden, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, expert, draws, place, count,
-        held, tile_col * BLOCK_COLS, ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK_COLS, 1, BLOCK_COLS,
+        d_hidden, tl.zeros((BLOCK_ROWS,), tl.float32), gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr,
+        seed_ptr, drop, expert, draws, place, count, held, tile_col * BLOCK_COLS,
+        ACTIVATION, WIDTH, BLOCK_ROWS, BLOCK_COLS, 1, BLOCK_COLS,
     )  # fmt: skip
     if row_dots_ptr is not None:
         tl.store(row_dots_ptr + tile_col * num_experts * num_rows + place + rows, row_dots, mask=rows < count)

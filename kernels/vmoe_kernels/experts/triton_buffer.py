@@ -38,6 +38,16 @@ class Buffer:
         """R, or the mean of what the experts have."""
         return self.rows if self.spans is None else self.slots.numel() // self.num_experts
 
+    @property
+    def mostly_filled(self) -> bool:
+        """Whether the choices, if none is dropped, fill four rows of five of those that experts have."""
+        return self.slots is None or self.spans is not None or 5 * self.slots.numel() >= 4 * self.parts * self.rows
+
+    @property
+    def end(self) -> Tensor | None:
+        """() int32 row past those that experts have, or None where that is all of the buffer."""
+        return None if self.spans is None else self.spans[1, -1]
+
     @cached_property
     def owners(self) -> Tensor | None:
         """(R / ROW_TILE,) int32 expert of each tile; behind the last expert's rows, any."""

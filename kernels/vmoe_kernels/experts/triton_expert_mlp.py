@@ -65,11 +65,12 @@ def _output_bias_kernel(
         tl.store(row_dots_ptr + place + rows, row_dots, mask=rows < count)
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_parts", "part_rows"])
-def _sum_parts_kernel(
-    parts_ptr,  # (E, P, W) float32, or (P, W) where experts have spans
-    spans_ptr,  # (2, E) int32 first row of each expert, and past its last, or None
-    out_ptr,  # (E, W)
+@triton.jit
+def _sum_tile(
+    parts_ptr,
+    spans_ptr,
+    out_ptr,
+    tile,
     num_experts,
     num_parts,
     part_rows,
@@ -77,10 +78,10 @@ def _sum_parts_kernel(
     BLOCK_PARTS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """A program owns BLOCK_COLS columns of one expert, and adds up their parts in order."""
+    """One tile of `_sum_parts_kernel`, whose arguments these are."""
     col_tiles: tl.constexpr = (WIDTH + BLOCK_COLS - 1) // BLOCK_COLS
-    expert = tl.program_id(0).to(tl.int64) // col_tiles
-    cols = tl.program_id(0) % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    expert = tile.to(tl.int64) // col_tiles
+    cols = tile % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     first = expert * num_parts
     if spans_ptr is not None:
         row = tl.load(spans_ptr + expert).to(tl.int64)
@@ -95,14 +96,45 @@ def _sum_parts_kernel(
     tl.store(out_ptr + expert * WIDTH + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=cols < WIDTH)
 
 
+@triton.jit(do_not_specialize=["num_experts", "num_parts", "part_rows", "other_num_parts", "other_part_rows"])
+def _sum_parts_kernel(
+    parts_ptr,  # (E, P, W) float32, or (P, W) where experts have spans
+    out_ptr,  # (E, W)
+    other_parts_ptr,  # the same of another sum, or None
+    other_out_ptr,
+    spans_ptr,  # (2, E) int32 first row of each expert, and past its last, or None
+    num_experts,
+    num_parts,
+    part_rows,
+    other_num_parts,
+    other_part_rows,
+    WIDTH: tl.constexpr,
+    OTHER_WIDTH: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """A program owns BLOCK_COLS columns of one expert in one of the sums, and adds up their parts in order."""
+    tiles = num_experts * ((WIDTH + BLOCK_COLS - 1) // BLOCK_COLS)
+    tile = tl.program_id(0)
+    if tile < tiles:
+        _sum_tile(
+            parts_ptr, spans_ptr, out_ptr, tile, num_experts, num_parts, part_rows, WIDTH, BLOCK_PARTS, BLOCK_COLS
+        )  # fmt: skip
+    elif other_parts_ptr is not None:
+        _sum_tile(
+            other_parts_ptr, spans_ptr, other_out_ptr, tile - tiles, num_experts, other_num_parts, other_part_rows,
+            OTHER_WIDTH, BLOCK_PARTS, BLOCK_COLS,
+        )  # fmt: skip
+
+
 # Predicted, nothing was measured yet: 32 rows make 784 programs at 25,088 rows; 256 columns of float32 would spill on
 # sm_100.
 register_table("output_bias", {(ANY, ANY, ANY): Config({"BLOCK_ROWS": 32, "BLOCK_COLS": 128}, num_warps=4)})
 register_table("sum_parts", {(ANY, ANY, ANY): Config({"BLOCK_PARTS": 32, "BLOCK_COLS": 64}, num_warps=4)})
 
 
-def output_bias_gradient(d_out: Rows, gates: Tensor | None, bias: Tensor, row_dots: Tensor | None) -> Tensor:
-    """Gradient of the second bias, and the bias's share of the gates' gradients.
+def output_bias_parts(d_out: Rows, gates: Tensor | None, bias: Tensor, row_dots: Tensor | None) -> Tensor:
+    """Parts of the second bias's gradient, and the bias's share of the gates' gradients.
 
     Args:
         d_out: rows of O columns.
@@ -111,7 +143,7 @@ def output_bias_gradient(d_out: Rows, gates: Tensor | None, bias: Tensor, row_do
         row_dots: (E * R,) float32, which is filled with <d_out, bias>, or None.
 
     Returns:
-        (E, O), the sum of gate * d_out over the rows that hold something.
+        (parts of the buffer, P, O) float32, which `sum_parts` adds up: gate * d_out of the rows that hold something.
     """
     buffer, width = d_out.buffer, bias.shape[1]
     config = look_up("output_bias", bias.device)
@@ -122,32 +154,35 @@ def output_bias_gradient(d_out: Rows, gates: Tensor | None, bias: Tensor, row_do
             d_out.data, buffer.choices, buffer.owners, gates, bias, row_dots, column_sums, buffer.rows,
             O=width, K=buffer.num_choices, TILE=ROW_TILE, **config.kwargs(),
         )  # fmt: skip
-    return sum_parts(column_sums, bias.dtype, buffer)
+    return column_sums
 
 
-def sum_parts(parts: Tensor, dtype: torch.dtype, buffer: Buffer | None = None) -> Tensor:
-    """Adds up float32 sums over rows, in one order.
+def sum_parts(parts: Tensor, others: Tensor | None, dtype: torch.dtype, buffer: Buffer) -> tuple[Tensor, Tensor | None]:
+    """Adds up float32 sums over rows, each in one order, one or two of them in a launch.
 
     Args:
         parts: (E, P, W), or (1, P, W) of a buffer with spans.
-        dtype: of the result.
-        buffer: whose rows they are of; needed for its spans.
+        others: the same with another P and W, or None.
+        dtype: of the results.
+        buffer: whose rows they are of.
 
     Returns:
-        (E, W).
+        (E, W) each.
     """
-    num_experts, num_parts, width = parts.shape
-    spans, part_rows = None, 1
-    if buffer is not None and buffer.spans is not None:
-        num_experts, spans, part_rows = buffer.num_experts, buffer.spans, buffer.rows // max(num_parts, 1)
-    out = parts.new_empty(num_experts, width, dtype=dtype)
+    num_experts = buffer.num_experts
+    sums = [each for each in (parts, others) if each is not None]
+    outs = [each.new_empty(num_experts, each.shape[2], dtype=dtype) for each in sums]
+    counts = [each.shape[1] for each in sums]
+    rows = [buffer.rows // max(count, 1) for count in counts]
     config = look_up("sum_parts", parts.device)
-    tiles = num_experts * triton.cdiv(width, config.constexprs["BLOCK_COLS"])
+    tiles = num_experts * sum(triton.cdiv(each.shape[2], config.constexprs["BLOCK_COLS"]) for each in sums)
+    other = (others, outs[-1]) if others is not None else (None, None)
     if tiles > 0:
         _sum_parts_kernel[(tiles,)](
-            parts, spans, out, num_experts, num_parts, part_rows, WIDTH=width, **config.kwargs()
-        )
-    return out
+            parts, outs[0], *other, buffer.spans, num_experts, counts[0], rows[0], counts[-1], rows[-1],
+            WIDTH=parts.shape[2], OTHER_WIDTH=0 if others is None else others.shape[2], **config.kwargs(),
+        )  # fmt: skip
+    return outs[0], other[1]
 
 
 def check_sizes(rows: int, weights: ExpertWeights, activation: Activation) -> None:
@@ -205,15 +240,25 @@ def experts_backward(
     d_pre, gated, row_dots, column_sums = hidden_gradient(
         d_out, fc2_weight, pre.contiguous(), gates, biased=fc1_bias is not None, activation=activation
     )
-    bias_dots, d_fc2_bias = None, fc2_weight.new_empty(0)
+    bias_dots, output_sums = None, None
     if fc2_bias is not None:
         bias_dots = None if row_dots is None else row_dots.new_empty(row_dots.shape[1])
-        d_fc2_bias = output_bias_gradient(d_out, gates, fc2_bias, bias_dots)
-    d_fc1_bias = fc1_weight.new_empty(0)
-    if column_sums is not None:
-        d_fc1_bias = sum_parts(column_sums, fc1_weight.dtype, buffer)
+        output_sums = output_bias_parts(d_out, gates, fc2_bias, bias_dots)
+    d_fc1_bias, d_fc2_bias = _bias_gradients(column_sums, output_sums, fc1_weight, buffer)
     gated, d_pre = Rows(gated, buffer), Rows(d_pre, buffer)
     d_fc2 = weight_gradient("expert_d_fc2", d_out, gated)
     d_fc1 = weight_gradient("expert_d_fc1", d_pre, x)
     d_x, _ = linear("expert_d_rows", d_pre, fc1_weight, None, transposed=True)
     return d_x, ExpertWeights(d_fc1, d_fc1_bias, d_fc2, d_fc2_bias), (row_dots, bias_dots)
+
+
+def _bias_gradients(
+    column_sums: Tensor | None, output_sums: Tensor | None, weight: Tensor, buffer: Buffer
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both biases in the dtype of a weight, of parts of them; empty where there are none."""
+    first = second = None
+    if column_sums is not None:
+        first, second = sum_parts(column_sums, output_sums, weight.dtype, buffer)
+    elif output_sums is not None:
+        second, _ = sum_parts(output_sums, None, weight.dtype, buffer)
+    return tuple(weight.new_empty(0) if each is None else each for each in (first, second))

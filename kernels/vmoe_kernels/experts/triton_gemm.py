@@ -1,9 +1,10 @@
 """Triton GEMMs over the rows of every expert, with the work around them in the epilogue, or cuBLAS where it is chosen.
 
 Rows come from the experts' buffers as they lie, or straight from the tokens that hold them; rows that no choice holds
-are neither read nor written, and a tile of such rows costs a load of its map. Experts have R rows each, or in a
-dropless buffer as many as they need, and a map from tiles to experts. Weights come by pointers or, if a config says so,
-by descriptors (TMA on chips that have it), which take no registers for addresses.
+are neither read nor written. A tile of such rows costs a load of its map, or, of a persistent program, its products:
+such programs are for buffers that have few of them. Experts have R rows each, or in a dropless buffer as many as they
+need, and a map from tiles to experts. Weights come by pointers or, if a config says so, by descriptors (TMA on chips
+that have it), which take no registers for addresses.
 
 Dims: E experts, R rows per expert, N rows in all, T tokens, K choices per token, IN and OUT columns of a GEMM.
 """
@@ -16,13 +17,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vmoe_kernels.common.impl import ROW_TILE
-from vmoe_kernels.common.launch import ANY, Config, candidates, look_up, register_table, size_bucket
+from vmoe_kernels.common.launch import ANY, Config, candidates, device_kind, look_up, register_table, size_bucket
 from vmoe_kernels.experts.triton_activation import activation_after_gemm
 from vmoe_kernels.experts.triton_buffer import Buffer, Rows
 from vmoe_kernels.experts.triton_epilogue import store_hidden, tile_mask, tile_owner, tile_rows
+from vmoe_kernels.experts.triton_operand import tma_reads, weight_operand
 from vmoe_kernels.experts.types import NO_ACTIVATION, Activation
 
 
@@ -97,7 +98,6 @@ def _linear_tile(
     place,
     choices,
     start,
-    end,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     K: tl.constexpr,
@@ -118,7 +118,7 @@ def _linear_tile(
     else:
         x_tile_ptr, sources = x_ptr + place * IN, tl.arange(0, BLOCK_ROWS)
     acc = product(
-        x_tile_ptr, sources, held, weight, owner, start, end,
+        x_tile_ptr, sources, held, weight, owner, start, IN,
         IN, OUT, TRANSPOSED, TMA, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN,
     )  # fmt: skip
     store_hidden(
@@ -132,6 +132,7 @@ def _linear_kernel(
     x_ptr,  # (T, IN) if GATHER, else (E * R, IN)
     choices_ptr,  # (E * R,) int32, or None
     owners_ptr,  # (R / TILE,) int32 expert of each tile of one part, or None where part and expert are one
+    end_ptr,  # () int32 row past those that experts have, or None where that is num_rows
     weight,  # (E, OUT, IN), or (E, IN, OUT) if TRANSPOSED: a pointer, or a descriptor if TMA
     bias_ptr,  # (E, OUT), or None
     pre_ptr,  # (E * R, OUT), or None
@@ -159,30 +160,21 @@ def _linear_kernel(
     """A program owns whole (BLOCK_ROWS, BLOCK_COLS) tiles of out, one, or every so many if PERSISTENT."""
     col_tiles: tl.constexpr = (OUT + BLOCK_COLS - 1) // BLOCK_COLS
     row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
+    if end_ptr is not None:
+        row_tiles = tl.cdiv(tl.load(end_ptr), BLOCK_ROWS)
     num_tiles = num_parts * row_tiles * col_tiles
-    first = tl.program_id(0)
-    step = num_tiles
-    if PERSISTENT:
-        step = tl.num_programs(0)
-    for tile in tl.range(first, num_tiles, step, flatten=PERSISTENT):
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=PERSISTENT):
         expert, tile_row, tile_col = tile_of(tile, row_tiles, col_tiles, GROUP_ROWS)
         expert = expert.to(tl.int64)
         place, _, choices = tile_rows(choices_ptr, expert, tile_row, num_rows, BLOCK_ROWS)
         owner, stream, draws = tile_owner(owners_ptr, expert, place, num_rows, choices, BLOCK_ROWS, TILE)
         start = tile_col * BLOCK_COLS
-        if choices_ptr is None or PERSISTENT:
-            end = IN
-            if choices_ptr is not None:
-                end = IN * (tl.max(choices, 0) >= 0).to(tl.int32)
+        # A branch, or a product as long as a load says, would keep a persistent loop from being one with that of the
+        # product: it multiplies tiles without a filled row too.
+        if choices_ptr is None or PERSISTENT or tl.max(choices, 0) >= 0:
             _linear_tile(
                 x_ptr, weight, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, owner, stream, draws, place, choices,
-                start, end, IN, OUT, K, GATHER, TRANSPOSED, ACTIVATION, PRECISION,
-                BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
-            )  # fmt: skip
-        elif tl.max(choices, 0) >= 0:
-            _linear_tile(
-                x_ptr, weight, bias_ptr, pre_ptr, out_ptr, seed_ptr, drop, owner, stream, draws, place, choices,
-                start, IN, IN, OUT, K, GATHER, TRANSPOSED, ACTIVATION, PRECISION,
+                start, IN, OUT, K, GATHER, TRANSPOSED, ACTIVATION, PRECISION,
                 BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
             )  # fmt: skip
 
@@ -221,20 +213,25 @@ def gemm_tile(
     )
 
 
-# Predicted, nothing was measured yet. 128x128 with 8 warps and 128 registers runs two programs per multiprocessor of an
-# H100 or H200, so one's epilogue (4 bytes of stores per 1,536 FLOPs at D=768) hides behind the other's products. With
-# that cap sm_80 and sm_100 would spill, and so would dropout, which draws random numbers in the epilogue. float32 in
-# full precision has no tensor cores: small tiles fill the chip.
-_WIDE = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4)
-_WIDE_SM90 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=2, registers=128)
+# Predicted, nothing was measured yet; benchmarks/results/pipelines has what they compile to. Chips with mma.sync take
+# 128x128 with 4 warps, three buffers in half of 100 KB or four in half of sm_80's 164, so that two programs share a
+# multiprocessor and one's epilogue (4 bytes of stores per 1,536 FLOPs at D=768) hides behind the other's products. With
+# wgmma 8 warps in 128 registers do the same; with that cap sm_100 would spill, and so would dropout, which draws random
+# numbers in the epilogue. float32 in full precision has no tensor cores: small tiles fill the chip.
+_MMA = gemm_tile(128, 128, 32, warps=4, stages=4, parts=4)
+_MMA_SM80 = gemm_tile(128, 128, 32, warps=4, stages=5, parts=4)
+_SQUARE_SM90 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=2, registers=128)
+_SQUARE_SM100 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4)
 _FEW_ROWS = gemm_tile(64, 128, 64, warps=4, stages=3, parts=2)
 _DROPOUT = gemm_tile(128, 128, 64, warps=8, stages=3, parts=8)
 _FLOAT32 = gemm_tile(64, 64, 32, warps=8, stages=2)
-# By TMA the narrow tile fits two programs on a multiprocessor without a cap, and the wide one has registers to spare.
-_TMA = (
-    gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, tma=True),
-    gemm_tile(128, 256, 64, warps=8, stages=3, parts=4, persistent=True, tma=True),
-)
+_TF32 = gemm_tile(128, 64, 32, warps=4, stages=3, parts=4)
+# 128x128 tiles read 32 KB of L2 per 2.1 MFLOP: at 6 TB/s more than twice the time of the products on an H100. Twice as
+# wide they read 3/4 of that, and a program that goes on to its next tile has its loads under way in the epilogue.
+WIDE_TILE = (128, 256, 64)
+_WIDE = gemm_tile(*WIDE_TILE, warps=8, stages=4, parts=8, persistent=True, tma=True)
+# By TMA the square tile fits two programs on a multiprocessor without a cap.
+_TMA = (gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, tma=True), _WIDE)
 _BY_POINTERS = (
     gemm_tile(128, 256, 64, warps=8, stages=3, parts=2),
     gemm_tile(256, 128, 64, warps=8, stages=3, parts=2),
@@ -249,24 +246,33 @@ for _op in LINEAR_OPS:
     register_table(
         _op,
         {
-            (ANY, ANY, ANY): _WIDE,
-            (ANY, ANY, "le64"): _FEW_ROWS,
-            ("sm90", ANY, ANY): _WIDE_SM90,
-            ("sm90", ANY, "le64"): _FEW_ROWS,
+            (ANY, ANY, ANY): _MMA,
+            ("sm80", ANY, ANY): _MMA_SM80,
+            ("sm90", ANY, ANY): _SQUARE_SM90,
+            ("sm100", ANY, ANY): _SQUARE_SM100,
+            ("sm90", ANY, "wide"): _WIDE,
+            ("sm100", ANY, "wide"): _WIDE,
+            **{(kind, ANY, "le64"): _FEW_ROWS for kind in (ANY, "sm80", "sm90", "sm100")},
         },
         candidates=_CANDIDATES,
     )
     register_table(f"{_op}/fp32", {(ANY, ANY, ANY): _FLOAT32}, candidates=(CUBLAS,))
+    register_table(f"{_op}/tf32", {(ANY, ANY, ANY): _TF32}, candidates=(CUBLAS,))
 register_table("expert_up/dropout", {(ANY, ANY, ANY): _DROPOUT}, candidates=(CUBLAS,))
 
 
-def gemm_config(op: str, dtype: torch.dtype, buffer: Buffer, device: torch.device, drop: float = 0.0) -> Config:
-    """The table entry of a GEMM over a buffer's rows; float32 and dropout have tables of their own."""
+def gemm_config(
+    op: str, dtype: torch.dtype, buffer: Buffer, device: torch.device, drop: float = 0.0, bucket: str | None = None
+) -> Config:
+    """The table entry of a GEMM over a buffer's rows; float32, tf32 and dropout have tables of their own.
+
+    `bucket` stands for that of the rows where they do not decide.
+    """
     if dtype == torch.float32:
-        op = f"{op}/fp32"
+        op = f"{op}/tf32" if _tf32(device) else f"{op}/fp32"
     elif drop > 0:
         op = f"{op}/dropout"
-    config = look_up(op, device, size_bucket(buffer.rows_of_expert, ROW_BOUNDS))
+    config = look_up(op, device, bucket or size_bucket(buffer.rows_of_expert, ROW_BOUNDS))
     if buffer.spans is None:
         return config
     # The library has no product of experts of so many rows each, and no tile may hold rows of two.
@@ -277,10 +283,24 @@ def _keeps_experts_apart(sizes: Mapping[str, Any]) -> bool:
     return "BLOCK_M" in sizes or ("BLOCK_ROWS" in sizes and ROW_TILE % sizes["BLOCK_ROWS"] == 0)
 
 
+def _takes_wide_tiles(buffer: Buffer, weight: Tensor, transposed: bool) -> bool:
+    """Whether tiles of WIDE_TILE, which know no masks and are multiplied without a filled row too, have work enough."""
+    rows, cols, inner = WIDE_TILE
+    width_in, width_out = weight.shape[1:] if transposed else reversed(weight.shape[1:])
+    if width_out % cols or width_in % inner or not tma_reads(weight) or not buffer.mostly_filled:
+        return False
+    tiles = buffer.parts * triton.cdiv(buffer.rows, rows) * (width_out // cols)
+    return buffer.rows_of_expert > ROW_BOUNDS[-1] and tiles >= 2 * _multiprocessors(weight.device)
+
+
+def _tf32(device: torch.device) -> bool:
+    """Whether PyTorch was told to multiply float32 as tf32 in its own products on a GPU."""
+    return device_kind(device) != ANY and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def dot_precision(tensor: Tensor) -> str:
     """How float32 factors are multiplied: in full, or as tf32 where PyTorch was told so for its own products."""
-    allowed = tensor.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    return "tf32" if _tf32(tensor.device) else "ieee"
 
 
 @cache
@@ -292,24 +312,6 @@ def _multiprocessors(device: torch.device) -> int:
 def programs(config: Config, tiles: int, device: torch.device) -> int:
     """Size of the grid: a program per tile, or per multiprocessor if the config is persistent."""
     return min(tiles, _multiprocessors(device)) if config.constexprs["PERSISTENT"] else tiles
-
-
-def weight_operand(weight: Tensor, config: Config, transposed: bool) -> tuple[Tensor | TensorDescriptor, dict]:
-    """A weight as a kernel reads it, and the config's keyword arguments.
-
-    TMA needs a chip from sm_90 on and rows of whole 16-byte units; any other weight is read by pointers.
-    """
-    launch = config.kwargs()
-    in_units = weight.data_ptr() % 16 == 0 and weight.shape[2] * weight.element_size() % 16 == 0 and weight.numel() > 0
-    old_chip = weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (9, 0)
-    if not launch["TMA"] or not in_units or old_chip:
-        return weight, {**launch, "TMA": False}
-    return TensorDescriptor.from_tensor(weight, _weight_block(config, transposed)), launch
-
-
-def _weight_block(config: Config, transposed: bool) -> list[int]:
-    sizes = config.constexprs["BLOCK_COLS"], config.constexprs["BLOCK_IN"]
-    return [1, *(reversed(sizes) if transposed else sizes)]
 
 
 def linear(
@@ -338,7 +340,8 @@ def linear(
     """
     buffer = x.buffer
     width_in, width_out = x.data.shape[-1], weight.shape[2 if transposed else 1]
-    config = gemm_config(op, weight.dtype, buffer, weight.device, activation.drop)
+    bucket = "wide" if _takes_wide_tiles(buffer, weight, transposed) else None
+    config = gemm_config(op, weight.dtype, buffer, weight.device, activation.drop, bucket)
     if config == CUBLAS:
         raw = torch.bmm(x.gathered, weight if transposed else weight.transpose(1, 2))
         if bias is None and activation.name == "none":
@@ -351,8 +354,8 @@ def linear(
     if tiles > 0:
         operand, launch = weight_operand(weight, config, transposed)
         _linear_kernel[(programs(config, tiles, weight.device),)](
-            x.data, buffer.choices, buffer.owners, operand, bias, pre, out, activation.seed, activation.drop,
-            buffer.parts, buffer.rows,
+            x.data, buffer.choices, buffer.owners, buffer.end, operand, bias, pre, out,
+            activation.seed, activation.drop, buffer.parts, buffer.rows,
             IN=width_in, OUT=width_out, K=buffer.num_choices, TILE=ROW_TILE, GATHER=x.gather, TRANSPOSED=transposed,
             ACTIVATION=activation.name, PRECISION=dot_precision(weight), **launch,
         )  # fmt: skip

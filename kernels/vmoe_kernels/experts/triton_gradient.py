@@ -52,6 +52,8 @@ def _hidden_gradient_tile(
     choices,
     start,
     end,
+    num_parts,
+    num_rows,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     K: tl.constexpr,
@@ -64,7 +66,7 @@ def _hidden_gradient_tile(
     PARTS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile of `_hidden_gradient_kernel`, whose arguments these are, its sums' pointers moved to the tile."""
+    """One tile of `_hidden_gradient_kernel`, whose arguments these are, column_sums_ptr moved to the tile."""
     held = choices >= 0
     rows = tl.arange(0, BLOCK_ROWS)
     if GATHER:
@@ -79,11 +81,13 @@ def _hidden_gradient_tile(
     if gates_ptr is not None:
         gates = tl.load(gates_ptr + choices, mask=held, other=0.0).to(tl.float32)
     row_dots = store_hidden_gradient(
-        acc, gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop, stream, draws, place, count,
-        held, start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS, BLOCK_COLS,
+        acc, tl.zeros((BLOCK_ROWS,), tl.float32), gates, pre_ptr, d_pre_ptr, gated_ptr, column_sums_ptr, seed_ptr, drop,
+        stream, draws, place, count, held, start, ACTIVATION, OUT, BLOCK_ROWS, BLOCK_COLS, PARTS, BLOCK_COLS,
     )  # fmt: skip
     if row_dots_ptr is not None:
-        tl.store(row_dots_ptr + place + rows, row_dots, mask=rows < count)
+        # A pointer that is made before it is needed would take registers from the epilogue.
+        plane = (start // BLOCK_COLS).to(tl.int64) * num_parts * num_rows
+        tl.store(row_dots_ptr + plane + place + rows, row_dots, mask=rows < count)
 
 
 @triton.jit(do_not_specialize=["num_parts", "num_rows"])
@@ -133,27 +137,26 @@ def _hidden_gradient_kernel(
         expert = expert.to(tl.int64)
         place, count, choices = tile_rows(choices_ptr, expert, tile_row, num_rows, BLOCK_ROWS)
         owner, stream, draws = tile_owner(owners_ptr, expert, place, num_rows, choices, BLOCK_ROWS, TILE)
-        dots_ptr, sums_ptr = None, None
-        if row_dots_ptr is not None:
-            dots_ptr = row_dots_ptr + tile_col.to(tl.int64) * num_parts * num_rows
+        sums_ptr = None
         if column_sums_ptr is not None:
             sums_ptr = column_sums_ptr + (expert * row_tiles + tile_row) * OUT
         start = tile_col * BLOCK_COLS
         # Unrolled float32 products leave no register for the guard around them.
         if owners_ptr is None or PERSISTENT or PRECISION == "ieee":
             end = IN
-            if choices_ptr is not None:
+            # A length that depends on a load would keep a persistent loop from being one with that of the product.
+            if choices_ptr is not None and not PERSISTENT:
                 end = IN * (tl.max(choices, 0) >= 0).to(tl.int32)
             _hidden_gradient_tile(
-                d_out_ptr, gates_ptr, weight, pre_ptr, d_pre_ptr, gated_ptr, dots_ptr, sums_ptr, seed_ptr, drop,
-                owner, stream, draws, place, count, choices, start, end, IN, OUT, K, GATHER, ACTIVATION, PRECISION,
-                BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
+                d_out_ptr, gates_ptr, weight, pre_ptr, d_pre_ptr, gated_ptr, row_dots_ptr, sums_ptr, seed_ptr, drop,
+                owner, stream, draws, place, count, choices, start, end, num_parts, num_rows,
+                IN, OUT, K, GATHER, ACTIVATION, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
             )  # fmt: skip
         elif tl.max(choices, 0) >= 0:
             _hidden_gradient_tile(
-                d_out_ptr, gates_ptr, weight, pre_ptr, d_pre_ptr, gated_ptr, dots_ptr, sums_ptr, seed_ptr, drop,
-                owner, stream, draws, place, count, choices, start, IN, IN, OUT, K, GATHER, ACTIVATION, PRECISION,
-                BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
+                d_out_ptr, gates_ptr, weight, pre_ptr, d_pre_ptr, gated_ptr, row_dots_ptr, sums_ptr, seed_ptr, drop,
+                owner, stream, draws, place, count, choices, start, IN, num_parts, num_rows,
+                IN, OUT, K, GATHER, ACTIVATION, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_IN, PARTS, TMA,
             )  # fmt: skip
 
 
@@ -176,8 +179,13 @@ def _weight_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     GROUP_M: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """A program owns a (BLOCK_M, BLOCK_N) tile of one expert's a^T @ b, summed over its rows in float32, in order."""
+    """A program owns a (BLOCK_M, BLOCK_N) tile of one expert's a^T @ b, summed over its rows in float32, in order.
+
+    Rows are loaded AHEAD steps before their product, and the map of gathered ones as many steps before them.
+    """
+    stages: tl.constexpr = 1 + (2 * AHEAD if GATHER_A or GATHER_B else AHEAD)
     row_tiles: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     col_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     expert, tile_m, tile_n = tile_of(tl.program_id(0), row_tiles, col_tiles, GROUP_M)
@@ -189,7 +197,7 @@ def _weight_gradient_kernel(
     if spans_ptr is not None:
         first = tl.load(spans_ptr + expert).to(tl.int64)
         count = (tl.load(spans_ptr + num_experts + expert) - first).to(tl.int32)
-    for start in range(0, count, BLOCK_ROWS):
+    for start in tl.range(0, count, BLOCK_ROWS, num_stages=stages):
         rows = start + tl.arange(0, BLOCK_ROWS)
         places = first + rows
         inside = rows < count
@@ -201,50 +209,64 @@ def _weight_gradient_kernel(
                 a_rows, a_held = tokens, choices >= 0
             if GATHER_B:
                 b_rows, b_held = tokens, choices >= 0
-        a = tl.load(a_ptr + a_rows[:, None] * M + m[None, :], mask=a_held[:, None] & (m < M)[None, :], other=0.0)
+        # a^T as it is loaded: chips without wgmma would bring a transposed tile through registers.
+        a = tl.load(a_ptr + a_rows[None, :] * M + m[:, None], mask=a_held[None, :] & (m < M)[:, None], other=0.0)
         b = tl.load(b_ptr + b_rows[:, None] * N + n[None, :], mask=b_held[:, None] & (n < N)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     offsets = expert * (M * N) + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def _weight_tile(m: int, n: int, rows: int, *, warps: int, stages: int, registers: int | None = None) -> Config:
-    return Config(
-        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_ROWS": rows, "GROUP_M": 8},
-        num_warps=warps,
-        num_stages=stages,
-        max_registers=registers,
-    )
+def _weight_tile(m: int, n: int, rows: int, *, warps: int, ahead: int) -> Config:
+    sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_ROWS": rows, "GROUP_M": 8, "AHEAD": ahead}
+    return Config(sizes, num_warps=warps, num_stages=1 + ahead)
 
 
 # Predicted, nothing was measured yet. The epilogue holds the product, the pre-activation and two results at once, in
-# quarters of 128x128, which do not spill. Smaller tiles fit two programs on a multiprocessor and load more from L2.
+# quarters of 128x128, which do not spill. In eighths two programs fit on a multiprocessor of sm_90, one's epilogue
+# beside the other's product, but for exact GELU, whose series takes three registers too many.
 _D_HIDDEN = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4)
+_D_HIDDEN_SM90 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=8, registers=128)
 _D_HIDDEN_FLOAT32 = gemm_tile(64, 64, 32, warps=8, stages=2)
+_D_HIDDEN_TF32 = gemm_tile(128, 64, 32, warps=4, stages=3, parts=4)
 _D_HIDDEN_CANDIDATES = (
     gemm_tile(128, 64, 64, warps=8, stages=3, parts=2, registers=128),
-    gemm_tile(128, 128, 64, warps=8, stages=4, parts=4, persistent=True),
+    gemm_tile(128, 128, 64, warps=8, stages=4, parts=8, persistent=True, tma=True),
 )
 _D_HIDDEN_TMA = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, tma=True)
 register_table(
-    "expert_d_hidden", {(ANY, ANY, ANY): _D_HIDDEN}, candidates=(*_D_HIDDEN_CANDIDATES, _D_HIDDEN_TMA, CUBLAS)
+    "expert_d_hidden",
+    {(ANY, ANY, ANY): _D_HIDDEN, ("sm90", ANY, "short"): _D_HIDDEN_SM90},
+    candidates=(*_D_HIDDEN_CANDIDATES, _D_HIDDEN_TMA, CUBLAS),
 )
 register_table("expert_d_hidden/fp32", {(ANY, ANY, ANY): _D_HIDDEN_FLOAT32}, candidates=(CUBLAS,))
-# Predicted, nothing was measured yet. The map of rows to tokens is loaded a stage ahead of what it points to, so four
-# stages keep three tiles in flight; two programs fit on a multiprocessor. Chips without wgmma hold the operands in
-# registers as well, and spill with 64 rows.
-_WEIGHT = _weight_tile(128, 128, 32, warps=8, stages=4)
-_WEIGHT_SM90 = _weight_tile(128, 128, 64, warps=8, stages=4)
-_WEIGHT_FLOAT32 = _weight_tile(64, 64, 32, warps=8, stages=2)
+register_table("expert_d_hidden/tf32", {(ANY, ANY, ANY): _D_HIDDEN_TF32}, candidates=(CUBLAS,))
+# Predicted, nothing was measured yet; two programs fit on a multiprocessor. wgmma and tcgen05 read both operands from
+# shared memory, three buffers of each (loads run two steps ahead). mma.sync holds them in registers too, and the
+# accumulator of 4 warps leaves room for 32 rows; three buffers fit in half of 100 KB, four in half of sm_80's 164.
+_WEIGHT = _weight_tile(128, 128, 32, warps=4, ahead=3)
+_WEIGHT_SM80 = _weight_tile(128, 128, 32, warps=4, ahead=4)
+_WEIGHT_SM90 = _weight_tile(128, 128, 64, warps=8, ahead=2)
+_WEIGHT_FLOAT32 = _weight_tile(64, 64, 32, warps=8, ahead=1)
+_WEIGHT_TF32 = _weight_tile(128, 64, 32, warps=4, ahead=2)
 _WEIGHT_CANDIDATES = (
-    _weight_tile(128, 128, 64, warps=8, stages=3),
-    _weight_tile(128, 256, 64, warps=8, stages=4),
+    _weight_tile(128, 128, 64, warps=8, ahead=3),
+    _weight_tile(128, 256, 64, warps=8, ahead=2),
 )
 WEIGHT_OPS = ("expert_d_fc1", "expert_d_fc2")
 for _op in WEIGHT_OPS:
-    table = {(ANY, ANY, ANY): _WEIGHT, ("sm90", ANY, ANY): _WEIGHT_SM90, ("sm100", ANY, ANY): _WEIGHT_SM90}
-    register_table(_op, table, candidates=(*_WEIGHT_CANDIDATES, CUBLAS))
+    register_table(
+        _op,
+        {
+            (ANY, ANY, ANY): _WEIGHT,
+            ("sm80", ANY, ANY): _WEIGHT_SM80,
+            ("sm90", ANY, ANY): _WEIGHT_SM90,
+            ("sm100", ANY, ANY): _WEIGHT_SM90,
+        },
+        candidates=(*_WEIGHT_CANDIDATES, CUBLAS),
+    )
     register_table(f"{_op}/fp32", {(ANY, ANY, ANY): _WEIGHT_FLOAT32}, candidates=(CUBLAS,))
+    register_table(f"{_op}/tf32", {(ANY, ANY, ANY): _WEIGHT_TF32}, candidates=(CUBLAS,))
 
 
 def hidden_gradient(
@@ -273,7 +295,9 @@ def hidden_gradient(
         undefined.
     """
     buffer = d_out.buffer
-    config = gemm_config("expert_d_hidden", weight.dtype, buffer, weight.device)
+    # Activations whose derivative takes few registers.
+    bucket = None if activation.name == "gelu" else "short"
+    config = gemm_config("expert_d_hidden", weight.dtype, buffer, weight.device, bucket=bucket)
     if config == CUBLAS:
         d_hidden = torch.bmm(d_out.gathered, weight)
         return activation_backward_after_gemm(d_hidden, pre, gates, buffer.choices, biased, activation)

@@ -104,6 +104,34 @@ def _(experts, gates, num_experts, group_size, capacity, last_capacity, batch_pr
 _assign_slots_op.register_vmap(vmap.assign_slots)
 
 
+def checked_options(
+    experts: Tensor,
+    gates: Tensor,
+    num_experts: int,
+    group_size: int | None,
+    capacity: int,
+    last_capacity: int | None,
+    batch_priority: bool,
+    priority: str,
+) -> tuple[int, int, int, int, bool, str]:
+    """What is not a tensor among the arguments of `assign_slots`, as its op takes it, once all of them are in order."""
+    if experts.ndim != 2 or experts.dtype != torch.int32:
+        raise ValueError(f"experts must be (T, K) int32, got {tuple(experts.shape)} {experts.dtype}")
+    if gates.shape != experts.shape:
+        raise ValueError(f"gates must have the shape of experts {tuple(experts.shape)}, got {tuple(gates.shape)}")
+    group_size = max(experts.shape[0], 1) if group_size is None else group_size
+    last_capacity = capacity if last_capacity is None else last_capacity
+    num_experts = check_integer("num_experts", num_experts, 1)
+    group_size = check_integer("group_size", group_size, 1, "at least 1 token")
+    capacity = check_integer("capacity", capacity, 1, "at least 1 slot")
+    last_capacity = check_integer("last_capacity", last_capacity, 1, "at least 1 slot")
+    batch_priority = check_flag("batch_priority", batch_priority)
+    check_rows(num_experts * rows_per_expert(experts.shape[0], group_size, capacity, last_capacity))
+    if priority not in PRIORITIES:
+        raise ValueError(f"priority must be one of {PRIORITIES}, got {priority!r}")
+    return num_experts, group_size, capacity, last_capacity, batch_priority, priority
+
+
 def assign_slots(
     experts: Tensor,
     gates: Tensor,
@@ -135,21 +163,9 @@ def assign_slots(
     Raises:
         ValueError: if a shape, a dtype, a capacity or the priority is off.
     """
-    if experts.ndim != 2 or experts.dtype != torch.int32:
-        raise ValueError(f"experts must be (T, K) int32, got {tuple(experts.shape)} {experts.dtype}")
-    if gates.shape != experts.shape:
-        raise ValueError(f"gates must have the shape of experts {tuple(experts.shape)}, got {tuple(gates.shape)}")
-    group_size = max(experts.shape[0], 1) if group_size is None else group_size
-    last_capacity = capacity if last_capacity is None else last_capacity
-    num_experts = check_integer("num_experts", num_experts, 1)
-    group_size = check_integer("group_size", group_size, 1, "at least 1 token")
-    capacity = check_integer("capacity", capacity, 1, "at least 1 slot")
-    last_capacity = check_integer("last_capacity", last_capacity, 1, "at least 1 slot")
-    batch_priority = check_flag("batch_priority", batch_priority)
-    check_rows(num_experts * rows_per_expert(experts.shape[0], group_size, capacity, last_capacity))
-    if priority not in PRIORITIES:
-        raise ValueError(f"priority must be one of {PRIORITIES}, got {priority!r}")
-    options = (num_experts, group_size, capacity, last_capacity, batch_priority, priority)
+    options = checked_options(
+        experts, gates, num_experts, group_size, capacity, last_capacity, batch_priority, priority
+    )
     # The gates name the dtype: float64 ones are the reference's.
     if use_reference(impl, gates):
         return assign_slots_reference(experts, gates, *options)

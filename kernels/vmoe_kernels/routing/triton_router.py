@@ -44,6 +44,42 @@ _SUMS_BLOCK_B, _SUMS_BLOCK_E = 64, 16
 
 
 @triton.jit
+def _upper_half(x):
+    """float32 with the last 16 bits cleared: a value that bfloat16 has."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bfloat16_parts(x):
+    """Three float32 tiles of bfloat16's values that add up to a float32 tile, bit for bit; the first is the largest.
+
+    An infinite value is its own first part. Below 2^-110 the last part may need bits that bfloat16 lacks.
+    """
+    high = _upper_half(x)
+    rest = tl.where(high == x, 0.0, x - high)
+    middle = _upper_half(rest)
+    return high, middle, rest - middle
+
+
+@triton.jit
+def dot_in_parts(a, b, acc, PARTS_OF_A: tl.constexpr):
+    """acc + a @ b of a float32 operand, a or b, in three products with the other one's dtype, bfloat16.
+
+    Each product of two 8-bit significands is exact, so nothing but the float32 sum rounds; small parts go first.
+    """
+    high, middle, low = bfloat16_parts(a if PARTS_OF_A else b)
+    if PARTS_OF_A:
+        acc = tl.dot(low.to(b.dtype), b, acc)
+        acc = tl.dot(middle.to(b.dtype), b, acc)
+        acc = tl.dot(high.to(b.dtype), b, acc)
+    else:
+        acc = tl.dot(a, low.to(a.dtype), acc)
+        acc = tl.dot(a, middle.to(a.dtype), acc)
+        acc = tl.dot(a, high.to(a.dtype), acc)
+    return acc
+
+
+@triton.jit
 def dot_fp32(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b with float32 accumulation; no operand is rounded to less than its own precision."""
     if a.dtype == tl.float32 and b.dtype == tl.float32:
@@ -52,6 +88,8 @@ def dot_fp32(a, b, acc, PRECISION: tl.constexpr):
         acc = tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
     elif a.dtype == b.dtype:
         acc = tl.dot(a, b, acc)
+    elif a.dtype == tl.bfloat16 or b.dtype == tl.bfloat16:
+        acc = dot_in_parts(a, b, acc, a.dtype == tl.float32)
     else:
         # A 16-bit operand is exact in TF32, so the three TF32 products keep the other operand's float32 bits.
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")

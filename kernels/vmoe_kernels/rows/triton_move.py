@@ -66,20 +66,39 @@ def _dispatch_kernel(
     tl.store(buffer_ptr + rows[:, None] * D + cols[None, :], copies, mask=inside)
 
 
+@triton.jit
+def _sum_of_parts(parts_ptr, rows, mask, num_rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK,) sums over (PARTS, N) float32 at some rows, always taken in the same order; 0 off the mask."""
+    block_parts: tl.constexpr = 32
+    total = tl.zeros((BLOCK, block_parts), tl.float32)
+    for start in tl.static_range(0, PARTS, block_parts):
+        parts = start + tl.arange(0, block_parts)
+        pointers = parts_ptr + (parts.to(tl.int64) * num_rows)[None, :] + rows[:, None]
+        total += tl.load(pointers, mask=mask[:, None] & (parts < PARTS)[None, :], other=0.0)
+    return tl.sum(total, 1)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _sum_rows_kernel(
     rows_ptr,  # (N, D)
     slots_ptr,  # (T, K) int32
     gates_ptr,  # (T, K) floating, or None for gates of 1
     y_ptr,  # (T, D)
+    row_dots_ptr,  # (PARTS, N) float32, or None
+    bias_dots_ptr,  # (N,) float32, or None
+    d_gates_ptr,  # (T, K) floating, or None
     num_tokens,
     num_rows,
+    PARTS: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program owns a (BLOCK_TOKENS, BLOCK_D) tile of y: the gated sum, in float32, of the rows of its K choices."""
+    """A program owns a (BLOCK_TOKENS, BLOCK_D) tile of y: the gated sum, in float32, of the rows of its K choices.
+
+    With row_dots the program of a token's first tile owns its gates' gradients, too: the sums of their parts.
+    """
     tiles_per_row: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     tile = tl.program_id(0).to(tl.int64)
     tokens = tile // tiles_per_row * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -100,6 +119,12 @@ def _sum_rows_kernel(
             # Dropped choices too: 0 times a NaN gate must show.
             row *= tl.load(gates_ptr + choices, mask=tokens < num_tokens, other=0.0).to(tl.float32)[:, None]
         total += row
+        if d_gates_ptr is not None:  # noqa: SIM102
+            if tile % tiles_per_row == 0:
+                d_gate = _sum_of_parts(row_dots_ptr, slots, kept, num_rows, PARTS, BLOCK_TOKENS)
+                if bias_dots_ptr is not None:
+                    d_gate += tl.load(bias_dots_ptr + slots, mask=kept, other=0.0)
+                tl.store(d_gates_ptr + choices, d_gate.to(d_gates_ptr.dtype.element_ty), mask=tokens < num_tokens)
     inside = (tokens < num_tokens)[:, None] & (cols < D)[None, :]
     tl.store(y_ptr + tokens[:, None] * D + cols[None, :], total.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -171,26 +196,61 @@ def sum_rows(op: str, rows: Tensor, slots: Tensor, gates: Tensor | None) -> Tens
     Returns:
         (T, D) in the dtype of `rows`, accumulated in float32 in the order of the choices.
     """
-    num_tokens, num_choices = slots.shape
-    num_rows, width = rows.shape
-    y = rows.new_empty(num_tokens, width)
-    if y.numel() > 0:
-        config = look_up(op, rows.device, width_bucket(width))
-        tiles = triton.cdiv(num_tokens, config.constexprs["BLOCK_TOKENS"])
-        grid = (tiles * triton.cdiv(width, config.constexprs["BLOCK_D"]),)
-        gates = None if gates is None else gates.contiguous()
-        _sum_rows_kernel[grid](
-            rows.contiguous(),
-            slots.contiguous(),
-            gates,
-            y,
-            num_tokens,
-            num_rows,
-            K=num_choices,
-            D=width,
-            **config.kwargs(),
-        )
+    y = rows.new_empty(slots.shape[0], rows.shape[1])
+    _launch_sum_rows(op, rows, slots, gates, y)
     return y
+
+
+def sum_rows_and_gates(
+    rows: Tensor, slots: Tensor, row_dots: Tensor, bias_dots: Tensor | None, gates: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`sum_rows` for dispatch's backward and, in the same launch, each gate's gradient <d_y, output of its choice>.
+
+    Args:
+        rows: (N, D) as in `sum_rows`.
+        slots: (T, K) int32.
+        row_dots: (P, N) float32 parts of <d_y W2, hidden> for each row.
+        bias_dots: (N,) float32, <d_y, b2> for each row, or None without a bias.
+        gates: (T, K), for its dtype.
+
+    Returns:
+        The sums (T, D), and (T, K) gradients, 0 where dropped.
+    """
+    y, d_gates = rows.new_empty(slots.shape[0], rows.shape[1]), gates.new_empty(gates.shape)
+    _launch_sum_rows("dispatch_backward", rows, slots, None, y, row_dots, bias_dots, d_gates)
+    return y, d_gates
+
+
+def _launch_sum_rows(
+    op: str,
+    rows: Tensor,
+    slots: Tensor,
+    gates: Tensor | None,
+    y: Tensor,
+    row_dots: Tensor | None = None,
+    bias_dots: Tensor | None = None,
+    d_gates: Tensor | None = None,
+) -> None:
+    if y.numel() == 0:
+        return
+    (num_tokens, num_choices), (num_rows, width) = slots.shape, rows.shape
+    config = look_up(op, rows.device, width_bucket(width))
+    tiles = triton.cdiv(num_tokens, config.constexprs["BLOCK_TOKENS"])
+    _sum_rows_kernel[(tiles * triton.cdiv(width, config.constexprs["BLOCK_D"]),)](
+        rows.contiguous(),
+        slots.contiguous(),
+        None if gates is None else gates.contiguous(),
+        y,
+        row_dots,
+        bias_dots,
+        d_gates,
+        num_tokens,
+        num_rows,
+        PARTS=0 if row_dots is None else row_dots.shape[0],
+        K=num_choices,
+        D=width,
+        **config.kwargs(),
+    )
 
 
 def dispatch_triton(x: Tensor, slots: Tensor, num_rows: int) -> Tensor:

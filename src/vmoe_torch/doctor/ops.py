@@ -165,8 +165,18 @@ def _assign_slots(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> dic
         options = {**places, "num_experts": sizes.experts, "batch_priority": by_priority}
         slots = kernels.assign_slots(experts, gates, **options)
         fault = slots_fault(slots, kernels.assign_slots_reference(experts, gates, **options), **places)
+        fault = fault or _inverse_fault(*kernels.assign_rows(experts, gates, **options))
         found[name] = Comparison(0.0 if fault is None else torch.inf, 0.0, 0.0, fault)
     return found
+
+
+def _inverse_fault(slots: Tensor, choices: Tensor) -> str | None:
+    """What is wrong with the choices that rows are said to hold."""
+    rows = slots.view(-1).long()
+    kept = (rows >= 0).nonzero().squeeze(1)
+    held = torch.full_like(choices, -1).index_copy(0, rows[kept], kept.to(choices.dtype))
+    wrong = int((held != choices).sum())
+    return f"choices must be the inverse of slots, {wrong} rows hold others" if wrong else None
 
 
 def _assign_dropless_slots(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> dict[str, Comparison]:

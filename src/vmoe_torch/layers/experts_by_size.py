@@ -111,6 +111,7 @@ def moe_mlp(
     drop: float,
     seed: Tensor | None,
     impl: str,
+    choices: Tensor | None = None,
 ) -> Tensor:
     """`vmoe_kernels.moe_mlp` over all sizes: a token's output is the sum over what it gets from each.
 
@@ -125,12 +126,13 @@ def moe_mlp(
         drop: probability of dropping a hidden activation.
         seed: 0-dim int64 key.
         impl: "auto", "triton" or "reference".
+        choices: (E * R,) of the rows, where known; of use to experts of one size.
 
     Returns:
         (T, O).
     """
     if len(counts) == 1:
-        return steps.moe_mlp(x, slots, gates, weights[0], rows, activation, drop, seed, impl)
+        return steps.moe_mlp(x, slots, gates, weights[0], rows, activation, drop, seed, impl, choices)
     first = counts[0]
     own = torch.where(slots < first * rows, slots, -1)
     y = steps.moe_mlp(x, own, gates, weights[0], rows, activation, drop, seed, impl)

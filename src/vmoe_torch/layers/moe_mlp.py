@@ -335,8 +335,11 @@ class MoeMlp(TravellingRouting):
         drop = self.expert_drop if self.training else 0.0
         slots, mix = routed.slots, routed.mix
         if mix is None and self.exchange is None and self.dispatch_dtype is None and impl != "portable":
+            choices: Tensor | None = None
+            if not torch.jit.is_scripting():
+                choices = routed.choices
             return experts_by_size.moe_mlp(
-                tokens, slots, gates, weights, counts, rows, self.activation, drop, seed, impl
+                tokens, slots, gates, weights, counts, rows, self.activation, drop, seed, impl, choices
             )
         wire = tokens.dtype
         if self.dispatch_dtype is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import vmoe_kernels as kernels
 from vmoe_kernels import RouterOutput
+from vmoe_kernels.common.impl import has_kernels
 from vmoe_torch.layers import portable
 from vmoe_torch.layers.experts import Weights
 from vmoe_torch.layers.groups import Groups
@@ -62,6 +63,27 @@ def assign_slots(
         priority=priority,
         impl=impl,
     )
+
+
+def assign_rows(
+    experts: Tensor, gates: Tensor, num_experts: int, groups: Groups, batch_priority: bool, priority: str, impl: str
+) -> tuple[Tensor, Tensor | None]:
+    """`vmoe_kernels.assign_rows` where `moe_mlp` goes by the choices of the rows; slots alone elsewhere."""
+    # Two lines, as TorchScript does not know `has_kernels`.
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if impl in ("auto", "triton") and has_kernels(experts.device):
+            return kernels.assign_rows(
+                experts,
+                gates,
+                num_experts=num_experts,
+                group_size=groups.size,
+                capacity=groups.capacity,
+                last_capacity=groups.last_capacity,
+                batch_priority=batch_priority,
+                priority=priority,
+                impl=impl,
+            )
+    return assign_slots(experts, gates, num_experts, groups, batch_priority, priority, impl), None
 
 
 def assign_dropless_slots(experts: Tensor, num_experts: int, groups: Groups, impl: str) -> tuple[Tensor, Tensor | None]:
@@ -119,6 +141,7 @@ def moe_mlp(
     drop: float,
     seed: Tensor | None,
     impl: str,
+    choices: Tensor | None = None,
 ) -> Tensor:
     """`vmoe_kernels.moe_mlp`: dispatch, experts and combine in one, which has no portable form."""
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
@@ -138,6 +161,7 @@ def moe_mlp(
         activation=activation,
         drop=drop,
         seed=seed,
+        choices=choices,
         impl=impl,
     )
 

@@ -9,8 +9,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 def _keep_routing(_context, op, *_args, **_kwargs) -> CheckpointPolicy:
     ops = torch.ops.vmoe
-    kept = (ops.router.default, ops.assign_slots.default, ops.assign_dropless_slots.default)
-    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = (ops.router, ops.assign_slots, ops.assign_rows, ops.assign_dropless_slots)
+    return CheckpointPolicy.MUST_SAVE if op in [each.default for each in kept] else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recompute_block(block: nn.Module) -> None:

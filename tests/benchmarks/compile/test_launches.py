@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -15,6 +16,7 @@ import vmoe_kernels
 from benchmarks.compile.launches import CALLS, CAPABILITIES, capture, record
 from tests.benchmarks.compile.example_kernels import product_case, sums_case
 from vmoe_kernels.common import launch
+from vmoe_torch.layers import MoeMlp, steps
 
 CPU = torch.device("cpu")
 
@@ -57,11 +59,52 @@ def test_a_layer_launches_eight_kernels_forward_and_backward_with_those_of_the_c
     assert [each.name for each in launches[80]] == [each.name for each in launches[90]]
     assert [each.name for each in launches[90]] == [
         *("choice_of_row", "expert_up", "expert_down", "combine"),
-        *("choice_of_row", "expert_d_hidden", "output_bias", "sum_parts", "sum_parts"),
-        *("expert_d_fc2", "expert_d_fc1", "expert_d_rows", "dispatch_backward", "gate_gradient"),
+        *("choice_of_row", "expert_d_hidden", "output_bias", "sum_parts"),
+        *("expert_d_fc2", "expert_d_fc1", "expert_d_rows", "dispatch_backward"),
     ]
     up = {chip: next(each for each in found if each.name == "expert_up") for chip, found in launches.items()}
-    assert (up[80].max_registers, up[90].max_registers) == (None, 128)
+    assert (up[80].constexprs["BLOCK_COLS"], up[90].constexprs["BLOCK_COLS"]) == (128, 256)
+
+
+class _Library(TorchDispatchMode):
+    """Names of PyTorch's own operators that launch something: results that are neither views nor memory alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        name = operator.overloadpacket.__name__
+        if operator.namespace == "aten" and "empty" not in name:
+            given = {each.data_ptr() for each in args if isinstance(each, torch.Tensor)}
+            if name.endswith("_") or out.data_ptr() not in given:
+                self.launches.append(name)
+        return out
+
+
+@pytest.mark.parametrize("batch_priority", [True, False], ids=["bpr", "vanilla"])
+def test_a_layer_takes_six_launches_forward_and_eleven_backward(batch_priority, monkeypatch):
+    monkeypatch.setattr(steps, "has_kernels", lambda device: True)
+    options = {"num_experts": 8, "batch_priority": batch_priority}
+    # In eval mode, as losses are operators of their own.
+    layer, x = MoeMlp(64, 128, **options).eval(), torch.empty(8, 49, 64, requires_grad=True)
+    with _Library() as library, record(90) as launches:
+        y = layer(x)
+        forward = [each.name for each in launches] + library.launches
+        y.backward(torch.empty_like(y))
+    backward = [each.name for each in launches[6:]] + library.launches
+    assert forward == [
+        *("router_forward_fp32_le32", "router_sums", "select" if batch_priority else "claim"),
+        *("expert_up/fp32", "expert_down/fp32", "combine"),
+    ]
+    assert backward == [
+        *("expert_d_hidden/fp32", "output_bias", "sum_parts", "expert_d_fc2/fp32", "expert_d_fc1/fp32"),
+        *("expert_d_rows/fp32", "dispatch_backward"),
+        *("router_backward_tokens_fp32_le32", "router_backward_weight_fp32_le32"),
+        # Of the parts of the router's gradient, and of what x gets from the router and from the experts.
+        *("sum", "add"),
+    ]
 
 
 def test_every_kernel_and_every_table_entry_is_captured(captured):
@@ -73,7 +116,7 @@ def test_every_kernel_and_every_table_entry_is_captured(captured):
         assert {each.kernel for each in every} == kernels
         for op in launch.registered_ops():
             with launch.pretend(f"sm{chip}"):
-                entries = [launch.look_up(op, CPU, bucket) for bucket in ("any", "le64")]
+                entries = [launch.look_up(op, CPU, bucket) for bucket in ("any", "le64", "wide")]
             launched = [_options(each) for each in every if each.name.startswith(f"{op}/")]
             # The slots' table names a design, not a kernel's constants.
             for config in entries if op != "slots" else ():

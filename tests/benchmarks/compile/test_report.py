@@ -117,6 +117,25 @@ def test_report_lists_every_config_and_goes_stale(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [("registers", 1), ("shared", 16), ("step", 1), ("instructions", 1), ("blocks_per_sm", -1), ("buffers", -1)],
+)
+def test_a_number_that_got_worse_is_named(field, change, tmp_path, monkeypatch):
+    compile_report.write([CLEAN], tmp_path)
+    before = getattr(CLEAN, field)
+    bad, good = (dataclasses.replace(CLEAN, **{field: before + each}) for each in (change, -change))
+    assert compile_report.worse([CLEAN, good], tmp_path) == []
+    (found,) = compile_report.worse([bad], tmp_path)
+    assert found.startswith(
+        f"k on sm_90 has {field} {before + change}, in triton-{triton_version()} {before}; where that"
+    )
+    # Another Triton makes other code, and a new config is nobody's.
+    assert compile_report.worse([dataclasses.replace(bad, name="new")], tmp_path) == []
+    monkeypatch.setattr(compile_report.triton, "__version__", "0.1")
+    assert compile_report.worse([bad], tmp_path) == []
+
+
 def test_check_fails_on_a_defect(capsys, monkeypatch):
     spilling = dataclasses.replace(CLEAN, stack=16)
     monkeypatch.setattr(compile_report, "compile_all", lambda modules, processes: [spilling])

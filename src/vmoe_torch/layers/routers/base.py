@@ -42,6 +42,13 @@ class Routed(NamedTuple):
     mix: Tensor | None = None
     """(G, S, K) of a router without choices: the share that every slot of a group takes of each of its tokens. Then
     the K slots of a group are those of its experts, one expert after another, and `slots` numbers them."""
+    inverse: tuple[Tensor, Tensor] | None = None
+    """The slots again, and the choice (E * R,) int32 that each of their rows holds, or -1, where that is known."""
+
+    @property
+    def choices(self) -> Tensor | None:
+        """(E * R,) int32 choice of each row, where known; not of slots that a hook put in place of the router's."""
+        return None if self.inverse is None or self.inverse[0] is not self.slots else self.inverse[1]
 
     @property
     def logits(self) -> Tensor:

@@ -86,13 +86,16 @@ class TopExperts(Router):
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self.selection is not None:
                 selected = self.selection(gates, groups)
-        slots, spans = self._slots(experts, gates, selected, groups, impl)
+        slots, spans, choices = self._slots(experts, gates, selected, groups, impl)
         if self.renormalize_gates:
             gates = self._renormalized(gates)
         record = {"logits": scored.logits}
         if not torch.jit.is_scripting():
             record = self._record(scored, experts, selected, groups)
-        return Routed(gates, slots, record, spans=spans)
+        inverse: tuple[Tensor, Tensor] | None = None
+        if choices is not None:
+            inverse = (slots, choices)
+        return Routed(gates, slots, record, spans=spans, inverse=inverse)
 
     def selected(self, gates: Tensor, groups: Groups) -> Tensor | None:
         """(T, K) bool, the choices that may take a slot; None is all of them."""
@@ -109,19 +112,24 @@ class TopExperts(Router):
 
     def _slots(
         self, experts: Tensor, gates: Tensor, selected: Tensor | None, groups: Groups, impl: str
-    ) -> tuple[Tensor, Tensor | None]:
-        """And, without capacities, the spans."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """And, without capacities, the spans; with them, the choices of the rows where those are wanted."""
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self.has_spans():
                 wanted = experts if selected is None else torch.where(selected, experts, -1)
-                return steps.assign_dropless_slots(wanted, self.num_experts, groups, impl)
+                slots, spans = steps.assign_dropless_slots(wanted, self.num_experts, groups, impl)
+                return slots, spans, None
         by_priority, priority = self.batch_priority, self.priority
         if selected is None:
-            return steps.assign_slots(experts, gates, self.num_experts, groups, by_priority, priority, impl), None
+            slots, choices = steps.assign_rows(experts, gates, self.num_experts, groups, by_priority, priority, impl)
+            return slots, None, choices
         # What is not selected wants an expert more, which is not there.
         wanted = torch.where(selected, experts, self.num_experts)
-        slots = steps.assign_slots(wanted, gates, self.num_experts + 1, groups, by_priority, priority, impl)
-        return torch.where(selected, slots, -1), None
+        experts_and_none = self.num_experts + 1
+        slots, choices = steps.assign_rows(wanted, gates, experts_and_none, groups, by_priority, priority, impl)
+        if choices is not None:
+            choices = choices[: self.num_experts * groups.rows]
+        return torch.where(selected, slots, -1), None, choices
 
     def _renormalized(self, gates: Tensor) -> Tensor:
         if self.training and self.num_selected_experts == 1 and gates.requires_grad:
