@@ -6,13 +6,12 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo docs test test-interop test-semantics test-timm browser lint clean
 
-# Executes kernels on a CPU. Its metadata asks for Python 3.12, but it runs with 3.11; NumPy, which it needs, is there.
-TTSEM := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --ignore-requires-python
-
+# ttsem executes kernels on a CPU. Its metadata asks for Python 3.12, but it runs with 3.11; its one need is NumPy.
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(TTSEM) ttsem || echo "no ttsem: the tests that need it are skipped" >&2
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --ignore-requires-python ttsem \
+	  || echo "no ttsem: the tests that need it are skipped" >&2
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -35,6 +34,9 @@ test-interop: $(STAMP)
 SEMANTICS := $(PYTEST) -p tests.semantics.plugin
 test-semantics: $(STAMP)
 	$(SEMANTICS) tests/semantics tests/gpu
+	$(SEMANTICS) --lowered --chip 80 tests/semantics
+	$(SEMANTICS) --lowered --chip 90 tests/semantics
+	$(SEMANTICS) --lowered --chip 100 tests/semantics
 
 test-timm: $(STAMP)
 	$(BIN)/python tests/timm_suite/run.py

@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+# ttsem 0.1.0 looks for the first column of a slice of sm_100's tensor memory under another name than Triton 3.8 gives
+# it, and takes 0 instead.
+_MISREAD = re.compile(r'("ttng\.tmem_subslice"\([^)]*\) <\{)N =')
 # Chip, kernel and complaint, each a pattern: what ttsem 0.1.0 says of kernels that are right, and why.
 FALSE_ALARMS: tuple[tuple[str, str, str, str], ...] = ()
 
@@ -32,7 +35,7 @@ class LoweredToo:
         """Runs a launch from its TTIR; the result is that run's."""
         run = self.execute(record, ir, **options)
         if run.failure is None:
-            lowered = self.text(record, "ttgir", self.target)
+            lowered = _MISREAD.sub(r"\1offset =", self.text(record, "ttgir", self.target))
             if lowered not in self.seen:
                 self.seen.add(lowered)
                 self._compare(record, run, lowered)
