@@ -13,8 +13,9 @@ import numpy as np
 # ttsem 0.1.0 looks for the first column of a slice of sm_100's tensor memory under another name than Triton 3.8 gives
 # it, and takes 0 instead.
 _MISREAD = re.compile(r'("ttng\.tmem_subslice"\([^)]*\) <\{)N =')
-# Chip, kernel and complaint, each a pattern: what ttsem 0.1.0 says of kernels that are right, and why.
-FALSE_ALARMS: tuple[tuple[str, str, str, str], ...] = ()
+# The lowering makes three TF32 products of one of float32 ("tf32x3"), which round in other places: kernels that may,
+# and how far off they may then be, relative to the largest element of a float32 result.
+_ROUNDED, _ALLOWED = re.compile(r"_router_(kernel|weight_kernel)"), 2.0**-16
 
 
 class LoweredError(AssertionError):
@@ -50,21 +51,20 @@ class LoweredToo:
         self.counts["lowered"] += 1
         if complaint is None:
             return
-        for chip, kernel, pattern, _ in FALSE_ALARMS:
-            named = (chip, str(self.capability)), (kernel, record.fn_name), (pattern, complaint)
-            if all(re.search(*each) for each in named):
-                self.counts["false_alarms"] += 1
-                return
         self.counts["lowered_differ"] += 1
         raise LoweredError(f"{record.fn_name} on sm_{self.capability}: {complaint}")
 
     def _difference(self, record, run, again) -> str | None:
         for name in record.ptrs:
-            want, got = run.buffer(record, name), again.buffer(record, name)
-            if want is not None and not np.array_equal(want.view(np.uint8), got.view(np.uint8)):
-                where = np.flatnonzero(
-                    want.reshape(-1).view(f"u{want.itemsize}") != got.reshape(-1).view(f"u{got.itemsize}")
-                )
-                pair = want.reshape(-1)[where[:3]].tolist(), got.reshape(-1)[where[:3]].tolist()
-                return f"{len(where)} of {want.size} elements of {name} differ, at {where[:3].tolist()}: {pair}"
+            want, got = (each.buffer(record, name).reshape(-1) for each in (run, again))
+            differ = want.view(np.uint8).reshape(want.size, -1) != got.view(np.uint8).reshape(want.size, -1)
+            where = np.flatnonzero(differ.any(1))
+            if where.size == 0:
+                continue
+            if want.dtype == np.float32 and _ROUNDED.search(record.fn_name):
+                self.counts["rounded"] += 1
+                if np.abs(want - got).max() <= _ALLOWED * np.abs(want).max():
+                    continue
+            values = want[where[:3]].tolist(), got[where[:3]].tolist()
+            return f"{where.size} of {want.size} elements of {name} differ, at {where[:3].tolist()}: {values}"
         return None
