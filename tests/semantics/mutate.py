@@ -72,10 +72,10 @@ def _run_tests(kernels: Path, tests: tuple[str, ...]) -> tuple[int, str]:
 
 
 def _noticed_by(output: str) -> str:
-    """What the first failing test says, in short."""
+    """What the first failing test says, in short; of a fault that ttsem sees, in which kernel it is."""
     line = next((line[1:].strip() for line in output.splitlines() if line.startswith("E  ")), "")
-    line = re.sub(r"^[\w.]*\.(?=\w+:)", "", re.sub(r"/\S*/", "", line))
-    return line.split(". A GPU run")[0].split(" Program instances run")[0].replace("|", "/")[:160]
+    fault = re.search(r"KernelFault: (kernel `\w+`)", line)
+    return f"ttsem: a fault in {fault[1]}" if fault else f"values: {line.replace('|', '/')[:160]}"
 
 
 def check(mutation: Mutation | None, tests: tuple[str, ...]) -> tuple[int, str]:

@@ -135,10 +135,10 @@ MUTATIONS = (
     ),
     Mutation(
         "sum",
-        "the gate's gradient leaves out the right half of a tile",
+        "the gate's gradient is taken with the pre-activation",
         _EPILOGUE,
-        "return left_dots + right_dots",
-        "return left_dots",
+        "tl.sum(d_hidden * hidden, 1)",
+        "tl.sum(d_hidden * pre, 1)",
         _MOE,
     ),
     Mutation(
@@ -225,8 +225,8 @@ MUTATIONS = (
         "race",
         "all tiles of columns write one plane of the gates' partial sums",
         _GRADIENT,
-        "dots_ptr = row_dots_ptr + tile_col.to(tl.int64) * num_parts * num_rows",
-        "dots_ptr = row_dots_ptr",
+        ".to(tl.int64) * num_parts * num_rows",
+        ".to(tl.int64) * 0",
         _TILES,
     ),
     Mutation(
