@@ -85,7 +85,7 @@ def _multiplies(kernel: JITFunction, seen: set[str]) -> bool:
     return "tl.dot(" in kernel.src or any(_multiplies(each, seen) for each in called if isinstance(each, JITFunction))
 
 
-class _AsOnCuda(TorchDispatchMode):
+class AsOnCuda(TorchDispatchMode):
     """Our ops' CUDA implementations answer, whatever the device of the tensors."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -130,7 +130,7 @@ def record(capability: int) -> Iterator[list[Launch]]:
         stack.enter_context(patch.object(torch.cuda, "device", nullcontext))
         stack.enter_context(launch.pretend(f"sm{capability}"))
         looked_up = stack.enter_context(launch.recording())
-        stack.enter_context(_AsOnCuda())
+        stack.enter_context(AsOnCuda())
         yield launches
 
 
