@@ -23,8 +23,9 @@ def _model(**kwargs):
     torch.nn.init.normal_(model.head.weight, std=0.1)
     for layer in vmoe_torch.moe_layers(model).values():
         # Experts start alike and routers weak: spread them, so that a wrong expert or a wrong drop shows.
-        for weight in (layer.router.weight, *(fc.weight for fc in (*layer.fc1.linears(), *layer.fc2.linears()))):
-            torch.nn.init.normal_(weight, std=0.3)
+        for parameter in layer.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 

@@ -28,7 +28,7 @@ CHARACTERS = "ABEFGKRS"
 UNSEEN_CHARACTERS = "CHJLPQTY"
 FRAMES, SIDE, TUBELET = 8, 32, 2
 # Of every face, character and motion: 12 faces make 49,152 clips to train on.
-TRAINING_CLIPS, TEST_CLIPS = 64, 4
+TRAINING_CLIPS, TEST_CLIPS = 64, 2
 BATCH = 64
 LR, WEIGHT_DECAY, WARMUP = 2e-3, 0.05, 60
 # Of weights, batches and noise.
@@ -77,7 +77,7 @@ RUNS = (
     Run("video", "video V-MoE", 400),
     Run("frames", "frame-by-frame V-MoE", 400),
     Run("dense", "video ViT, dense", 400),
-    Run("inflated", "video V-MoE, inflated from the frame-by-frame one", 200, after="frames"),
+    Run("inflated", "video V-MoE, inflated from the frame-by-frame one", 100, after="frames"),
 )
 
 
