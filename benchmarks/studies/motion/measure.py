@@ -67,7 +67,7 @@ def execute(run: Run, folder: Path, deadline: float = math.inf) -> dict | None:
         "validation": accuracies(model, *whole(runs.clips_of(folder, "val"))),
         "test": accuracies(model, *test),
         "unseen": accuracies(model, *whole(runs.clips_of(folder, "test", runs.UNSEEN_CHARACTERS))),
-        "capacities": by_capacity(model, *test),
+        "capacities": [] if frames else by_capacity(model, *test),
     }
     del found["unseen"]["class"]
     with replacing(file) as partial:

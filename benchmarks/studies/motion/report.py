@@ -12,7 +12,7 @@ def markdown(content: dict) -> list[str]:
     """The results file: all that the finished runs allow, and the registered models."""
     found = content["runs"]
     lines = heading("Which way did it move?", content["environment"])
-    lines += [line for table in (comparison, by_motion, capacity) for line in table(found)]
+    lines += [line for table in (quality, by_motion, capacity, cost) for line in table(found)]
     lines += ["The registered models, clips of 16 frames of 224 x 224 pixels, 400 classes:", ""]
     return [*lines, *registered_table(content["registered"])]
 
@@ -34,20 +34,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def comparison(found: Sequence[dict]) -> list[str]:
-    """All models: what they cost and what they tell apart."""
+def quality(found: Sequence[dict]) -> list[str]:
+    """All models: what they tell apart."""
     if not found:
         return []
-    head = ("model", "parameters, M", "by the formula", "MFLOPs of a clip", "by the formula", "clips trained on")
-    head += (
-        "training TFLOPs",
-        "processor minutes",
-        "class",
-        "motion",
-        "pair",
-        "direction",
-        "motion, unseen characters",
-    )
     lines = [
         f"Drawn characters ({runs.CHARACTERS}) that move, turn, grow or are revealed, each forwards and backwards: "
         f"{len(MOTIONS)} motions, {len(MOTIONS) * len(runs.CHARACTERS)} classes.",
@@ -57,22 +47,14 @@ def comparison(found: Sequence[dict]) -> list[str]:
         f"which of these two is likelier (chance 50); unseen letters are {runs.UNSEEN_CHARACTERS}. Patches are served "
         "by priority (BPR).",
         "",
-        f"| {' | '.join(head)} |",
-        "| --- " * len(head) + "|",
+        "| model | class | motion | pair | direction | motion, unseen letters |",
+        "| --- " * 6 + "|",
     ]
     for run in found:
-        cells = [run["title"]]
-        cells += [f"{run[key] / 1e6:.3f}" for key in ("parameters", "formula_parameters")]
-        cells += [f"{run[key] / 1e6:.2f}" for key in ("flops", "formula_flops")]
-        cells += [
-            f"{run['clips']:,}",
-            f"{run['training_flops'] / 1e12:.1f}",
-            f"{run['training_seconds'] / 60:.1f}",
-        ]
-        cells += [percent(run["test"][key]) for key in ("class", "motion", "pair", "direction")]
-        lines.append(f"| {' | '.join([*cells, percent(run['unseen']['motion'])])} |")
-    video, frames = run_of(found, "video"), run_of(found, "frames")
+        cells = [percent(run["test"][key]) for key in ("class", "motion", "pair", "direction")]
+        lines.append(f"| {' | '.join([run['title'], *cells, percent(run['unseen']['motion'])])} |")
     lines.append("")
+    video, frames = run_of(found, "video"), run_of(found, "frames")
     if video and frames:
         better = 100 * (video["test"]["motion"] - frames["test"]["motion"])
         lines += [
@@ -82,6 +64,19 @@ def comparison(found: Sequence[dict]) -> list[str]:
             "",
         ]
     return lines
+
+
+def cost(found: Sequence[dict]) -> list[str]:
+    """All models: what they are and what they took."""
+    head = ("model", "parameters, M", "by the formula", "MFLOPs of a clip", "by the formula", "clips trained on")
+    head += ("training TFLOPs", "processor minutes")
+    lines = ["What they cost; times are of one busy core:", "", f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for run in found:
+        cells = [f"{run[key] / 1e6:.3f}" for key in ("parameters", "formula_parameters")]
+        cells += [f"{run[key] / 1e6:.2f}" for key in ("flops", "formula_flops")]
+        cells += [f"{run['clips']:,}", f"{run['training_flops'] / 1e12:.1f}", f"{run['training_seconds'] / 60:.1f}"]
+        lines.append(f"| {' | '.join([run['title'], *cells])} |")
+    return [*lines, ""] if found else []
 
 
 def by_motion(found: Sequence[dict]) -> list[str]:
@@ -111,9 +106,11 @@ def capacity(found: Sequence[dict]) -> list[str]:
         pair = [setting(video, factor, priority) for priority in (False, True)]
         cells = [percent(row[key]) for key in ("class", "motion") for row in pair]
         lines.append(f"| {factor:g} | {pair[0]['flops'] / dense['flops']:.2f} | {' | '.join(cells)} |")
-    full = setting(video, max(row["capacity_factor"] for row in video["capacities"]), False)
-    half = [setting(video, 0.5, priority) for priority in (False, True)]
-    lost = [f"{100 * (row['motion'] - full['motion']):+.1f}" for row in half]
+    full = max(row["capacity_factor"] for row in video["capacities"])
+    lost = [
+        f"{100 * (setting(video, 0.5, priority)['motion'] - setting(video, full, priority)['motion']):+.1f}"
+        for priority in (False, True)
+    ]
     return [
         *lines,
         "",

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from benchmarks.harness.results import RESULTS
 from benchmarks.studies.motion import figures, formula, measure, runs
 from benchmarks.studies.motion.__main__ import main as study
 from benchmarks.studies.motion.clips import Clips, class_name, link_fonts
@@ -19,6 +20,7 @@ from benchmarks.studies.motion.draw import MOTIONS, moving_glyph
 from benchmarks.studies.motion.files import main
 from vmoe_torch.data import ClipTiming, ClipTransform, VideoFolder, open_data
 
+ROOT = Path(__file__).parents[3]
 FACES = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
@@ -228,3 +230,10 @@ def test_formula_counts_slots_by_the_definition():
     assert more == 4 * 4 * 3 * 8 * 16 / 3
     blocks = 2 * (8 * 10 * 64 + 4 * 100 * 8 + 4 * 10 * 128)
     assert replace(shape, sparse=0).flops == 2 * 10 * 12 * 8 + 2 * 8 * 3 + blocks
+
+
+def test_docs_have_the_tables_of_the_results():
+    page, results = ROOT / "docs" / "video.md", RESULTS / "motion" / "motion.md"
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert len(lines) > 10
+    assert set(lines) <= set(results.read_text(encoding="utf-8").splitlines())
