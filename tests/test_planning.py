@@ -40,7 +40,7 @@ def _model(**kwargs):
     return vmoe_torch.VMoE(**{**options, "num_experts": 4, "group_size": 2, "capacity_factor": CAPACITY, **kwargs})
 
 
-def _held_after(model, x, y, autocast):
+def held_after(model, x, y, autocast):
     """Bytes that autograd keeps at the end of a forward, each storage once, parameters not counted; and the wire."""
     held = {}
 
@@ -77,7 +77,7 @@ def _compare(dtype, chunks, kwargs, autocast=False):
     parallelize(model, build_mesh(1, world, "cpu"), param_dtype=None if autocast else dtype, **options)
     generator = torch.Generator().manual_seed(rank)
     x, y = torch.randn(IMAGES, 3, 32, 32, generator=generator), torch.zeros(IMAGES, dtype=torch.long)
-    held, (forward, calls), (step, all_calls) = _held_after(model, x, y, autocast)
+    held, (forward, calls), (step, all_calls) = held_after(model, x, y, autocast)
 
     assert abs(held / want.activations - 1) <= 0.02, f"activations: held {held}, planned {want.activations}"
     # The layer's formula, by hand: 2 * E * G * C * D * (R - 1) / R * 2 bytes.

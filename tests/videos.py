@@ -39,6 +39,7 @@ def write_video(
     times: Sequence[float] | None = None,
     gop: int = 12,
     size: tuple[int, int] = SIZE,
+    options: dict[str, str] | None = None,
 ) -> Path:
     """Writes a file whose format its ending says.
 
@@ -49,12 +50,13 @@ def write_video(
         times: when each begins, in seconds.
         gop: frames from one key frame to the next.
         size: height and width of the grey ones.
+        options: of the container, as FFmpeg names them.
     """
     codec, pixels = CODECS[path.suffix]
     if isinstance(frames, int):
         frames = [np.full(size, grey(number), np.uint8) for number in range(frames)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pixels
@@ -84,13 +86,13 @@ def write_sound(path: Path) -> Path:
     return path
 
 
-def turn(path: Path) -> Path:
-    """Makes an .mp4 one that was filmed upright: players turn it by a quarter, clockwise."""
+def turn(path: Path, quarters: int = 1) -> Path:
+    """Makes an .mp4 one that players turn by so many quarters, clockwise; by one, it was filmed upright."""
     data = bytearray(path.read_bytes())
     # The matrix ends the track's header, before its width and height.
     begin = data.index(b"tkhd") - 4
     (length,) = struct.unpack(">I", data[begin : begin + 4])
-    one = 0x10000
-    struct.pack_into(">9i", data, begin + length - 44, 0, one, 0, -one, 0, 0, 0, 0, 0x40000000)
+    cos, sin = (0x10000 * value for value in ((1, 0), (0, 1), (-1, 0), (0, -1))[quarters % 4])
+    struct.pack_into(">9i", data, begin + length - 44, cos, sin, 0, -sin, cos, 0, 0, 0, 0x40000000)
     path.write_bytes(data)
     return path

@@ -14,6 +14,8 @@ WRITERS = {
     "models_checkpoint_read": "models.checkpoint_read",
     "models_train_loop": "models.train_loop",
     "models_waiting": "models.waiting",
+    "models_video_loader": "models.video_loader",
+    "motion": "studies.motion.report",
     "report": "cpu_report",
     "upcycle": "studies.upcycle",
 }

@@ -6,21 +6,11 @@ as likely in both, so that a model of single frames cannot tell them apart.
 Dims: T frames of S x S pixels.
 """
 
-from collections.abc import Sequence
-from fractions import Fraction
-from pathlib import Path
-
-import av
 import numpy as np
 from PIL import Image
 
-from vmoe_torch.data import Typefaces
-
 # In pairs: the second is the first one backwards.
 MOTIONS = ("right", "left", "clockwise", "anticlockwise", "grow", "shrink", "reveal", "hide")
-RATE = 8
-# Of the glyphs that the clips are drawn from.
-GLYPH_SIDE = 64
 
 
 def moving_glyph(
@@ -78,66 +68,3 @@ def _drawn(glyph: np.ndarray, size: float, x: float, y: float, angle: float, see
         (side, side), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
     )
     return np.asarray(picture)
-
-
-def write_clip(path: Path, clip: np.ndarray) -> None:
-    """Writes (T, S, S) uint8 as a grey .mkv without any loss."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=RATE)
-        stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], "gray"
-        for number, array in enumerate(clip):
-            frame = av.VideoFrame.from_ndarray(array, format="gray")
-            frame.pts, frame.time_base = number, Fraction(1, RATE)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def class_name(motion: str, character: str) -> str:
-    """What the folder of a class is called: "grow-A", or a number for what is no letter or digit."""
-    return f"{motion}-{character if character.isalnum() else f'u{ord(character):04x}'}"
-
-
-def write_split(
-    fonts: Path,
-    out: Path,
-    split: str,
-    characters: Sequence[str],
-    *,
-    clips: int = 1,
-    frames: int = 16,
-    side: int = 32,
-    seed: int = 0,
-    cache: Path | None = None,
-) -> int:
-    """Writes the clips of a split, for `data.name=video`: OUT/SPLIT/MOTION-CHARACTER/FACE-NUMBER.mkv.
-
-    Args:
-        fonts: folder with a folder of fonts per split.
-        out: folder of the clips.
-        split: of the fonts and of the clips.
-        characters: one character each.
-        clips: of every face, character and motion.
-        frames: of a clip.
-        side: of a frame in pixels.
-        seed: of all that is drawn.
-        cache: of the glyphs, as `Typefaces` has it.
-
-    Returns:
-        How many clips there are.
-    """
-    glyphs = Typefaces(fonts, split, characters, GLYPH_SIDE, cache=cache)
-    count = 0
-    for index in range(len(glyphs)):
-        image, label = glyphs[index]
-        face = int(glyphs.face_numbers[index])
-        for number, motion in enumerate(MOTIONS):
-            folder = out / split / class_name(motion, glyphs.class_names[label])
-            folder.mkdir(parents=True, exist_ok=True)
-            for clip in range(clips):
-                # The same for both of a pair, which differ in nothing but their direction.
-                key = (seed, *split.encode(), face, ord(glyphs.class_names[label]), number // 2, clip)
-                generator = np.random.default_rng(key)
-                drawn = moving_glyph(np.asarray(image), motion, generator, frames, side)
-                write_clip(folder / f"{face}-{clip}.mkv", drawn)
-                count += 1
-    return count
