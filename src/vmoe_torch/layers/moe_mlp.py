@@ -93,6 +93,7 @@ class MoeMlp(TravellingRouting):
     load_loss_weight = _OfRouter()
     gshard_loss_weight = _OfRouter()
     size_loss_weight = _OfRouter()
+    router_z_loss_weight = _OfRouter()
     auxiliary_mode = _OfRouter()
     renormalize_gates = _OfRouter()
     impl = _OfRouter()
@@ -124,6 +125,7 @@ class MoeMlp(TravellingRouting):
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
         size_loss_weight: float = 0.0,
+        router_z_loss_weight: float = 0.0,
         auxiliary_mode: opt.AuxiliaryMode = "injected",
         router: opt.RouterType = "top_experts",
         slots_per_expert: int | None = None,

@@ -71,6 +71,9 @@ class ExpertOptions(RoutingOptions, total=False):
     size_loss_weight: float
     """Weight of the sum over experts of mean gate * H_e / max(H), which draws tokens to the narrow experts; without
     effect where all are of one size."""
+    router_z_loss_weight: float
+    """Weight of the router z-loss, the mean over tokens of logsumexp(logits)^2 without noise; not for a soft router. No
+    claim: known from language models, and of no measured use to V-MoE."""
     auxiliary_mode: AuxiliaryMode
     """The gradient reaches the router by itself ("injected"), or you add `vmoe_torch.auxiliary_loss(model)` to the loss
     ("manual")."""

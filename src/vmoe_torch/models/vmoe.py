@@ -86,6 +86,7 @@ class VMoE(vit.VisionTransformer):
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
         size_loss_weight: float = 0.0,
+        router_z_loss_weight: float = 0.0,
         auxiliary_mode: opt.AuxiliaryMode = "injected",
         router: opt.RouterType = "top_experts",
         slots_per_expert: int | None = None,
