@@ -26,7 +26,7 @@ class Flops:
     dense: float
     """FLOPs of the same model with one MLP of the widest expert's size in place of each MoE layer."""
     layers: dict[str, float] = field(default_factory=dict, hash=False)
-    """FLOPs of each MoE layer by name, its router included."""
+    """FLOPs of each MoE layer by name, its router and its shared expert included."""
     filled: float | None = None
     """FLOPs of the whole model if slots without a token cost nothing and experts are as wide as they are; None where
     that cannot be known, as on the meta device."""
@@ -98,6 +98,6 @@ def _count_layer(layer: MoeMlp, inputs: tuple[Tensor], _: Tensor) -> None:
     """ptflops' hook on a module, which adds to an attribute that ptflops has made."""
     sizes = inputs[0].shape[:-1]
     tokens = sizes.numel()
-    flops = layer.own_router().flops(tokens)
+    flops = layer.dense_flops(tokens)
     flops += layer.expert_flops(layer.num_rows(tokens, sizes[1:].numel()))
     layer.__flops__ += flops // 2
