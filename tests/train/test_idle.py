@@ -24,6 +24,7 @@ BASE = Config().override("data.name=fashion_mnist")
         "optim.eps=1e-3 optim.name=sgd",
         "optim.decay=kernels optim.weight_decay=0",
         "optim.head_weight_decay=3",
+        "optim.fallback_lr_scale=0.5",
         "optim.ema_warmup=no",
         "parallel.wire=bfloat16",
         "parallel.dp=2",

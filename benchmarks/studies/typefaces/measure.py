@@ -102,8 +102,9 @@ def router_speeds(folder: Path) -> dict[str, dict] | None:
         return None
     made = {label: trained_model(run.name, folder) for label, run in chosen.items()}
     model, config = next(iter(made.values()))
-    images = Subset(_images(config, "val"), range(config.data.batch_size))
-    batches = evaluation_loader(images, _transform(model, config), config.data.batch_size, 0, False)
+    images = _images(config, "val")
+    some = Subset(images, order(len(images))[: config.data.batch_size])
+    batches = evaluation_loader(some, _transform(model, config), config.data.batch_size, 0, False)
     return _written(file, speeds({label: model for label, (model, _) in made.items()}, *next(iter(batches))))
 
 
@@ -145,7 +146,7 @@ def _images(config: Config, split: str, characters=None) -> Typefaces:
 def _some(config: Config) -> Dataset:
     """Validation images to calibrate on."""
     images = _images(config, "val")
-    return Subset(images, np.random.default_rng(0).permutation(len(images))[:CALIBRATION])
+    return Subset(images, order(len(images))[:CALIBRATION])
 
 
 def _transform(model: nn.Module, config: Config) -> Callable:
@@ -153,7 +154,14 @@ def _transform(model: nn.Module, config: Config) -> Callable:
 
 
 def _loader(model: nn.Module, config: Config, images: Dataset):
-    return evaluation_loader(images, _transform(model, config), config.data.eval_batch_size, 0, False)
+    """Batches of images in an order of chance: neighbours, which share slots, are not all of one face."""
+    mixed = Subset(images, order(len(images)))
+    return evaluation_loader(mixed, _transform(model, config), config.data.eval_batch_size, 0, False)
+
+
+def order(count: int) -> np.ndarray:
+    """Of the images of a split as `_loader` has them: [i] is which one comes as number i."""
+    return np.random.default_rng(0).permutation(count)
 
 
 def accuracy(model: nn.Module, config: Config, split: str) -> dict[str, float]:
@@ -161,7 +169,8 @@ def accuracy(model: nn.Module, config: Config, split: str) -> dict[str, float]:
     images = _images(config, split)
     with torch.no_grad():
         right = torch.cat([model(x).argmax(1) == labels for x, labels in _loader(model, config, images)]).numpy()
-    faces = {face.name: float(right[images.face_numbers == number].mean()) for number, face in enumerate(images.faces)}
+    shown = images.face_numbers[order(len(images))]
+    faces = {face.name: float(right[shown == number].mean()) for number, face in enumerate(images.faces)}
     return {"all": float(right.mean()), **faces}
 
 
@@ -202,7 +211,7 @@ def routed(model: nn.Module, config: Config) -> dict[str, dict]:
     images = _images(config, "test")
     patch = config.model.kwargs["patch_size"]
     found, arrays = specialisation.routed(
-        model, _loader(model, config, images), images.face_numbers, len(images.class_names), patch
+        model, _loader(model, config, images), images.face_numbers[order(len(images))], len(images.class_names), patch
     )
     with replacing(Path(config.run.output) / ROUTING) as partial, open(partial, "wb") as stream:
         np.savez_compressed(stream, **arrays)

@@ -4,7 +4,7 @@ import itertools
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.studies.typefaces.runs import SIZES, SWEEP, sweep
+from benchmarks.studies.typefaces.runs import SEARCH, SIZES, search
 from vmoe_torch.report.style import layer_label
 
 # The order of claiming slots that a trained V-MoE is evaluated with.
@@ -175,19 +175,21 @@ def upcycled(found: Sequence[dict]) -> list[str]:
 
 
 def chosen(found: Sequence[dict]) -> list[str]:
-    """The sweep that chose the settings, on the validation typefaces."""
+    """The search that chose the settings, on the validation typefaces."""
     by_name = {run["name"]: run for run in found}
-    tried = [(label, by_name[run.name]) for label, run in zip(SWEEP, sweep()) if run.name in by_name]
+    tried = [(*spec, by_name[run.name]) for spec, run in zip(SEARCH.items(), search()) if run.name in by_name]
     rows = [
-        f"| {label} | {run['forward_flops'] / 1e6:.1f} | {100 * run['validation']['all']:.2f} |" for label, run in tried
+        f"| {kind} | {size.width} | {label} | {run['images']:,} | {run['forward_flops'] / 1e6:.1f} "
+        f"| {100 * run['validation']['all']:.2f} |"
+        for label, (kind, size, *_), run in tried
     ]
     if not rows:
         return []
     return [
-        "What was tried, on the validation typefaces, at the middle size and for a third of the updates:",
+        "What was tried, on the validation typefaces; where nothing is said, with Muon and what the study chose:",
         "",
-        "| setting | MFLOPs | top-1 |",
-        "| --- | --- | --- |",
+        "| kind | width | setting | images | MFLOPs | top-1 |",
+        "| --- " * 6 + "|",
         *rows,
         "",
     ]

@@ -21,8 +21,9 @@ from vmoe_torch.train import Config
 SIDE = 32
 CLASSES = 2965
 BATCH = 128
-# Whole groups of 8 images.
-GROUP = 8
+# Images that share their experts' slots. The tokens of an image like the same experts: among 8 images, 38 % of them
+# were without a slot in the last MoE layer.
+GROUP = 128
 SEEDS = (0, 1, 2)
 # Of the distortions' defaults: with all of them, small models learn nothing of so many classes for a thousand updates.
 DISTORT = 0.5
@@ -42,9 +43,9 @@ class Size:
     """Side of a patch in pixels: 16 tokens of an image, or 64 with half of it."""
 
 
-SIZES = {"small": Size(96, 6000), "middle": Size(128, 4800), "large": Size(192, 3000)}
+SIZES = {"small": Size(48, 4000), "middle": Size(64, 4000), "large": Size(96, 4000)}
 DENSE = {"moe_layers": ()}
-# What the sweep on the validation typefaces chose.
+# What the search on the validation typefaces chose.
 SPARSE = {
     "moe_layers": "every2",
     "num_experts": 16,
@@ -53,32 +54,33 @@ SPARSE = {
     "capacity_multiple_of": 1,
     "group_size": GROUP,
 }
-LR = {"dense": 2e-3, "sparse": 2e-3, "upcycled": 1e-3, "continued": 1e-3}
+OPTIM = {"name": "muon", "weight_decay": 0.05, "ema_decay": 0.998}
+LR = {"dense": 6e-3, "sparse": 6e-3, "upcycled": 3e-3, "continued": 3e-3}
+# Of what Muon leaves to AdamW, experts and routers among it, over the rest's.
+FALLBACK_LR = {"dense": 1.0, "sparse": 0.25, "upcycled": 0.25, "continued": 1.0}
 # Two gates that sum to 1, so that the model is at first the one it was made from.
 UPCYCLED = {**SPARSE, "num_selected_experts": 2, "renormalize_gates": True}
-# Where a dense model may be at its capacity: both kinds, for a few updates.
-REGIME_UPDATES = 1600
-REGIMES = {
-    "96 wide, patch 8": Size(96, REGIME_UPDATES),
-    "48 wide, patch 4": Size(48, REGIME_UPDATES, 4),
-}
-# The designs that were tried, at the middle size and for fewer updates; what they change in SPARSE and in the recipe.
-SWEEP_UPDATES = 1600
-SWEEP: dict[str, tuple[str, dict, tuple[str, ...]]] = {
-    **{f"dense, lr {lr:g}": ("dense", {}, (f"optim.lr={lr}",)) for lr in (1e-3, 2e-3, 5e-4, 4e-3)},
-    **{f"sparse, lr {lr:g}": ("sparse", {}, (f"optim.lr={lr}",)) for lr in (1e-3, 2e-3, 5e-4, 4e-3)},
-    "dense, queries and keys normalised": ("dense", {"qk_norm": True}, ()),
-    "sparse, queries and keys normalised": ("sparse", {"qk_norm": True}, ()),
-    "second half": ("sparse", {"moe_layers": (3, 4, 5)}, ()),
-    "K = 2, renormalised": ("sparse", {"num_selected_experts": 2, "renormalize_gates": True}, ()),
-    "32 experts": ("sparse", {"num_experts": 32}, ()),
-    "last 2": ("sparse", {"moe_layers": "last2"}, ()),
-    "every block": ("sparse", {"moe_layers": "every1"}, ()),
-    "K = 2": ("sparse", {"num_selected_experts": 2}, ()),
-    "expert dropout 0.1": ("sparse", {"expert_drop": 0.1}, ()),
-    "drop path 0.1": ("sparse", {"drop_path_rate": 0.1}, ()),
-    "dense, drop path 0.1": ("dense", {"drop_path_rate": 0.1}, ()),
-    "larger groups": ("sparse", {"group_size": 32}, ()),
+ADAMW = ("optim.name=adamw", "optim.fallback_lr_scale=1", "optim.lr=1e-3")
+SMALL_GROUPS = {"group_size": 8}
+HALVES = {"num_experts": 32, "num_selected_experts": 2, "renormalize_gates": True, "expert_hidden": (0.5,) * 32}
+# The search: each with its kind, its size, what it changes in SPARSE and what in the recipe.
+WIDE, SHORT, LONG = Size(128, 800), Size(128, 1600), Size(64, 2400)
+SEARCH: dict[str, tuple[str, Size, dict, tuple[str, ...]]] = {
+    "AdamW": ("dense", SHORT, {}, ADAMW),
+    "AdamW, groups of 8": ("sparse", SHORT, SMALL_GROUPS, ADAMW),
+    "lr 2e-3": ("dense", WIDE, {}, ("optim.lr=2e-3",)),
+    "lr 6e-3": ("dense", WIDE, {}, ("optim.lr=6e-3",)),
+    "lr 1.2e-2": ("dense", WIDE, {}, ("optim.lr=1.2e-2",)),
+    "lr 6e-3, groups of 8": ("sparse", WIDE, SMALL_GROUPS, ()),
+    "lr 6e-3, groups of 8, experts as fast": ("sparse", WIDE, SMALL_GROUPS, ("optim.fallback_lr_scale=1",)),
+    "dense": ("dense", LONG, {}, ()),
+    "sparse": ("sparse", LONG, {}, ()),
+    "32 experts of half the width, K=2, renormalised": ("sparse", LONG, HALVES, ()),
+    "dense, lr 3e-3": ("dense", LONG, {}, ("optim.lr=3e-3",)),
+    "sparse, lr 3e-3": ("sparse", LONG, {}, ("optim.lr=3e-3",)),
+    "sparse, second half": ("sparse", LONG, {"moe_layers": (3, 4, 5)}, ()),
+    "sparse, last 2": ("sparse", LONG, {"moe_layers": "last2"}, ()),
+    "sparse, experts as fast": ("sparse", LONG, {}, ("optim.fallback_lr_scale=1",)),
 }
 
 
@@ -91,7 +93,7 @@ class Run:
     kind: str
     """"dense", "sparse", "continued" (a dense one) or "upcycled"; "dials" trains nothing, it turns those of `after`."""
     size: str
-    """A key of SIZES or REGIMES."""
+    """A key of SIZES, or of SEARCH."""
     seed: int
     """Of the weights, of the order of images and of their distortions."""
     updates: int
@@ -109,7 +111,7 @@ class Run:
 
     def config(self, folder: Path) -> Config:
         """The whole recipe; runs lie beside each other in a folder, which holds the fonts as well."""
-        size = {**SIZES, **REGIMES}[self.size]
+        size = SIZES[self.size] if self.size in SIZES else SEARCH[self.size][1]
         arguments = {
             "img_size": SIDE,
             "patch_size": size.patch,
@@ -138,7 +140,7 @@ class Run:
                     "eval_batch_size": 256,
                     "distort": DISTORT,
                 },
-                "optim": {"lr": LR[self.kind], "weight_decay": 0.05, "ema_decay": 0.998},
+                "optim": {**OPTIM, "lr": LR[self.kind], "fallback_lr_scale": FALLBACK_LR[self.kind]},
                 "schedule": {"updates": self.updates, "warmup_updates": WARMUP},
                 "run": {
                     "output": str(folder / self.name),
@@ -155,39 +157,30 @@ class Run:
         return config.override(*self.changes)
 
 
-def regimes() -> list[Run]:
-    """Both kinds at every width and patch that was thought of; one seed."""
-    return [
-        Run(_name("regime", f"{kind}, {name}"), kind, name, 0, size.updates, tested=False)
-        for name, size in REGIMES.items()
-        for kind in ("sparse", "dense")
-    ]
-
-
 def _name(part: str, label: str) -> str:
     return f"{part}_" + "".join(c if c.isalnum() else "_" for c in label)
 
 
-def sweep() -> list[Run]:
-    """The trainings that choose; one seed, the middle size."""
+def search() -> list[Run]:
+    """The trainings that choose; one seed."""
     return [
         Run(
-            _name("sweep", name),
+            _name("search", f"{kind} {size.width} {label}"),
             kind,
-            "middle",
+            label,
             0,
-            SWEEP_UPDATES,
+            size.updates,
             changes,
             tuple(sorted(model.items())),
             tested=False,
         )
-        for name, (kind, model, changes) in SWEEP.items()
+        for label, (kind, size, model, changes) in SEARCH.items()
     ]
 
 
 def sizes() -> list[Run]:
     """Both kinds at every size for equal epochs, and the dense one for equal training FLOPs; the middle with seeds."""
-    found = []
+    found, equal_epochs = [], []
     for seed in SEEDS:
         for name, size in SIZES.items():
             if seed != SEEDS[0] and name != "middle":
@@ -195,8 +188,9 @@ def sizes() -> list[Run]:
             sparse = Run(f"sparse_{name}_{seed}", "sparse", name, seed, size.updates)
             dense = Run(f"dense_{name}_{seed}", "dense", name, seed, size.updates)
             updates = math.ceil(size.updates * forward_flops(sparse) / forward_flops(dense))
-            found += [sparse, dense, Run(f"dense_flops_{name}_{seed}", "dense", name, seed, updates)]
-    return found
+            found += [sparse, Run(f"dense_flops_{name}_{seed}", "dense", name, seed, updates)]
+            equal_epochs.append(dense)
+    return found + equal_epochs
 
 
 def upcycling() -> list[Run]:
@@ -240,8 +234,7 @@ def dials() -> list[Run]:
 
 
 PARTS = {
-    "regimes": regimes,
-    "sweep": sweep,
+    "search": search,
     "sizes": sizes,
     "upcycling": upcycling,
     "routers": lambda: [*(run for _, run in comparison()), *dials()],

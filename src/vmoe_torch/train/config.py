@@ -160,6 +160,8 @@ class OptimConfig:
     """Of optimisers that have one, in [0, 1)."""
     eps: Annotated[float | None, NOT_NEGATIVE] = None
     """Added where the optimiser divides, at least 0; None is the optimiser's own."""
+    fallback_lr_scale: Annotated[float, POSITIVE] = 1.0
+    """Of Muon: learning rate of what it leaves to AdamW (MoE layers, vectors) over that of the rest, above 0."""
     layer_decay: Annotated[float | None, Number(0, 1, open_low=True)] = None
     """Learning rate of a block over that of the block above it, in (0, 1]; None is one rate for all."""
     clip_norm: Annotated[float | None, Number(0, open_low=True, finite=False, or_null=True)] = 1.0

@@ -11,6 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
+from vmoe_torch.control import moe_layers
 from vmoe_torch.train.config import OptimConfig, ScheduleConfig
 
 
@@ -34,6 +35,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         options["eps"] = config.eps
     if "muon" in name:
         options["fallback_list"] = _muon_fallback(model)
+        # Only where it is asked for: older releases of timm have none.
+        if config.fallback_lr_scale != 1.0:
+            options["fallback_lr_scale"] = config.fallback_lr_scale
     if config.decay == "kernels":
         if config.layer_decay is not None or "muon" in name:
             raise ValueError(f"optim.decay must be default with optim.layer_decay and with Muon, got {config.decay!r}")
@@ -79,12 +83,11 @@ def _kernels_decay(model: nn.Module, weight_decay: float, head_weight_decay: flo
 
 
 def _muon_fallback(model: nn.Module) -> tuple[str, ...]:
-    """Experts and routers of the MoE layers, by exact name; the dense MLPs stay with Muon."""
-    return tuple(
-        name
-        for name, parameter in model.named_parameters()
-        if name.endswith("router.weight") or (parameter.ndim == 3 and ".mlp." in f".{name}")
-    )
+    """All of the MoE layers, by exact name; the dense MLPs stay with Muon.
+
+    Their stacks of matrices, and of biases, which look like matrices, are not what Muon makes orthogonal.
+    """
+    return tuple(f"{layer}.{name}" for layer, moe in moe_layers(model).items() for name, _ in moe.named_parameters())
 
 
 def build_schedule(optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Scheduler | None:

@@ -51,7 +51,7 @@ def test_fonts_without_the_characters_are_left_out(tmp_path):
 
 
 def test_what_chooses_settings_sees_no_test_typeface():
-    assert not any(run.tested for run in runs.sweep())
+    assert not any(run.tested for run in runs.search())
     assert all(run.tested for run in (*runs.sizes(), *runs.upcycling()))
 
 
