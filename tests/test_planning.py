@@ -105,6 +105,8 @@ def _compare_all():
     _compare(torch.bfloat16, 1, {})
     # As `vmoe train` computes.
     _compare(torch.bfloat16, 1, {"representation_size": True}, autocast=True)
+    _compare(torch.float32, 1, {"shared_expert_hidden": 0.5})
+    _compare(torch.bfloat16, 1, {"shared_expert_hidden": 0.5}, autocast=True)
 
 
 def test_plan_is_what_two_ranks_hold_and_move(tmp_path):

@@ -1,7 +1,7 @@
 """What a training step of a model on many GPUs holds, moves and takes, computed on paper: no GPU, no weights.
 
 Byte counts follow what the code does and are tested against real runs; times follow from the rates in `GPUS` and the
-assumed shares of them, and are estimates.
+assumed shares of them, and are estimates. Over 400 lines: all that is counted stands beside what counts it.
 
 Dims: B images of a rank, L tokens per image, T = B * L, D width, H hidden width, E experts, K selected, R rows per
 expert and rank, N ranks of one set of experts.
@@ -187,7 +187,7 @@ def plan(model: nn.Module, settings: PlannedRun) -> PlannedStep:
     gathers = 2 * stream + MASTER
     shards = int(sum(size * gathers * (ranks - 1) / ranks for size, ranks in units))
     # Routers are not gathered, their gradients are summed.
-    routers = sum(parameter.numel() for layer in layers for parameter in layer.router.parameters())
+    routers = _numbers(*(layer.router for layer in layers))
     shards += int(2 * MASTER * routers * (settings.gpus - 1) / settings.gpus)
     flops = (4 if settings.recompute else 3) * forward_flops(model, images)
     return PlannedStep(
@@ -244,7 +244,7 @@ def forward_flops(model: nn.Module, images: int) -> int:
         flops += 2 * linear_flops(tokens, (length, model.embed_dim))  # scores, and what they weigh
         mlp = block.mlp
         if isinstance(mlp, MoeMlp):
-            flops += mlp.own_router().flops(tokens) + mlp.expert_flops(_rows(mlp, images, tokens))
+            flops += mlp.dense_flops(tokens) + mlp.expert_flops(_rows(mlp, images, tokens))
         else:
             flops += mlp_flops(tokens, mlp.fc1.weight.shape, mlp.fc2.weight.shape)
     return flops
@@ -279,8 +279,10 @@ def _block_activations(block: nn.Module, images: int, tokens: int, settings: Pla
     if settings.autocast:
         # Its copies of the weights, and of the experts' biases.
         if sparse:
-            parameters = (parameter for fc in (mlp.fc1, mlp.fc2) for parameter in fc.parameters())
-            copied = sum(parameter.numel() for parameter in parameters) // settings.ep
+            copied = _numbers(mlp.fc1, mlp.fc2) // settings.ep
+            if mlp.shared_expert is not None:
+                # And of its input.
+                copied += mlp.shared_expert.fc1.weight.numel() + mlp.shared_expert.fc2.weight.numel() + tokens * width
         else:
             copied = mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
         kept += a * (block.attn.qkv.weight.numel() + block.attn.proj.weight.numel() + copied)
@@ -298,6 +300,9 @@ def _block_activations(block: nn.Module, images: int, tokens: int, settings: Pla
     # Rows that arrived, the pre-activation, and the outputs that came back; per group and expert, what losses keep.
     hidden = sum(mlp.expert_hidden) / mlp.num_experts
     kept += int(rows * (2 * width + hidden)) * a + 6 * LABEL * groups * mlp.num_experts
+    if mlp.shared_expert is not None:
+        # Before and after the activation.
+        kept += 2 * tokens * mlp.shared_expert.fc1.out_features * a
     return kept + _routing_bytes(mlp, tokens)
 
 
@@ -315,6 +320,10 @@ def _ends_activations(model: nn.Module, images: int, tokens: int, settings: Plan
     return kept + a * (images * model.embed_dim + weights)
 
 
+def _numbers(*modules: nn.Module | None) -> int:
+    return sum(parameter.numel() for module in modules if module is not None for parameter in module.parameters())
+
+
 def _part(shape: Size, dim: int, ranks: int) -> int:
     """Numbers of the first rank's part."""
     return prod(shape) // max(shape[dim], 1) * -(-shape[dim] // ranks)
@@ -323,11 +332,11 @@ def _part(shape: Size, dim: int, ranks: int) -> int:
 def _local_parameters(model: nn.Module, settings: PlannedRun) -> int:
     """Numbers of all parameters that the first rank keeps, as `parallelize` shards them."""
     layers = [module for module in model.modules() if isinstance(module, MoeMlp)]
-    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    in_layers = {id(p) for layer in layers for part in (layer.router, layer.fc1, layer.fc2) for p in part.parameters()}
     total = sum(_part(p.shape or Size([1]), 0, settings.gpus) for p in model.parameters() if id(p) not in in_layers)
     for layer in layers:
         # Whole on every rank.
-        total += sum(parameter.numel() for parameter in layer.router.parameters())
+        total += _numbers(layer.router)
         for fc in (layer.fc1, layer.fc2):
             for parameter in fc.parameters():
                 shape = Size([parameter.shape[0] // settings.ep, *parameter.shape[1:]])
@@ -337,15 +346,15 @@ def _local_parameters(model: nn.Module, settings: PlannedRun) -> int:
 
 def _unit_sizes(model: nn.Module, settings: PlannedRun) -> list[tuple[int, int]]:
     """Numbers of parameters that each FSDP unit gathers on a rank, and over how many ranks."""
-    units, rest = [], sum(parameter.numel() for parameter in model.parameters())
+    units, rest = [], _numbers(model)
     for block in model.blocks:
-        size = whole = sum(parameter.numel() for parameter in block.parameters())
+        size = whole = _numbers(block)
         rest -= whole
         if isinstance(block.mlp, MoeMlp):
-            router = sum(parameter.numel() for parameter in block.mlp.router.parameters())
-            experts = sum(parameter.numel() for parameter in block.mlp.parameters()) - router
-            units.append((experts // settings.ep, settings.dp))
-            size -= experts + router
+            mlp = block.mlp
+            router, experts, shared = _numbers(mlp.router), _numbers(mlp.fc1, mlp.fc2), _numbers(mlp.shared_expert)
+            units += [(experts // settings.ep, settings.dp), (shared, settings.gpus)]
+            size -= experts + router + shared
         units.append((size, settings.gpus))
     return [*units, (rest, settings.gpus)]
 

@@ -23,6 +23,16 @@ def test_format_table_aligns_its_columns(evaluations):
     assert lines[1].split()[:4] == ["-", "-", "0.102", "-"]
 
 
+def test_experts_of_several_sizes_show_what_they_filled(evaluations):
+    assert "filled" not in format_table(evaluations)
+    flops = Flops(4.0e6, 2.0e6, filled=2.5e6, several_sizes=True)
+    sized = Evaluation(RoutingSetting(1.05, 2, True), 200, 0.875, 0.99, 0.4, 1.05, 0.0, 0.0, flops, 2.0, 3.0e6)
+    header, _, *lines = format_table([sized, *evaluations]).splitlines()
+    assert header.split()[-4:] == ["MFLOPs", "filled", "vs", "dense"]
+    # Of all images, not of the first batch.
+    assert [line.split()[-3:] for line in lines[:2]] == [["4.00", "3.00", "2.000"], ["4.00", "-", "2.000"]]
+
+
 def test_csv_and_json_hold_the_same_numbers(evaluations, tmp_path):
     write_csv(evaluations, tmp_path / "results.csv")
     write_json(evaluations, tmp_path / "results.json")

@@ -16,6 +16,7 @@ EXPORTED = {
     "images": {"group_size": "image"},
     "no biases": {"proj_bias": False},
     "by threshold": {"router": "threshold", "mean_selected_experts": 1.5, "group_size": 4},
+    "shared": {"shared_expert_hidden": 0.5},
     "soft": {"router": "soft", "slots_per_expert": 2, "capacity_factor": 1.05},
 }
 

@@ -22,6 +22,7 @@ NUMBERS = (
     "importance_loss_weight",
     "load_loss_weight",
     "gshard_loss_weight",
+    "router_z_loss_weight",
 )
 ROUTING = ("num_selected_experts", "group_size", "capacity_factor", "eval_capacity_factor", "batch_priority")
 BAD = [

@@ -105,6 +105,12 @@ def test_flops_are_the_bound_and_what_was_filled():
     assert (unknown.total, unknown.filled) == (counted.total, None)
     (evaluation,) = vmoe_torch.evaluate.evaluate(model, [(images, torch.zeros(8, dtype=torch.int64))])
     assert as_rows([evaluation])[0]["filled_flops"] == counted.filled
+    more = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5)) + 1.0
+    batches = [(each, torch.zeros(8, dtype=torch.int64)) for each in (images, more)]
+    (evaluation,) = vmoe_torch.evaluate.evaluate(model, batches)
+    other = count_flops(model, more).filled
+    assert other != counted.filled
+    assert evaluation.filled_flops == pytest.approx((counted.filled + other) / 2)
 
 
 def test_plans_count_what_there_is():

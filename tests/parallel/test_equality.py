@@ -113,6 +113,7 @@ TWO_RANKS = [
     (1, 2, torch.float64, 1e-9, {"chunks": 2}, {"expert_hidden": [0.5, 1.0, 0.5, 1.0], "size_loss_weight": 0.1}, True),
     (1, 2, torch.float64, 1e-9, {"chunks": 3, "recompute": True}, {"num_selected_experts": 1}, True),
     (1, 2, torch.float64, 1e-9, {"chunks": 2, "recompute": True}, SOFT, False),
+    (1, 2, torch.float64, 1e-9, {}, {"shared_expert_hidden": 0.5, "router_z_loss_weight": 0.1}, False),
 ]
 FOUR_RANKS = [
     (2, 2, torch.float64, 1e-9, {"reshard_after_forward": False}, {}, True),

@@ -1,13 +1,14 @@
-"""Threshold routing on two processes: experts spread over them, and moving averages that start alike."""
+"""Threshold routing on two processes: experts spread over them, and moving averages that start and stay alike."""
 
 import copy
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import vmoe_torch
 from tests.parallel.processes import run
-from vmoe_torch.parallel import build_mesh, full_state_dict, materialize, parallelize
+from vmoe_torch.parallel import build_mesh, full_state_dict, materialize, parallelize, share_thresholds
 
 
 def _model(**kwargs):
@@ -48,9 +49,55 @@ def _begins_on_the_meta_device():
     assert model(torch.zeros(1, 3, 16, 16)).isfinite().all()
 
 
+def _tables(model):
+    return torch.stack([layer.own_router().thresholds for layer in vmoe_torch.moe_layers(model).values()])
+
+
+def _everyone_s(table):
+    tables = [torch.empty_like(table) for _ in range(2)]
+    dist.all_gather(tables, table)
+    return tables
+
+
+def _averages_are_of_all_images(distribute):
+    """Moving averages are linear: they are the means of those that each process would have of its own images."""
+    model = _model(mean_selected_experts=1.4, moe_layers="every1")
+    alone, model = copy.deepcopy(model), distribute(model)
+    generator = torch.Generator().manual_seed(7 + dist.get_rank())
+    for step in range(3):
+        images = (1 + step) * torch.randn(4, 3, 16, 16, generator=generator)
+        for each in (alone, model):
+            each(images).square().sum().backward()
+            each.zero_grad()
+        first, second = _everyone_s(_tables(alone))
+        assert not torch.allclose(first, second, rtol=1e-3)
+        torch.testing.assert_close(_tables(model), (first + second) / 2)
+        ours = _everyone_s(_tables(model))
+        assert torch.equal(*ours)
+    # Inference finds nothing, and says nothing to others.
+    before = _tables(model.eval())
+    with torch.no_grad():
+        model(images)
+    assert torch.equal(_tables(model), before)
+
+
+def _parallelized(model):
+    return parallelize(model, build_mesh(2, 1, "cpu"))
+
+
+def _replicated(model):
+    return share_thresholds(DistributedDataParallel(model))
+
+
+def _spread_over_both(model):
+    return parallelize(model, build_mesh(1, 2, "cpu"), recompute=True)
+
+
 def _both():
     _trains_as_on_one_device()
     _begins_on_the_meta_device()
+    for distribute in (_parallelized, _replicated, _spread_over_both):
+        _averages_are_of_all_images(distribute)
 
 
 def test_two_processes(tmp_path):

@@ -1,6 +1,6 @@
 """The study of typefaces: trains what is missing, then writes its tables and figures.
 
-    python -m benchmarks.studies.typefaces [--parts search sizes upcycling] [--jobs 2] [--minutes 120]
+    python -m benchmarks.studies.typefaces [--parts sizes routers ...] [--jobs 2] [--minutes 120]
 
 Every run is a process of one thread and takes at most half an hour on a core of its own. Stopped at any moment, by
 --minutes too, it goes on where it was; a finished run is not repeated. Fonts: `apt-get install` what
@@ -20,11 +20,12 @@ import torch
 
 from benchmarks.harness.results import RESULTS, command_line, environment, heading, publish
 from benchmarks.studies.fashion_mnist import FIGURES
-from benchmarks.studies.typefaces import claims, figures, fonts, report
-from benchmarks.studies.typefaces.measure import RESULT, execute
+from benchmarks.studies.typefaces import claims, figures, fonts, report, router_figures, router_report
+from benchmarks.studies.typefaces.measure import RESULT, execute, router_speeds
 from benchmarks.studies.typefaces.runs import PARTS, Run, runs_of
 from vmoe_torch.data.typefaces import CHARACTERS
 
+PAGE = FIGURES.parent / "routers.md"
 # What a child says that was told to stop.
 STOPPED = 3
 
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/typefaces"), help="folder of the runs (%(default)s)")
     parser.add_argument("--fonts", type=Path, default=fonts.INSTALLED, help="where fonts are installed (%(default)s)")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figures (%(default)s)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="gets the table of routers (%(default)s)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child is not None:
@@ -52,10 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fonts.prepare(place, options.fonts)
     failed = work_through(runs, options.runs, options.jobs, time.monotonic() + 60 * options.minutes)
     found = [json.loads((options.runs / run.name / RESULT).read_text()) for run in runs if _finished(run, options.runs)]
+    content = {"environment": made, "runs": found}
+    if "routers" in options.parts and (speed := router_speeds(options.runs)) is not None:
+        content["speed"] = speed
     if found:
-        for name, canvas in figures.drawn(found, options.runs).items():
+        for name, canvas in {**figures.drawn(found, options.runs), **router_figures.drawn(content)}.items():
             canvas.savefig(options.figures / f"typefaces_{name}.png", dpi=150)
-        publish(options.out, "results", {"environment": made, "runs": found}, page)
+        publish(options.out, "results", content, page)
+    if router_report.compared(found):
+        shown = router_report.inserted(options.page.read_text(encoding="utf-8"), router_report.docs_lines(content))
+        options.page.write_text(shown, encoding="utf-8")
     left = [run.name for run in runs if not _finished(run, options.runs)]
     if left:
         print(f"{len(left)} runs are left: {', '.join(left)}" + (f"; failed: {', '.join(failed)}" if failed else ""))
@@ -65,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def page(content: dict) -> list[str]:
     """The page of the results, from what their JSON holds."""
     title = heading("Characters in typefaces never seen", content["environment"])
-    return [*title, *claims.table(content["runs"]), *report.sections(content["runs"])]
+    return [*title, *claims.table(content["runs"]), *report.sections(content["runs"]), *router_report.sections(content)]
 
 
 def _finished(run: Run, folder: Path) -> bool:

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset, Subset
 from benchmarks.studies.fashion_mnist import FORWARDS_PER_UPDATE
 from benchmarks.studies.typefaces import specialisation
 from benchmarks.studies.typefaces.fonts import scripts
-from benchmarks.studies.typefaces.runs import Run, forward_flops
+from benchmarks.studies.typefaces.routers import speeds
+from benchmarks.studies.typefaces.runs import Run, comparison, forward_flops, runs_of
 from vmoe_torch.budget import set_budget
 from vmoe_torch.control import moe_layers, routing
 from vmoe_torch.data import Typefaces, evaluation_loader
@@ -24,9 +25,11 @@ from vmoe_torch.weights.files import replacing
 CAPACITY_FACTORS = (1.05, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
 SHOTS = (1, 5, 10, 25)
 BUDGETS = (0.9, 0.8)
-# Images that set_budget is calibrated on, of the validation typefaces.
+# Images that set_budget and thresholds are calibrated on, of the validation typefaces.
 CALIBRATION = 2048
-RESULT, ROUTING = "result.json", "routing.npz"
+# Experts per token on average that thresholds are found for, up to K.
+MEANS = (2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25)
+RESULT, ROUTING, SPEED = "result.json", "routing.npz", "routers_speed.json"
 
 
 def execute(run: Run, folder: Path) -> dict | None:
@@ -35,10 +38,12 @@ def execute(run: Run, folder: Path) -> dict | None:
     Returns:
         What result.json holds; None if the training was told to stop before its end.
     """
-    config = run.config(folder)
-    file = Path(config.run.output) / RESULT
+    file = folder / run.name / RESULT
     if file.exists():
         return json.loads(file.read_text())
+    if run.kind == "dials":
+        return _written(file, dialled(run, folder))
+    config = run.config(folder)
     start = time.monotonic()
     trained = train(config, resume=True)
     if not trained.finished:
@@ -61,10 +66,63 @@ def execute(run: Run, folder: Path) -> dict | None:
         "validation": accuracy(model, config, "val"),
     }
     if run.tested:
-        found |= measured(model, config, trained)
+        found |= compared(model, config) if run.compared else measured(model, config, trained)
+    return _written(file, found)
+
+
+def _written(file: Path, found: dict) -> dict:
+    file.parent.mkdir(exist_ok=True)
     with replacing(file) as partial:
         Path(partial).write_text(json.dumps(found, indent=1) + "\n")
     return found
+
+
+def trained_model(name: str, folder: Path) -> tuple[nn.Module, Config]:
+    """The model of a finished run as it is measured, in eval mode, and the run's configuration."""
+    config = next(run for run in runs_of() if run.name == name).config(folder)
+    trained = train(config, resume=True)
+    return (trained.ema or trained.model).eval(), config
+
+
+def compared(model: nn.Module, config: Config) -> dict:
+    """What the comparison of routers needs: accuracy on the test typefaces, and how much of the FLOPs was filled."""
+    (row,) = as_rows(evaluate(model, _loader(model, config, _images(config, "test"))))
+    return {"test": accuracy(model, config, "test"), "evaluation": row}
+
+
+def router_speeds(folder: Path) -> dict[str, dict] | None:
+    """What an image takes by each router, one seed's models, measured once; None as long as one is not trained."""
+    file = folder / SPEED
+    if file.exists():
+        return json.loads(file.read_text())
+    chosen: dict[str, Run] = {}
+    for label, run in comparison():
+        chosen.setdefault(label, run)
+    if not all((folder / run.name / RESULT).exists() for run in chosen.values()):
+        return None
+    made = {label: trained_model(run.name, folder) for label, run in chosen.items()}
+    model, config = next(iter(made.values()))
+    images = _images(config, "val")
+    some = Subset(images, order(len(images))[: config.data.batch_size])
+    batches = evaluation_loader(some, _transform(model, config), config.data.batch_size, 0, False)
+    return _written(file, speeds({label: model for label, (model, _) in made.items()}, *next(iter(batches))))
+
+
+def dialled(run: Run, folder: Path) -> dict:
+    """Test accuracy of a trained model by K, by capacity and by threshold, each from what it was trained with down."""
+    model, config = trained_model(run.after, folder)
+    selected = next(iter(moe_layers(model).values())).num_selected_experts
+    dials = {
+        "K": setting_grid([None], range(selected, 0, -1), [True]),
+        "capacity": setting_grid(CAPACITY_FACTORS, [None], [True]),
+        "threshold": setting_grid([None], [None], [True], [mean for mean in MEANS if mean <= selected]),
+    }
+    some = [images for images, _ in _loader(model, config, _some(config))]
+    settings = [setting for grid in dials.values() for setting in grid]
+    rows = as_rows(evaluate(model, _loader(model, config, _images(config, "test")), settings, calibration=some))
+    names = [name for name, grid in dials.items() for _ in grid]
+    found = {"name": run.name, "kind": run.kind, "size": run.size, "seed": run.seed, "after": run.after}
+    return {**found, "dials": [{"dial": name, **row} for name, row in zip(names, rows)]}
 
 
 def measured(model: nn.Module, config: Config, trained: TrainResult) -> dict:
@@ -83,6 +141,12 @@ def measured(model: nn.Module, config: Config, trained: TrainResult) -> dict:
 
 def _images(config: Config, split: str, characters=None) -> Typefaces:
     return Typefaces(config.data.root, split, characters, mode="L")
+
+
+def _some(config: Config) -> Dataset:
+    """Validation images to calibrate on."""
+    images = _images(config, "val")
+    return Subset(images, order(len(images))[:CALIBRATION])
 
 
 def _transform(model: nn.Module, config: Config) -> Callable:
@@ -136,10 +200,8 @@ def transfer(model: nn.Module, config: Config) -> list[dict]:
 
 def budgeted(model: nn.Module, config: Config, share: float) -> dict:
     """Accuracy at a share of the FLOPs that `set_budget` chose for on validation typefaces."""
-    images = _images(config, "val")
-    some = Subset(images, order(len(images))[:CALIBRATION])
     with routing(model):
-        chosen = set_budget(model, flops=share, data=_loader(model, config, some))
+        chosen = set_budget(model, flops=share, data=_loader(model, config, _some(config)))
         result = evaluate(model, _loader(model, config, _images(config, "test")))[0]
     return {"settings": {name: vars(each) for name, each in chosen.chosen.settings.items()}, **as_rows([result])[0]}
 

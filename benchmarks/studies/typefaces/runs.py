@@ -7,12 +7,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from inspect import signature
 from pathlib import Path
 
 import timm
 import torch
 
-import vmoe_torch  # noqa: F401  registers the models
+import vmoe_torch
+from benchmarks.studies.typefaces import routers
 from vmoe_torch.evaluate import count_flops
 from vmoe_torch.train import Config
 
@@ -89,7 +91,7 @@ class Run:
     name: str
     """Of its folder and in the results."""
     kind: str
-    """"dense", "sparse", "continued" (a dense one) or "upcycled"."""
+    """"dense", "sparse", "continued" (a dense one) or "upcycled"; "dials" trains nothing, it turns those of `after`."""
     size: str
     """A key of SIZES, or of SEARCH."""
     seed: int
@@ -104,6 +106,8 @@ class Run:
     """The run whose last weights this one begins with."""
     tested: bool = True
     """Whether it may see the test typefaces: what chooses settings may not."""
+    compared: bool = False
+    """Whether it is of the comparison of routers, which asks less of a model than the others."""
 
     def config(self, folder: Path) -> Config:
         """The whole recipe; runs lie beside each other in a folder, which holds the fonts as well."""
@@ -153,11 +157,15 @@ class Run:
         return config.override(*self.changes)
 
 
+def _name(part: str, label: str) -> str:
+    return f"{part}_" + "".join(c if c.isalnum() else "_" for c in label)
+
+
 def search() -> list[Run]:
     """The trainings that choose; one seed."""
     return [
         Run(
-            "search_" + "".join(c if c.isalnum() else "_" for c in f"{kind} {size.width} {label}"),
+            _name("search", f"{kind} {size.width} {label}"),
             kind,
             label,
             0,
@@ -197,13 +205,45 @@ def upcycling() -> list[Run]:
     return found
 
 
-PARTS = {"search": search, "sizes": sizes, "upcycling": upcycling}
+def comparison() -> list[tuple[str, Run]]:
+    """Every router and layout with its label, at the middle size and for the training FLOPs of the sparse model there.
+
+    What `sizes` trains anyway is not trained twice.
+    """
+    known = [run for run in sizes() if run.size == "middle"]
+    budget = SIZES["middle"].updates * forward_flops(next(run for run in known if run.kind == "sparse"))
+    usual = {**{name: each.default for name, each in signature(vmoe_torch.VMoE).parameters.items()}, **SPARSE}
+    found = []
+    for seed in SEEDS[:2]:
+        for label, (kind, model) in routers.models(SPARSE["num_experts"]).items():
+            changes = tuple(sorted((name, value) for name, value in model.items() if usual[name] != value))
+            run = Run(_name("routers", f"{label} {seed}"), kind, "middle", seed, 0, model=changes, compared=True)
+            run = replace(run, updates=math.ceil(budget / forward_flops(run)))
+            same = (other for other in known if replace(other, name=run.name, compared=True) == run)
+            found.append((label, next(same, run)))
+    return found
+
+
+def dials() -> list[Run]:
+    """What is turned after the training, by K, by capacity and by threshold."""
+    return [
+        Run(f"dials_{run.name}", "dials", run.size, run.seed, 0, after=run.name)
+        for label, run in comparison()
+        if label in routers.DIALLED
+    ]
+
+
+PARTS = {
+    "search": search,
+    "sizes": sizes,
+    "upcycling": upcycling,
+    "routers": lambda: [*(run for _, run in comparison()), *dials()],
+}
 
 
 def runs_of(parts: Sequence[str] = tuple(PARTS)) -> Iterator[Run]:
-    """The runs of some parts, in order."""
-    for part in parts:
-        yield from PARTS[part]()
+    """The runs of some parts, in order; what several of them need comes once."""
+    yield from {run.name: run for part in parts for run in PARTS[part]()}.values()
 
 
 def forward_flops(run: Run) -> float:

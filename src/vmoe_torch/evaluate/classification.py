@@ -40,6 +40,8 @@ class Evaluation:
     """FLOPs per image of the first batch; of a video, those of all its views."""
     selected: float = math.nan
     """Choices per token, above the threshold where there is one, on average; NaN for a dense model."""
+    filled_flops: float = math.nan
+    """FLOPs per image, of all images, if slots without a token cost nothing."""
 
 
 class _Sums:
@@ -49,15 +51,22 @@ class _Sums:
         self.images = self.top1 = self.top5 = self.slots = self.choices = self.dropped = 0
         self.tokens = self.unprocessed = 0
         self.loss = 0.0
+        # FLOPs of filled slots: of the first batch per image, and of all.
+        self.first_filled, self.filled = 0.0, 0
 
     def add(self, model: nn.Module, logits: Tensor, labels: Tensor) -> None:
         logits = _averaged(logits.float(), len(labels))
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-        self.images += len(labels)
         self.top1 += int(best[:, 0].sum())
         self.top5 += int(best.sum())
         self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        for layer in moe_layers(model).values():
+        layers = moe_layers(model).values()
+        filled = sum(layer.filled_flops() for layer in layers)
+        if self.images == 0:
+            self.first_filled = filled / len(labels)
+        self.filled += filled
+        self.images += len(labels)
+        for layer in layers:
             slots = layer.record.slots
             self.slots += layer.record.num_slots(layer.num_experts)
             if layer.record.experts is None:
@@ -83,6 +92,7 @@ class _Sums:
             self.unprocessed / max(self.tokens, 1),
             flops,
             self.choices / self.tokens if self.tokens else math.nan,
+            flops.filled + (self.filled / self.images - self.first_filled),
         )
 
 

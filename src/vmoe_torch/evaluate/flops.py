@@ -26,10 +26,12 @@ class Flops:
     dense: float
     """FLOPs of the same model with one MLP of the widest expert's size in place of each MoE layer."""
     layers: dict[str, float] = field(default_factory=dict, hash=False)
-    """FLOPs of each MoE layer by name, its router included."""
+    """FLOPs of each MoE layer by name, its router and its shared expert included."""
     filled: float | None = None
     """FLOPs of the whole model if slots without a token cost nothing and experts are as wide as they are; None where
     that cannot be known, as on the meta device."""
+    several_sizes: bool = False
+    """Whether there are experts of several sizes, so that what is filled depends on who chooses which."""
 
     @property
     def relative(self) -> float:
@@ -40,7 +42,7 @@ class Flops:
         """Those of several forwards, as of a video's views."""
         layers = {name: factor * flops for name, flops in self.layers.items()}
         filled = None if self.filled is None else factor * self.filled
-        return Flops(factor * self.total, factor * self.dense, layers, filled)
+        return Flops(factor * self.total, factor * self.dense, layers, filled, self.several_sizes)
 
 
 @torch.no_grad()
@@ -78,7 +80,8 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
             filled += layer.filled_flops() - layer.expert_flops(layer.record.num_slots(layer.num_experts))
     per_layer = {name: count / len(images) for name, count in layers.items()}
     filled = None if filled is None else filled / len(images)
-    return Flops(total / len(images), dense / len(images), per_layer, filled)
+    several_sizes = any(len(layer.sizes.groups) > 1 for layer in moe_layers(model).values())
+    return Flops(total / len(images), dense / len(images), per_layer, filled, several_sizes)
 
 
 def ptflops_hooks() -> dict[type | object, Callable]:
@@ -95,6 +98,6 @@ def _count_layer(layer: MoeMlp, inputs: tuple[Tensor], _: Tensor) -> None:
     """ptflops' hook on a module, which adds to an attribute that ptflops has made."""
     sizes = inputs[0].shape[:-1]
     tokens = sizes.numel()
-    flops = layer.own_router().flops(tokens)
+    flops = layer.dense_flops(tokens)
     flops += layer.expert_flops(layer.num_rows(tokens, sizes[1:].numel()))
     layer.__flops__ += flops // 2

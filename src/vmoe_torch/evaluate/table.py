@@ -28,7 +28,7 @@ def as_rows(evaluations: Sequence[Evaluation]) -> list[dict]:
             "unprocessed": e.unprocessed,
             "flops": e.flops.total,
             "relative_flops": e.flops.relative,
-            "filled_flops": e.flops.filled,
+            "filled_flops": None if math.isnan(e.filled_flops) else e.filled_flops,
         }
         for e in evaluations
     ]
@@ -41,6 +41,10 @@ def format_table(evaluations: Sequence[Evaluation]) -> str:
     by_threshold = any({"mean_selected_experts", "gate_threshold"} & e.setting.changes().keys() for e in evaluations)
     if by_threshold:
         lines = [(*header[:4], "mean", "threshold", "selected", *header[4:])]
+    # Of equal experts, what is filled says no more than the slots and what is dropped.
+    by_size = any(e.flops.several_sizes for e in evaluations)
+    if by_size:
+        lines = [(*lines[0][:-1], "filled", lines[0][-1])]
     for e in evaluations:
         order = {None: "-", True: "BPR", False: "vanilla"}[e.setting.batch_priority]
         lines.append(
@@ -55,6 +59,7 @@ def format_table(evaluations: Sequence[Evaluation]) -> str:
                 f"{e.loss:.3f}",
                 f"{100 * e.dropped:.1f}",
                 f"{e.flops.total / 1e6:.2f}",
+                *([_filled(e)] if by_size else ()),
                 f"{e.flops.relative:.3f}",
             )
         )
@@ -68,6 +73,10 @@ def _threshold_cells(e: Evaluation) -> tuple[str, str, str]:
     """What was asked for, and what it came to."""
     asked = (_text(e.setting.mean_selected_experts), _text(e.setting.gate_threshold))
     return (*asked, "-" if math.isnan(e.selected) else f"{e.selected:.3f}")
+
+
+def _filled(e: Evaluation) -> str:
+    return "-" if math.isnan(e.filled_flops) else f"{e.filled_flops / 1e6:.2f}"
 
 
 def _text(value) -> str:

@@ -5,7 +5,7 @@ from vmoe_torch.layers.experts import ExpertLinear
 from vmoe_torch.layers.experts_by_size import SizedLinear
 from vmoe_torch.layers.groups import Groups
 from vmoe_torch.layers.loss_scale import auxiliary_gradient_scale, set_auxiliary_gradient_scale
-from vmoe_torch.layers.losses import cv_squared, gshard_loss, importance_loss, load_loss
+from vmoe_torch.layers.losses import cv_squared, gshard_loss, importance_loss, load_loss, router_z_loss
 from vmoe_torch.layers.moe_mlp import MoeMlp
 from vmoe_torch.layers.routers import ROUTERS
 from vmoe_torch.layers.routers.base import Routed, Router
@@ -35,5 +35,6 @@ __all__ = [
     "importance_loss",
     "inject_auxiliary_loss",
     "load_loss",
+    "router_z_loss",
     "set_auxiliary_gradient_scale",
 ]

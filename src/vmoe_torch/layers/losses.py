@@ -64,6 +64,18 @@ def size_loss(mean_gates: Tensor, sizes: ExpertSizes) -> Tensor:
     return torch.stack([part.sum(-1) * (group.hidden / largest) for part, group in parts]).sum(0)
 
 
+def router_z_loss(logits: Tensor) -> Tensor:
+    """Mean over tokens of the squared log of the softmax's denominator, which keeps logits small (arXiv 2202.08906).
+
+    Args:
+        logits: (..., S, E) without noise.
+
+    Returns:
+        (...).
+    """
+    return _wide(logits).logsumexp(-1).square().mean(-1)
+
+
 def importance_loss(logits: Tensor) -> Tensor:
     """CV^2 of the summed noise-free gates.
 

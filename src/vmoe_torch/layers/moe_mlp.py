@@ -24,19 +24,12 @@ from vmoe_torch.layers.recording import is_recorded, static_sizes
 from vmoe_torch.layers.routers import ROUTERS
 from vmoe_torch.layers.routers.base import Routed, Router
 from vmoe_torch.layers.settings import activation_name, group_images, one_of, refuse_dropless
+from vmoe_torch.layers.shared import shared_flops, shared_mlp
 from vmoe_torch.layers.sizes import resolve_sizes
 
+_OWN = {"num_experts", "expert_hidden", "shared_expert_hidden", "group_size", "expert_drop", "router", "dispatch_dtype"}
 # The options that are the router's to check and to keep.
-_OF_ROUTER = get_type_hints(opt.MoeOptions).keys() - {
-    "num_experts",
-    "expert_hidden",
-    "group_size",
-    "expert_drop",
-    "router",
-    "dispatch_dtype",
-}
-
-
+_OF_ROUTER = get_type_hints(opt.MoeOptions).keys() - _OWN
 # Of a layer that was told nothing else.
 GROUP_SIZE = 8
 
@@ -93,6 +86,7 @@ class MoeMlp(TravellingRouting):
     load_loss_weight = _OfRouter()
     gshard_loss_weight = _OfRouter()
     size_loss_weight = _OfRouter()
+    router_z_loss_weight = _OfRouter()
     auxiliary_mode = _OfRouter()
     renormalize_gates = _OfRouter()
     impl = _OfRouter()
@@ -108,6 +102,7 @@ class MoeMlp(TravellingRouting):
         drop: float = 0.0,
         num_experts: int = 32,
         expert_hidden: Sequence[int | float] | None = None,
+        shared_expert_hidden: int | float | None = None,
         num_selected_experts: int = 2,
         capacity_factor: opt.CapacityFactor = 1.05,
         eval_capacity_factor: opt.CapacityFactor | None = None,
@@ -124,6 +119,7 @@ class MoeMlp(TravellingRouting):
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
         size_loss_weight: float = 0.0,
+        router_z_loss_weight: float = 0.0,
         auxiliary_mode: opt.AuxiliaryMode = "injected",
         router: opt.RouterType = "top_experts",
         slots_per_expert: int | None = None,
@@ -161,6 +157,8 @@ class MoeMlp(TravellingRouting):
         self._made = self.routing()
         self.fc1, self.fc2 = experts_by_size.expert_linears(self.sizes, in_features, out_features, bias, **dd)
         self.drop = nn.Dropout(drop)
+        widths, drops = (in_features, hidden_features, out_features), (self.expert_drop, drop)
+        self.shared_expert = shared_mlp(shared_expert_hidden, widths, self.activation, bias, drops, **dd)
         # Installed from outside by vmoe_torch.parallel: moves rows between the ranks that hold the experts.
         self.exchange = None
         self.ranks = 1
@@ -200,6 +198,11 @@ class MoeMlp(TravellingRouting):
     def expert_flops(self, rows: int) -> int:
         """FLOPs of so many rows of all experts together, as many of each, 2 * (D + O) * rows * mean(H_e)."""
         return experts_by_size.flops(self.sizes, self.fc1, self.fc2, [rows] * self.num_experts) // self.num_experts
+
+    @torch.jit.unused
+    def dense_flops(self, tokens: int) -> int:
+        """FLOPs that so many tokens cost whatever their slots: of the router, and of the shared expert."""
+        return self.own_router().flops(tokens) + shared_flops(self.shared_expert, tokens)
 
     @torch.jit.unused
     def filled_flops(self) -> int:
@@ -247,7 +250,10 @@ class MoeMlp(TravellingRouting):
             y = self.run_experts(tokens, routed, routed.gates, weights, [self.num_experts], groups.rows, None, "auto")
         else:
             y = self._routed(x, tokens)
-        return self.drop(y).reshape(x.shape[:-1] + (y.shape[-1],))
+        y = self.drop(y).reshape(x.shape[:-1] + (y.shape[-1],))
+        if self.shared_expert is not None:
+            y = y + self.shared_expert(x)
+        return y
 
     @torch.jit.unused
     def _routed(self, x: Tensor, tokens: Tensor) -> Tensor:

@@ -52,6 +52,10 @@ class ExpertOptions(RoutingOptions, total=False):
     mlp_ratio * embed_dim), so (1.0, 1.0, 0.5, 0.0) is two whole experts, a half one and a null expert, which gives 0.
     Each is 0, H or a multiple of 128 (of 16 where H is at most 1024). None, or H for all, is the layer of equal
     experts. The importance and load losses balance the experts of each size among themselves."""
+    shared_expert_hidden: int | float | None
+    """Hidden width of an MLP that every token passes beside the experts, whatever the router; its output is added to
+    theirs. An int is a number of units, a float a share of the layer's H; None or 0 is none. An option without a
+    claim: known from ViMoE (arXiv 2410.15732), its use to V-MoE has not been measured."""
     capacity_rounding: CapacityRounding
     """Up ("ceil"), or to the nearest, half to even ("round")."""
     capacity_multiple_of: int | None
@@ -71,6 +75,9 @@ class ExpertOptions(RoutingOptions, total=False):
     size_loss_weight: float
     """Weight of the sum over experts of mean gate * H_e / max(H), which draws tokens to the narrow experts; without
     effect where all are of one size."""
+    router_z_loss_weight: float
+    """Weight of the router z-loss, the mean over tokens of logsumexp(logits)^2 without noise; not for a soft router. An
+    option without a claim: known from language models, its use to V-MoE has not been measured."""
     auxiliary_mode: AuxiliaryMode
     """The gradient reaches the router by itself ("injected"), or you add `vmoe_torch.auxiliary_loss(model)` to the loss
     ("manual")."""

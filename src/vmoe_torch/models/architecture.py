@@ -109,6 +109,9 @@ def shape_arguments(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     elif slots:
         _, experts, per_expert = next(iter(slots.values())).shape
         found |= {"moe_layers": tuple(sorted(slots)), "num_experts": experts, "slots_per_expert": per_expert}
+    shared = [value for key, value in state.items() if key.endswith(".shared_expert.fc1.weight")]
+    if shared:
+        found["shared_expert_hidden"] = len(shared[0])
     if "pre_logits.0.weight" in state:
         found["representation_size"] = len(state["pre_logits.0.weight"])
     kernel = state.get("patch_embed.proj.weight")

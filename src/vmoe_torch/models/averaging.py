@@ -9,18 +9,17 @@ from collections.abc import Mapping
 from typing import get_type_hints
 
 import torch
-from timm.layers import GELUTanh, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from vmoe_kernels.common.checks import check_flag
 from vmoe_torch.layers import ExpertLinear, MoeMlp
 from vmoe_torch.layers.options import MoeOptions
+from vmoe_torch.layers.shared import ACTIVATIONS
 from vmoe_torch.layers.usage import ExpertUsage
 from vmoe_torch.models.description import remember
 from vmoe_torch.models.pruning import check_experts, counts_of, refuse_ensembles
 from vmoe_torch.models.vmoe import VMoE
-
-_ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
 @torch.no_grad()
@@ -59,6 +58,11 @@ def to_dense(
     averages = {}
     for name, layer in layers.items():
         check_experts(name, layer)
+        if layer.shared_expert is not None:
+            raise ValueError(
+                "shared_expert_hidden must be None for experts to become one MLP, got "
+                f"{layer.shared_expert.fc1.out_features} units in {name}"
+            )
         averages[name] = _average(layer, *_weighed(name, layer, usage, scale_gates))
     # Not the experts, of which there are many: the copies of their layers are the averages.
     model = copy.deepcopy(model, {id(layer): averages[name] for name, layer in layers.items()})
@@ -90,7 +94,7 @@ def _average(layer: MoeMlp, weights: Tensor, scale: float) -> Mlp:
         weight.shape[2],
         weight.shape[1],
         layer.fc2.weight.shape[1],
-        act_layer=_ACTIVATIONS[layer.activation],
+        act_layer=ACTIVATIONS[layer.activation],
         bias=layer.fc1.bias is not None,
         drop=(layer.expert_drop, layer.drop.p),
         device=weight.device,

@@ -36,6 +36,8 @@ class EnsembleMoeMlp(nn.Module):
         importance_loss_weight: of the mean over members.
         load_loss_weight: of the mean over members.
         gshard_loss_weight: of the mean over members.
+        size_loss_weight: of the mean over members.
+        router_z_loss_weight: of the mean over members.
         **moe: what `MoeMlp` takes. The router noise is divided by E / M.
 
     Shape:
@@ -52,6 +54,8 @@ class EnsembleMoeMlp(nn.Module):
         importance_loss_weight: float,
         load_loss_weight: float,
         gshard_loss_weight: float,
+        size_loss_weight: float = 0.0,
+        router_z_loss_weight: float = 0.0,
         **moe: Any,
     ) -> None:
         super().__init__()
@@ -62,17 +66,20 @@ class EnsembleMoeMlp(nn.Module):
         if expert_hidden is not None:
             check_length(expert_hidden, num_experts)
         own = num_experts // ensemble_size
-        weights = (importance_loss_weight, load_loss_weight, gshard_loss_weight)
-        importance, load, gshard = (weight / ensemble_size for weight in weights)
+        weights = {
+            "importance_loss_weight": importance_loss_weight,
+            "load_loss_weight": load_loss_weight,
+            "gshard_loss_weight": gshard_loss_weight,
+            "size_loss_weight": size_loss_weight,
+            "router_z_loss_weight": router_z_loss_weight,
+        }
         self.members = nn.ModuleList(
             MoeMlp(
                 in_features,
                 *args,
                 num_experts=own,
                 expert_hidden=None if expert_hidden is None else expert_hidden[member * own : (member + 1) * own],
-                importance_loss_weight=importance,
-                load_loss_weight=load,
-                gshard_loss_weight=gshard,
+                **{name: weight / ensemble_size for name, weight in weights.items()},
                 **moe,
             )
             for member in range(ensemble_size)

@@ -168,7 +168,7 @@ def check_experts(name: str, layer: MoeMlp, routers: tuple[type, ...] | None = N
     held = {key for key, _ in layer.named_parameters()} | {key for key, _ in layer.named_buffers()}
     if routers is None:
         held = {key for key in held if not key.startswith("router.")}
-    others = sorted(held - _PARAMETERS)
+    others = sorted(key for key in held - _PARAMETERS if not key.startswith("shared_expert."))
     if others or type(layer.fc1) is not ExpertLinear or type(layer.fc2) is not ExpertLinear:
         got = ", ".join(others) or f"{type(layer.fc1).__name__} and {type(layer.fc2).__name__}"
         raise ValueError(f"experts must be of one size, in the layers fc1 and fc2 alone, got {got} in {name}")

@@ -118,6 +118,10 @@ def _experts(mlp: Mlp, noise: float, options: dict[str, Any]) -> MoeMlp:
         dtype=mlp.fc1.weight.dtype,
         **options,
     )
+    if experts.shared_expert is not None:
+        # It begins without a say.
+        for parameter in experts.shared_expert.fc2.parameters():
+            parameter.zero_()
     if experts.sizes.groups[0].hidden > mlp.fc1.out_features:
         raise ValueError(
             f"expert_hidden must be at most the dense MLP's {mlp.fc1.out_features}, "

@@ -70,6 +70,7 @@ class VMoE(vit.VisionTransformer):
         moe_layers: MoeLayers = "every2",
         num_experts: int | dict[str, int] = 32,
         expert_hidden: Sequence[int | float] | None = None,
+        shared_expert_hidden: int | float | None = None,
         num_selected_experts: int | dict[str, int] = 2,
         capacity_factor: opt.CapacityFactor | dict[str, opt.CapacityFactor] = 1.05,
         eval_capacity_factor: opt.CapacityFactor | dict[str, opt.CapacityFactor] | None = None,
@@ -86,6 +87,7 @@ class VMoE(vit.VisionTransformer):
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
         size_loss_weight: float = 0.0,
+        router_z_loss_weight: float = 0.0,
         auxiliary_mode: opt.AuxiliaryMode = "injected",
         router: opt.RouterType = "top_experts",
         slots_per_expert: int | None = None,
@@ -202,8 +204,9 @@ class VMoE(vit.VisionTransformer):
     def fix_init_weight(self) -> None:
         """timm's, for experts of several sizes, too."""
         for index, block in enumerate(self.blocks):
+            shared = block.mlp.shared_expert if isinstance(block.mlp, MoeMlp) else None
             last = block.mlp.fc2.linears() if isinstance(block.mlp, MoeMlp) else [block.mlp.fc2]
-            for linear in (block.attn.proj, *last):
+            for linear in (block.attn.proj, *last, *(() if shared is None else (shared.fc2,))):
                 linear.weight.div_(math.sqrt(2.0 * (index + 1)))
 
     @torch.jit.unused

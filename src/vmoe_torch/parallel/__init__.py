@@ -1,6 +1,7 @@
 """Expert parallelism, applied to a finished model from outside: DeviceMesh, DTensor, FSDP2, all-to-all."""
 
 from vmoe_torch.parallel.apply import parallelize, parameter_groups
+from vmoe_torch.parallel.averages import share_thresholds
 from vmoe_torch.parallel.checkpoint import (
     ShardedCheckpoints,
     export_safetensors,
@@ -39,6 +40,7 @@ __all__ = [
     "part_of",
     "plan",
     "require_same",
+    "share_thresholds",
     "shared_errors",
     "wait_for_all",
 ]

@@ -99,7 +99,9 @@ def parallelize(
         _replicate_router(layer.router, mesh)
         layer.exchange = layer.own_router().exchange = exchange
         layer.ranks = ep
-        layer.register_forward_hook(_without_base)
+        for module in (layer, layer.shared_expert):
+            if module is not None:
+                module.register_forward_hook(_without_base)
     for block in model.blocks:
         if recompute:
             recompute_block(block)
@@ -127,8 +129,8 @@ def _take_from_first(tensors: Iterable[Tensor], device_type: str) -> None:
 
 # In a graph it would be a view again; FSDP's hooks, beside which it stands, are in none either.
 @torch.compiler.disable
-def _without_base(_layer: MoeMlp, _inputs: tuple, output: Tensor) -> Tensor:
-    """The same memory, but no view, which FSDP warns of: blocks add it to the residual out of place."""
+def _without_base(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+    """The same memory, but no view, which FSDP warns of: blocks and layers add it out of place."""
     return torch.ops.aten._unsafe_view(output, output.shape)
 
 
@@ -162,6 +164,10 @@ def _shard_parameters(
     units = []
     for block in model.blocks:
         if isinstance(block.mlp, MoeMlp):
+            if block.mlp.shared_expert is not None:
+                # No experts' parameter: every rank has its part, and adds to its gradient.
+                fully_shard(block.mlp.shared_expert, mesh=everyone, **options)
+                units.append(block.mlp.shared_expert)
             fully_shard(block.mlp, mesh=mesh["dp"], shard_placement_fn=_expert_placement(mesh["dp"].size()), **options)
             units.append(block.mlp)
         fully_shard(block, mesh=everyone, **options)

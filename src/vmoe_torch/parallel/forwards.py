@@ -1,5 +1,5 @@
-"""What stands around every forward of a parallelised model: ranks compare what they are about to do, and the auxiliary
-losses of the "manual" mode are tied to the model's output."""
+"""What stands around every forward of a parallelised model: ranks compare what they are about to do, the thresholds
+that they found become alike, and the auxiliary losses of the "manual" mode are tied to the model's output."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.parallel.averages import average_thresholds
 from vmoe_torch.parallel.mesh import group_timeout
 from vmoe_torch.parallel.ranks.agreement import begin_same
 
@@ -69,9 +70,10 @@ class Forwards:
 
     @torch.compiler.disable
     def after(self, model: nn.Module, inputs: tuple, output: Any) -> Any:
-        """Ends the comparison, and ties the losses."""
+        """Ends the comparison, makes thresholds alike, and ties the losses."""
         if not self.at_once:
             self.end()
+        average_thresholds(model)
         return _tie_losses(model, output)
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vmoe_torch.parallel import join, on_first, require_same, shared_errors
+from vmoe_torch.parallel import join, on_first, require_same, share_thresholds, shared_errors
 from vmoe_torch.parallel.mesh import timeout_of_all
 
 T = TypeVar("T")
@@ -35,11 +35,12 @@ class Processes:
         return self.rank == 0
 
     def replicate(self, model: nn.Module) -> nn.Module:
-        """The model whose backward averages gradients over the processes; itself if there is one process."""
+        """The model whose backward averages gradients over the processes, and whose forward the thresholds of threshold
+        routers; itself if there is one process."""
         if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices)
+        return share_thresholds(DistributedDataParallel(model, device_ids=devices))
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over processes, in each of them."""

@@ -18,6 +18,7 @@ from vmoe_kernels.common.checks import check_flag, check_integer, check_number, 
 from vmoe_kernels.common.flops import linear_flops
 from vmoe_torch.layers.auxiliary import inject_auxiliary_loss
 from vmoe_torch.layers.groups import Groups
+from vmoe_torch.layers.losses import router_z_loss
 from vmoe_torch.layers.options import CapacityFactor
 from vmoe_torch.layers.quantised import plain
 from vmoe_torch.layers.recording import is_recorded
@@ -113,6 +114,7 @@ class Router(nn.Module):
         impl: str,
         slots_per_expert: int | None = None,
         size_loss_weight: float = 0.0,
+        router_z_loss_weight: float = 0.0,
         expert_hidden: Sequence[int] | None = None,
         **routing: Any,
     ):
@@ -130,6 +132,7 @@ class Router(nn.Module):
         self.load_loss_weight = check_number("load_loss_weight", load_loss_weight, "at least 0", 0.0)
         self.gshard_loss_weight = check_number("gshard_loss_weight", gshard_loss_weight, "at least 0", 0.0)
         self.size_loss_weight = check_number("size_loss_weight", size_loss_weight, "at least 0", 0.0)
+        self.router_z_loss_weight = check_number("router_z_loss_weight", router_z_loss_weight, "at least 0", 0.0)
         self.sizes = ExpertSizes(expert_hidden or (1,) * self.num_experts)
         if len(self.sizes.groups) > 1 and not self.takes_sizes:
             raise ValueError(f"expert_hidden must be one width for {type(self).__name__}, got {expert_hidden}")
@@ -202,6 +205,9 @@ class Router(nn.Module):
             weight = self.exchange.local(weight)
         routed = self.route(x, weight, groups, seed)
         loss = routed.record.get("loss")
+        if self.training and self.router_z_loss_weight > 0 and x.shape[0] > 0:
+            z_loss = self.router_z_loss_weight * router_z_loss(routed.logits)
+            loss = routed.record["loss"] = z_loss if loss is None else loss + z_loss
         if loss is not None and self.auxiliary_mode == "injected":
             routed.record["loss"] = loss.detach()
             if loss.requires_grad:

@@ -25,6 +25,7 @@ _LEFT_OUT = {
     "priority": ("max",),
     "capacity_multiple_of": (4, 1, 0, None),
     "renormalize_gates": (False,),
+    "router_z_loss_weight": (0.0,),
 }
 _CAPACITY_FACTOR = 1.05
 _WHY = "a soft router mixes all tokens into every slot"

@@ -1,0 +1,119 @@
+"""The routers and layouts of experts that the study compares, and what a step of each takes."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness.protocol import Samples, measure
+from benchmarks.harness.saved import count_saved
+
+# Of experts of several sizes.
+SIZE_LOSS = 0.01
+# Whose dials are turned after the training.
+DIALLED = ("top experts, K=2", "top experts, K=1")
+# Seconds for the steps of all models, and again for their inference.
+SECONDS = 90.0
+
+
+def models(num_experts: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """{label: kind of run, and what a model has that the sparse one of the study may not have}.
+
+    Args:
+        num_experts: E of all models, a multiple of 4.
+    """
+    one, two = ({"num_selected_experts": selected, "renormalize_gates": False} for selected in (1, 2))
+    half, quarter = num_experts // 2, num_experts // 4
+    return {
+        "dense": ("dense", {}),
+        "top experts, K=1": ("sparse", one),
+        "top experts, K=2": ("sparse", two),
+        "threshold, mean 1.0": ("sparse", {**two, "router": "threshold", "mean_selected_experts": 1.0}),
+        "threshold, mean 1.5": ("sparse", {**two, "router": "threshold", "mean_selected_experts": 1.5}),
+        "dropless, K=1": ("sparse", {**one, "capacity_factor": "dropless"}),
+        # As the original has it: groups of an image.
+        "expert choice": (
+            "sparse",
+            {**one, "router": "expert_choice", "capacity_factor": 1.0, "group_size": "image"},
+        ),
+        # A soft router wants K and the capacity left out.
+        "soft": ("sparse", {**two, "router": "soft", "capacity_factor": 1.05, "group_size": "image"}),
+        # On average as wide as the others.
+        "several sizes, equal parameters": (
+            "sparse",
+            {**one, "expert_hidden": (1.5,) * half + (0.5,) * half, "size_loss_weight": SIZE_LOSS},
+        ),
+        # Half as wide on average, and twice as many for a token.
+        "several sizes, equal active FLOPs": (
+            "sparse",
+            {
+                **two,
+                "expert_hidden": (1.0,) * quarter + (0.5,) * half + (0.0,) * quarter,
+                "size_loss_weight": SIZE_LOSS,
+            },
+        ),
+    }
+
+
+def speeds(made: Mapping[str, nn.Module], images: Tensor, labels: Tensor) -> dict[str, dict[str, Any]]:
+    """What one thread needs for an image, all models in turn; to be called on a machine that does nothing else.
+
+    Args:
+        made: trained models by label; they stay as they are.
+        images: (B, C, H, W), of a training batch.
+        labels: (B,).
+
+    Returns:
+        {label: {"step" | "inference": [median, 20 % and 80 % quantile] in seconds per image, "kept": bytes per image
+        that autograd keeps for the backward}}.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        training = {label: copy.deepcopy(model).train() for label, model in made.items()}
+        kept = {label: _kept(model, images, labels) for label, model in training.items()}
+        steps = {label: _step(model, images, labels) for label, model in training.items()}
+        calls = {label: _inference(copy.deepcopy(model).eval(), images) for label, model in made.items()}
+        cpu = torch.device("cpu")
+        step, inference = measure(steps, cpu, SECONDS), measure(calls, cpu, SECONDS)
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        label: {
+            "step": _per_image(step[label], len(images)),
+            "inference": _per_image(inference[label], len(images)),
+            "kept": kept[label] / len(images),
+        }
+        for label in made
+    }
+
+
+def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    # Moments like any other's, and weights that stay.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def call() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return call
+
+
+def _inference(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    return torch.no_grad()(lambda: model(images))
+
+
+def _kept(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    def loss(weights: list[Tensor]) -> Tensor:
+        weights += model.parameters()
+        return F.cross_entropy(model(images), labels)
+
+    return count_saved(loss)
+
+
+def _per_image(samples: Samples, images: int) -> list[float]:
+    return [seconds / images for seconds in (samples.median, samples.quantile(0.2), samples.quantile(0.8))]
