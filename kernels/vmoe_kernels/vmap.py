@@ -63,7 +63,7 @@ def _refuse_dropout(op: str, drop: float) -> None:
         raise ValueError(f"vmap over {op} needs drop=0, got {drop}: its random numbers are counted by row")
 
 
-def router(info, in_dims, x, weight, num_selected_experts, group_size, noise_std, seed):
+def router(info, in_dims, x, weight, num_selected_experts, group_size, noise_std, seed, noise=None):
     count = info.batch_size
     if in_dims[1] is not None:
         raise ValueError("vmap over router needs one weight for all samples, got a batched weight")

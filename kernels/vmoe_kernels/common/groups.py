@@ -163,9 +163,16 @@ def group_mean(values: Tensor, group_size: int) -> Tensor:
     return group_sum(values, group_size) / group_sizes(values, group_size)
 
 
+def group_expand(values: Tensor, num_tokens: int, group_size: int) -> Tensor:
+    """(G, E) -> (T, E): each group's row for every token of it, in memory of its own."""
+    return values.repeat_interleave(min(group_size, num_tokens), 0)[:num_tokens]
+
+
 def group_sizes(values: Tensor, group_size: int) -> Tensor:
     """(T, E) -> (G, 1): tokens of each group, in the dtype of `values`."""
     num_tokens = values.shape[0]
     groups = num_groups(num_tokens, group_size)
+    if num_tokens % group_size == 0:
+        return values.new_full((groups, 1), group_size)
     start = torch.arange(groups, device=values.device, dtype=values.dtype).unsqueeze(1) * group_size
     return (num_tokens - start).clamp(max=group_size)

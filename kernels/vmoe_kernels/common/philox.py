@@ -26,30 +26,32 @@ def philox_normal(seed: Tensor, count: int) -> Tensor:
         (count,) float32 on the device of `seed`.
     """
     c0, c1 = philox_bits(seed, count)
-    u1 = uniform(c0).clamp(min=1.0e-7)
-    return torch.sqrt(-2.0 * torch.log(u1)) * torch.cos(2.0 * math.pi * uniform(c1))
+    radius = uniform(c0).clamp_(min=1.0e-7).log_().mul_(-2.0).sqrt_()
+    return radius.mul_(uniform(c1).mul_(2.0 * math.pi).cos_())
 
 
 def philox_bits(seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first two 32-bit words, held in int64, of the Philox blocks 0..count-1."""
+    """The first two 32-bit words of the Philox blocks 0..count-1: the low halves of int64, the high ones are any."""
+    steps = torch.arange(_ROUNDS, device=seed.device, dtype=torch.int64)
+    keys = zip((seed + steps * _KEY_A).unbind(), ((seed >> 32) + steps * _KEY_B).unbind())
     c0 = torch.arange(count, device=seed.device, dtype=torch.int64)
-    c1, c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0), torch.zeros_like(c0)
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(_ROUNDS):
-        # int64 products wrap modulo 2^64, which keeps all 64 bits that the 32x32 product has.
+    # Words that are the same for all blocks, here and in the next rounds, are scalars.
+    c1 = c2 = c3 = torch.zeros((), device=seed.device, dtype=torch.int64)
+    for k0, k1 in keys:
+        # int64 products wrap modulo 2^64, which keeps all 64 bits that the 32x32 product has. Only factors need to be
+        # free of what is above their 32 bits: c1 and c3 are added bit by bit.
         a, b = c0 * _ROUND_A, c2 * _ROUND_B
-        c0 = ((b >> 32) & _MASK) ^ c1 ^ k0
-        c2 = ((a >> 32) & _MASK) ^ c3 ^ k1
-        c1, c3 = b & _MASK, a & _MASK
-        k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
+        c0 = ((c1 ^ k0) ^ (b >> 32)).bitwise_and_(_MASK)
+        c2 = ((c3 ^ k1) ^ (a >> 32)).bitwise_and_(_MASK)
+        c1, c3 = b, a
     return c0, c1
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """32 random bits, held in int64, to float32 in [0, 1)."""
-    # A value with the top bit set is a negative int32, which is complemented.
-    magnitude = torch.where(bits > 0x7FFFFFFF, _MASK - bits, bits)
-    return magnitude.to(torch.float32) * 4.6566127342e-10
+    """The low 32 bits of int64 to float32 in [0, 1)."""
+    word = bits.to(torch.int32)
+    # A negative number is complemented.
+    return (word ^ (word >> 31)).to(torch.float32) * 4.6566127342e-10
 
 
 def dropout_keep(seed: Tensor, stream: int, shape: tuple[int, int], drop: float) -> Tensor:

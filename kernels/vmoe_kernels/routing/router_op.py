@@ -15,9 +15,10 @@ from torch.utils.flop_counter import register_flop_formula
 from vmoe_kernels import vmap
 from vmoe_kernels.common.checks import check_draws, check_integer, check_number, check_seed, check_selected
 from vmoe_kernels.common.flops import linear_flops
-from vmoe_kernels.common.groups import group_mean, group_sizes, group_sum, num_groups
+from vmoe_kernels.common.groups import group_expand, group_mean, group_sizes, group_sum, num_groups
 from vmoe_kernels.common.impl import (
     HAS_TRITON,
+    INTERPRET,
     accumulation_dtype,
     check_floating,
     no_autocast,
@@ -26,6 +27,10 @@ from vmoe_kernels.common.impl import (
 )
 from vmoe_kernels.common.philox import philox_normal
 from vmoe_kernels.common.transforms import differs_backward, twin_gradients
+
+# Standard deviations at which a normal density (2e-27) and tail (2e-28) stop falling: they are as good as 0, and over
+# the subnormal numbers further out a CPU takes ten times as long.
+_FAR = 11.0
 
 
 class RouterOutput(NamedTuple):
@@ -55,9 +60,10 @@ def router_reference(
     group_size: int,
     noise_std: float = 0.0,
     seed: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> RouterOutput:
-    """Eager twin of `router`: differentiable PyTorch that defines the op."""
-    return _scored(x, weight, None, num_selected_experts, group_size, noise_std, seed)
+    """Eager twin of `router`: differentiable PyTorch that defines the op; noise (T * E,) may be drawn already."""
+    return _scored(x, weight, None, num_selected_experts, group_size, noise_std, seed, noise)
 
 
 def _scored(
@@ -68,6 +74,7 @@ def _scored(
     group_size: int,
     noise_std: float,
     seed: Tensor | None,
+    noise: Tensor | None,
 ) -> RouterOutput:
     """The twin; with `experts` (T, K) int64 those are taken as chosen already."""
     num_tokens, num_experts = x.shape[0], weight.shape[0]
@@ -76,8 +83,7 @@ def _scored(
     probs = logits.softmax(-1)
     noisy, noisy_probs = logits, probs
     if noise_std > 0:
-        noise = philox_normal(seed, num_tokens * num_experts).view(num_tokens, num_experts).to(dtype)
-        noisy = logits + noise * (noise_std / num_experts)
+        noisy = logits + _noise(seed, noise, logits) * (noise_std / num_experts)
         noisy_probs = noisy.softmax(-1)
     if experts is None:
         experts = top_experts(noisy_probs.detach(), num_selected_experts)
@@ -99,6 +105,11 @@ def _scored(
     )
 
 
+def _noise(seed: Tensor, noise: Tensor | None, logits: Tensor) -> Tensor:
+    """(T, E) in the dtype of the logits, as drawn already or drawn now."""
+    return (philox_normal(seed, logits.numel()) if noise is None else noise).view(logits.shape).to(logits.dtype)
+
+
 def top_experts(probs: Tensor, num_selected_experts: int) -> Tensor:
     """(T, E) -> (T, K) int64, largest first, ties to the lower index, NaN before numbers (as torch.topk has it)."""
     chosen = [probs.argmax(1, keepdim=True)]
@@ -110,7 +121,7 @@ def top_experts(probs: Tensor, num_selected_experts: int) -> Tensor:
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
-    return 0.5 * torch.erfc(z * -(0.5**0.5))
+    return 0.5 * torch.erfc(z.clamp(min=-_FAR) * -(0.5**0.5))
 
 
 # The twin is the CPU's implementation.
@@ -119,13 +130,13 @@ _router_op = torch.library.custom_op(
     router_reference,
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor x, Tensor weight, SymInt num_selected_experts, SymInt group_size, float noise_std, Tensor? seed) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor weight, SymInt num_selected_experts, SymInt group_size, float noise_std, Tensor? seed, "
+    "Tensor? noise=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_router_op.register_fake
-def _(x, weight, num_selected_experts, group_size, noise_std, seed):
+def _(x, weight, num_selected_experts, group_size, noise_std, seed, noise=None):
     num_tokens, num_experts = x.shape[0], weight.shape[0]
     groups = num_groups(num_tokens, group_size)
     dtype = accumulation_dtype(x.dtype)
@@ -153,32 +164,34 @@ def _router_backward_op(
     d_mean_gates: Tensor | None,
     group_size: int,
     noise_std: float,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_experts = logits.shape
     dtype = logits.dtype
-    group = torch.arange(num_tokens, device=x.device) // group_size
     noisy = logits
     if noise_std > 0:
         scale = noise_std / num_experts
-        noisy = logits + philox_normal(seed, logits.numel()).view_as(logits).to(dtype) * scale
+        noisy = logits + _noise(seed, noise, logits) * scale
     chosen = experts.long()
     sizes = group_sizes(logits, group_size)
 
     grad = torch.zeros_like(logits) if d_logits is None else d_logits.clone()
     # Through the gates that routing used.
     if d_gates is not None or d_mean_gates is not None:
-        probs = noisy.softmax(-1)
-        d_probs = torch.zeros_like(probs) if d_mean_gates is None else (d_mean_gates / sizes)[group]
+        d_probs = torch.zeros_like(logits)
+        if d_mean_gates is not None:
+            d_probs = group_expand(d_mean_gates / sizes, num_tokens, group_size)
         if d_gates is not None:
             d_probs.scatter_add_(1, chosen, d_gates)
-        grad += _softmax_backward(d_probs, probs)
+        grad += _softmax_backward(d_probs, noisy.softmax(-1))
     # Through the noise-free gates.
     if d_importance is not None:
-        grad += _softmax_backward(d_importance[group], logits.softmax(-1))
+        grad += _softmax_backward(group_expand(d_importance, num_tokens, group_size), logits.softmax(-1))
     # Through the probability of being selected and its threshold, the k-th largest noisy logit.
     if d_load is not None and noise_std > 0:
-        z = (logits - noisy.gather(1, chosen[:, -1:])) / scale
-        d_z = (d_load / sizes)[group] * torch.exp(-0.5 * z * z) * (0.3989422804014327 / scale)
+        z = (logits - noisy.gather(1, chosen[:, -1:])).div_(scale).clamp_(-_FAR, _FAR)
+        d_z = group_expand(d_load / sizes, num_tokens, group_size)
+        d_z.mul_((z * -0.5).mul_(z).exp_()).mul_(0.3989422804014327 / scale)
         grad += d_z
         grad.scatter_add_(1, chosen[:, -1:], -d_z.sum(1, keepdim=True))
     d_x = (grad @ weight.to(dtype)).to(x.dtype)
@@ -191,14 +204,26 @@ def _softmax_backward(d_probs: Tensor, probs: Tensor) -> Tensor:
 
 
 @_router_backward_op.register_fake
-def _(x, weight, logits, experts, seed, d_gates, d_logits, d_importance, d_load, d_mean_gates, group_size, noise_std):
+def _(x, weight, *_):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
+@torch.library.custom_op(
+    "vmoe::router_noise", mutates_args=(), device_types="cpu", schema="(Tensor seed, SymInt count) -> Tensor"
+)
+def _router_noise_op(seed, count):
+    return philox_normal(seed, count)
+
+
+@_router_noise_op.register_fake
+def _(seed, count):
+    return seed.new_empty(count, dtype=torch.float32)
+
+
 def _setup_context(ctx, inputs, output):
-    x, weight, _, group_size, noise_std, seed = inputs
+    x, weight, _, group_size, noise_std, seed, noise = inputs
     _, experts, logits, _, _, _, top1_share = output
-    ctx.save_for_backward(x, weight, logits, experts, seed)
+    ctx.save_for_backward(x, weight, logits, experts, seed, noise)
     ctx.mark_non_differentiable(experts, top1_share)
     ctx.set_materialize_grads(False)
     ctx.group_size, ctx.noise_std = group_size, noise_std
@@ -206,16 +231,17 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, d_gates, _experts, d_logits, d_importance, d_load, d_mean_gates, _top1):
     d_floats = (d_logits, d_importance, d_load, d_mean_gates)
+    *tensors, noise = ctx.saved_tensors
     if differs_backward():
-        x, weight, _, experts, seed = ctx.saved_tensors
+        x, weight, _, experts, seed = tensors
         # The forward's choices: another rounding of the logits could make others.
-        settings = (experts.long(), experts.shape[1], ctx.group_size, ctx.noise_std, seed)
+        settings = (experts.long(), experts.shape[1], ctx.group_size, ctx.noise_std, seed, noise)
         twin = no_autocast(lambda x, weight: _scored(x, weight, *settings))
         gradients = twin_gradients(twin, (x, weight), (d_gates, None, *d_floats, None))
     else:
-        inputs = (*ctx.saved_tensors, d_gates, *d_floats)
-        gradients = torch.ops.vmoe.router_backward(*inputs, ctx.group_size, ctx.noise_std)
-    return (*gradients, None, None, None, None)
+        inputs = (*tensors, d_gates, *d_floats)
+        gradients = torch.ops.vmoe.router_backward(*inputs, ctx.group_size, ctx.noise_std, noise)
+    return (*gradients, None, None, None, None, None)
 
 
 _router_op.register_autograd(_backward, setup_context=_setup_context)
@@ -273,7 +299,11 @@ def router(
     options = (num_selected_experts, group_size, noise_std, seed)
     if use_reference(impl, x, weight):
         return router_reference(x, weight, *options)
-    return RouterOutput(*torch.ops.vmoe.router(x, weight, *options))
+    noise = None
+    if noise_std > 0 and x.device.type == "cpu" and not INTERPRET:
+        # A CPU keeps it for the backward; the Triton kernels draw it again, which costs them nothing.
+        noise = torch.ops.vmoe.router_noise(seed, x.shape[0] * num_experts)
+    return RouterOutput(*torch.ops.vmoe.router(x, weight, *options, noise))
 
 
 if HAS_TRITON:

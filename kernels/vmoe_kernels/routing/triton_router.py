@@ -262,7 +262,13 @@ def _bucket_of(x: torch.dtype, weight: torch.dtype, num_experts: int) -> str:
 
 
 def router_triton(
-    x: Tensor, weight: Tensor, num_selected_experts: int, group_size: int, noise_std: float, seed: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    num_selected_experts: int,
+    group_size: int,
+    noise_std: float,
+    seed: Tensor | None,
+    noise: None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The `vmoe::router` op in two launches.
 
@@ -273,6 +279,7 @@ def router_triton(
         group_size: S.
         noise_std: noise is N(0, (noise_std / E)^2) per logit.
         seed: () int64, needed with noise.
+        noise: None, as it is drawn here.
 
     Returns:
         gates (T, K), experts (T, K) int32, logits (T, E), importance, load, mean_gates and top1_share (G, E).

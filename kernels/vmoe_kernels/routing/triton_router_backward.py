@@ -207,6 +207,7 @@ def router_backward_triton(
     d_mean_gates: Tensor | None,
     group_size: int,
     noise_std: float,
+    noise: None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `vmoe::router_backward` op in three launches.
 
@@ -219,6 +220,7 @@ def router_backward_triton(
         d_gates: (T, K), d_logits: (T, E), d_importance, d_load and d_mean_gates: (G, E); float32, None where unused.
         group_size: S.
         noise_std: the forward's.
+        noise: None, as it is drawn here again.
 
     Returns:
         d_x and d_weight, in the dtypes of x and weight; sums in float32.
