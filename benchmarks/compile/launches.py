@@ -86,10 +86,10 @@ def _multiplies(kernel: JITFunction, seen: set[str]) -> bool:
 
 
 class AsOnCuda(TorchDispatchMode):
-    """Our ops' CUDA implementations answer, whatever the device of the tensors."""
+    """Our ops' CUDA implementations answer, whatever the device of the tensors; one without any stays on the CPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "vmoe":
+        if func.namespace == "vmoe" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA"):
             return func.redispatch(_CUDA, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
