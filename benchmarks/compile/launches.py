@@ -254,7 +254,7 @@ CALLS: dict[str, Callable[[], None]] = {
             _assign, group, 32, selected, order == "bpr", "sum", assign=kernels.assign_rows
         )
         for order in ("bpr", "vanilla")
-        for group, selected in ((256, 2), (2048, 2), (2048, 8), (4096, 2), (4096, 8))
+        for group, selected in ((256, 2), (2048, 2), (2048, 8), (4096, 2))
     },
     "slots/bpr/max/S2048/K2": partial(_assign, 2048, 32, 2, True),
     # Groups that only sorting takes.

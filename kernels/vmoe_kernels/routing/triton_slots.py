@@ -228,7 +228,11 @@ def _assign(
     shape = (num_tokens, group_size, capacity, last_capacity, rows)
     launch = {"K": num_choices, "BLOCK_S": block, "num_warps": _select_warps(block, num_choices)}
     if batch_priority:
-        _select_kernel[(groups, num_experts)](experts, gates, slots, choices, *shape, SUM=use_sum, **launch)
+        # The largest groups leave no register for the rows of many choices.
+        own_rows = None if block > 2048 and num_choices > 4 else choices
+        _select_kernel[(groups, num_experts)](experts, gates, slots, own_rows, *shape, SUM=use_sum, **launch)
+        if own_rows is None and choices_too:
+            choices = choice_of_row_triton(slots, num_experts * rows)
     else:
         _claim_kernel[(groups, num_experts)](experts, slots, choices, *shape, **launch)
     return slots, choices
