@@ -1,9 +1,11 @@
 """16-bit tensors on the CPU: outputs and every gradient at most twice as far from float64 as the eager twins are."""
 
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import vmoe_kernels as vk
 from vmoe_kernels.experts import cpu
@@ -66,6 +68,20 @@ def test_many_blocks_of_rows_round_once(dtype, monkeypatch):
     monkeypatch.setattr(cpu, "_BLOCK_FLOATS", 4 * SHAPE[2])
     test_experts_are_as_exact_as_eager(dtype, "gelu_tanh", 1.0)
     test_layer_is_as_exact_as_eager(dtype, "gelu_tanh", 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_backward_makes_four_products_of_each_expert(dtype):
+    rows = torch.arange(SHAPE[0] * ROWS)[: T * K].view(T, K).to(torch.int32)
+    x, gates = torch.randn(T, SHAPE[1], dtype=dtype, requires_grad=True), torch.rand(T, K, requires_grad=True)
+    weights = [each.requires_grad_() for each in _experts(dtype, 1.0).values()]
+    y = vk.moe_mlp(x, rows, gates, *weights, rows_per_expert=ROWS)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        y.sum().backward()
+    filled = T * K // ROWS
+    names = Counter(event.name for event in seen.events())
+    # Beside the four, none that makes the expert's output again.
+    assert (names["aten::mm"], names["aten::addmm"]) == (4 * filled, 0)
 
 
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float32])

@@ -46,6 +46,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
         torch.ops.aten.addmm.out(bias, x, weight.t(), out=out)
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, or, where there is no total yet, total = a @ b, which is faster for 16-bit numbers."""
+    if first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
+
+
 def _drop(values: Tensor, keep: Tensor | None, block: slice, drop: float) -> None:
     """Zeroes what is not kept, also what is not finite, and scales the rest in place: one rounding in any dtype."""
     if keep is not None:
@@ -106,8 +114,8 @@ class ExpertGradients:
             gate: (n, 1) combine weight, in the dtype that accumulates.
 
         Returns:
-            (n, D) gradient of x, and (n,) gradient of the gate, <d_out, output>. In float32 and float64 without the
-            output itself: <d_out W2, hidden> + <d_out, b2>.
+            (n, D) gradient of x, and (n,) gradient of the gate, <d_out, output>. But in float16 without
+            the output itself: <d_out W2, hidden> + <d_out, b2>.
         """
         fc1_weight, _, fc2_weight, fc2_bias = self.weights.of(expert)
         d_fc1_weight, d_fc1_bias, d_fc2_weight, d_fc2_bias = self.sums
@@ -118,27 +126,30 @@ class ExpertGradients:
         activate(name, pre, hidden)
         _drop(hidden, keep, block, drop)
         d_gate = None
-        if gate is not None and gate.dtype != d_out.dtype:
-            # 16-bit rows: a product that lacks its gate rounds once more, and may leave float16's range.
+        if gate is not None and d_out.dtype == torch.float16:
+            # A product that lacks its gate may leave the range: the output itself is needed.
             out = torch.empty_like(d_out)
             _linear(hidden, fc2_weight, fc2_bias, out)
             d_gate = torch.linalg.vecdot(d_out.to(gate.dtype), out.to(gate.dtype))
             d_out.mul_(gate)
         torch.mm(d_out, fc2_weight, out=d_hidden)
         if gate is not None and d_gate is None:
-            d_gate = torch.linalg.vecdot(d_hidden, hidden)
+            if gate.dtype == d_out.dtype:
+                d_gate = torch.linalg.vecdot(d_hidden, hidden)
+            else:
+                d_gate = torch.mul(d_hidden, hidden, out=work).sum(-1, dtype=gate.dtype)
             if fc2_bias is not None:
-                d_gate += d_out @ fc2_bias
+                d_gate += d_out.to(gate.dtype) @ fc2_bias.to(gate.dtype)
             d_out.mul_(gate)
             d_hidden.mul_(gate)
         # An expert's first block overwrites what the memory held.
-        beta = 1 if expert in self.begun else 0
+        first = expert not in self.begun
         self.begun.add(expert)
-        d_fc2_weight[expert].addmm_(d_out.t(), hidden, beta=beta)
+        _add_product(d_fc2_weight[expert], d_out.t(), hidden, first)
         _drop(d_hidden, keep, block, drop)
         # The hidden activations have served: their memory is free.
         chain(name, pre, d_hidden, (hidden, work))
-        d_fc1_weight[expert].addmm_(d_hidden.t(), x, beta=beta)
+        _add_product(d_fc1_weight[expert], d_hidden.t(), x, first)
         for d_bias, d_rows in ((d_fc1_bias, d_hidden), (d_fc2_bias, d_out)):
             if d_bias.numel():
                 d_bias[expert] += d_rows.sum(0)
