@@ -218,11 +218,12 @@ def gemm_tile(
 # multiprocessor and one's epilogue (4 bytes of stores per 1,536 FLOPs at D=768) hides behind the other's products. With
 # wgmma 8 warps in 128 registers do the same; with that cap sm_100 would spill, and so would dropout, which draws random
 # numbers in the epilogue. float32 in full precision has no tensor cores: small tiles fill the chip.
-_MMA = gemm_tile(128, 128, 32, warps=4, stages=4, parts=4)
+_MMA = gemm_tile(128, 128, 32, warps=4, stages=4, parts=8)
 _MMA_SM80 = gemm_tile(128, 128, 32, warps=4, stages=5, parts=4)
 _SQUARE_SM90 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=2, registers=128)
 _SQUARE_SM100 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4)
 _FEW_ROWS = gemm_tile(64, 128, 64, warps=4, stages=3, parts=2)
+_FEW_ROWS_SM100 = gemm_tile(64, 128, 64, warps=4, stages=3, parts=4)
 _DROPOUT = gemm_tile(128, 128, 64, warps=8, stages=3, parts=8)
 _FLOAT32 = gemm_tile(64, 64, 32, warps=8, stages=2)
 _TF32 = gemm_tile(128, 64, 32, warps=4, stages=3, parts=4)
@@ -235,7 +236,7 @@ _TMA = (gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, tma=True), _WIDE)
 _BY_POINTERS = (
     gemm_tile(128, 256, 64, warps=8, stages=3, parts=2),
     gemm_tile(256, 128, 64, warps=8, stages=3, parts=2),
-    gemm_tile(128, 256, 64, warps=8, stages=3, parts=2, persistent=True),
+    gemm_tile(128, 256, 64, warps=8, stages=3, parts=4, persistent=True),
     gemm_tile(128, 128, 64, warps=8, stages=4, persistent=True),
 )
 _CANDIDATES = (*_BY_POINTERS, *_TMA, CUBLAS)
@@ -252,7 +253,8 @@ for _op in LINEAR_OPS:
             ("sm100", ANY, ANY): _SQUARE_SM100,
             ("sm90", ANY, "wide"): _WIDE,
             ("sm100", ANY, "wide"): _WIDE,
-            **{(kind, ANY, "le64"): _FEW_ROWS for kind in (ANY, "sm80", "sm90", "sm100")},
+            **{(kind, ANY, "le64"): _FEW_ROWS for kind in (ANY, "sm80", "sm90")},
+            ("sm100", ANY, "le64"): _FEW_ROWS_SM100,
         },
         candidates=_CANDIDATES,
     )

@@ -43,7 +43,7 @@ _TOKENS = {
 }
 _WEIGHT = {
     "le32": _config(32, 128, 4, 3),
-    "le64": _config(32, 64, 4, 3),
+    "le64": _config(32, 64, 8, 3),
     "le128": _config(32, 64, 8, 3),
     "fp32_le32": _config(16, 64, 4, 3),
     "fp32_le64": _config(16, 32, 8, 3),
