@@ -71,8 +71,8 @@ def test_an_old_card_takes_the_twin_and_says_so_once(fake):
 @pytest.mark.parametrize(
     ("properties", "needed"),
     [
-        ({**H100, "shared_memory_per_block_optin": 147_479}, 147_480),
-        ({**RTX_3090, "shared_memory_per_block_optin": 65_536}, 71_680),
+        ({**H100, "shared_memory_per_block_optin": 204_831}, 204_832),
+        ({**RTX_3090, "shared_memory_per_block_optin": 65_536}, 66_048),
     ],
 )
 def test_a_card_with_little_shared_memory_takes_the_twin(fake, properties, needed):
@@ -186,7 +186,8 @@ def test_shared_memory_is_what_the_compile_report_says():
     for file in REPORTS.glob("triton-*.json"):
         for row in json.loads(file.read_text())["rows"]:
             needed[row["capability"]] = max(needed.get(row["capability"], 0), row["shared"])
-    # No table has an entry for sm_80 alone, so its launches are those of every chip without entries.
+    # Launches that other chips share with sm_80 are in the report once, under it.
+    assert needed[80] >= max(needed[86], needed[89], needed[120])
     assert {ANY: needed[80], "sm90": needed[90], "sm100": needed[100]} == card.SHARED_MEMORY
     for capability, most in SHARED_PER_BLOCK.items():
         assert card.shared_memory(divmod(capability, 10)) <= most
