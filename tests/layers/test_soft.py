@@ -296,7 +296,7 @@ def test_a_hook_may_change_the_shares():
     rows = x.view(2, 4, 2, D).transpose(0, 1).flatten(1, 2)
     out = layer.fc2(nn.functional.gelu(layer.fc1(rows))).unflatten(1, (2, 2)).transpose(0, 1).flatten(1, 2)
     torch.testing.assert_close(got, routed.gates.view(2, 8, 8) @ out)
-    assert Routed._field_defaults == {"spans": None, "mix": None}
+    assert Routed._field_defaults == {"spans": None, "mix": None, "inverse": None}
 
 
 def test_a_scripted_layer_refuses():

@@ -28,8 +28,8 @@ from vmoe_kernels.common.impl import (
 from vmoe_kernels.common.philox import philox_normal
 from vmoe_kernels.common.transforms import differs_backward, twin_gradients
 
-# Standard deviations at which a normal density (2e-27) and tail (2e-28) stop falling: they are as good as 0, and over
-# the subnormal numbers further out a CPU takes ten times as long.
+# Standard deviations at which a normal density stops falling (at 2e-27) and a tail (2e-28) is 0: over the subnormal
+# numbers further out a CPU takes ten times as long.
 _FAR = 11.0
 
 
@@ -121,7 +121,7 @@ def top_experts(probs: Tensor, num_selected_experts: int) -> Tensor:
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
-    return 0.5 * torch.erfc(z.clamp(min=-_FAR) * -(0.5**0.5))
+    return (0.5 * torch.erfc(z.clamp(min=-_FAR) * -(0.5**0.5))).masked_fill(z <= -_FAR, 0.0)
 
 
 # The twin is the CPU's implementation.

@@ -17,6 +17,7 @@ from vmoe_kernels.common.checks import check_integer, check_number
 from vmoe_torch.layers import experts_by_size, mixing, portable, steps
 from vmoe_torch.layers import options as opt
 from vmoe_torch.layers.choice import TravellingRouting
+from vmoe_torch.layers.delegation import OfRouter
 from vmoe_torch.layers.experts import Weights, parameters
 from vmoe_torch.layers.groups import Groups, grouped
 from vmoe_torch.layers.record import Record
@@ -32,19 +33,6 @@ _OWN = {"num_experts", "expert_hidden", "shared_expert_hidden", "group_size", "e
 _OF_ROUTER = get_type_hints(opt.MoeOptions).keys() - _OWN
 # Of a layer that was told nothing else.
 GROUP_SIZE = 8
-
-
-class _OfRouter:
-    """An attribute of the layer's router, read and set through the layer."""
-
-    def __set_name__(self, owner: type, name: str):
-        self.name = name
-
-    def __get__(self, layer: nn.Module | None, owner: type) -> Any:
-        return self if layer is None else getattr(layer.own_router(), self.name)
-
-    def __set__(self, layer: nn.Module, value: Any) -> None:
-        setattr(layer.own_router(), self.name, value)
 
 
 class MoeMlp(TravellingRouting):
@@ -71,25 +59,25 @@ class MoeMlp(TravellingRouting):
     capacity_factor="dropless" there is none.
     """
 
-    num_selected_experts = _OfRouter()
-    capacity_factor = _OfRouter()
-    eval_capacity_factor = _OfRouter()
-    capacity_rounding = _OfRouter()
-    capacity_multiple_of = _OfRouter()
-    batch_priority = _OfRouter()
-    priority = _OfRouter()
-    mean_selected_experts = _OfRouter()
-    gate_threshold = _OfRouter()
-    noise_std = _OfRouter()
-    slots_per_expert = _OfRouter()
-    importance_loss_weight = _OfRouter()
-    load_loss_weight = _OfRouter()
-    gshard_loss_weight = _OfRouter()
-    size_loss_weight = _OfRouter()
-    router_z_loss_weight = _OfRouter()
-    auxiliary_mode = _OfRouter()
-    renormalize_gates = _OfRouter()
-    impl = _OfRouter()
+    num_selected_experts = OfRouter()
+    capacity_factor = OfRouter()
+    eval_capacity_factor = OfRouter()
+    capacity_rounding = OfRouter()
+    capacity_multiple_of = OfRouter()
+    batch_priority = OfRouter()
+    priority = OfRouter()
+    mean_selected_experts = OfRouter()
+    gate_threshold = OfRouter()
+    noise_std = OfRouter()
+    slots_per_expert = OfRouter()
+    importance_loss_weight = OfRouter()
+    load_loss_weight = OfRouter()
+    gshard_loss_weight = OfRouter()
+    size_loss_weight = OfRouter()
+    router_z_loss_weight = OfRouter()
+    auxiliary_mode = OfRouter()
+    renormalize_gates = OfRouter()
+    impl = OfRouter()
 
     def __init__(
         self,
