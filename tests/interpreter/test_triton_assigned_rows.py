@@ -94,9 +94,9 @@ def test_experts_take_the_choices_of_the_rows_for_the_inverse_of_the_slots():
     ours = partial(vk.moe_mlp, rows_per_expert=4, choices=choices, impl="triton")
     with poisoned_memory():
         assert_matches_eager(ours, partial(vk.moe_mlp_reference, rows_per_expert=4), inputs, ulps=8)
-    # They are read, and nothing else is: without any of them nothing is computed.
-    nothing = vk.moe_mlp(**inputs, rows_per_expert=4, choices=torch.full_like(choices, -1), impl="triton")
-    assert not torch.allclose(nothing, ours(**inputs))
+    # They are read, and nothing else is: told that all rows hold the first choice, experts see its token alone.
+    first = vk.moe_mlp(**inputs, rows_per_expert=4, choices=choices.clamp(max=0), impl="triton")
+    assert not torch.allclose(first, ours(**inputs))
 
 
 def test_experts_refuse_choices_of_other_rows():
