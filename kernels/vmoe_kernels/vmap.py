@@ -150,9 +150,9 @@ def expert_mlp(info, in_dims, x, *arguments):
     return (out.unflatten(0, x.shape[:2]), pre.unflatten(0, x.shape[:2])), (0, 0)
 
 
-def moe_mlp(info, in_dims, x, slots, gates, *arguments):
+def moe_mlp(info, in_dims, x, slots, gates, w1, b1, w2, b2, rows, activation, drop, _seed, save, _choices=None):
     # Without the choices of the rows: those of joined samples lie elsewhere.
-    *weights, rows, activation, drop, _, save = arguments[:9]
+    weights = (w1, b1, w2, b2)
     _refuse_dropout("moe_mlp", drop)
     save = save or wants_grad(x, gates, *weights)
     count, settings = info.batch_size, (activation, drop, None, save)

@@ -71,10 +71,9 @@ def _filled_rows(slots: Tensor, num_experts: int, rows_per_expert: int, width: i
     "Tensor? choices=None) -> (Tensor, Tensor)",
 )
 @no_autocast
-def _moe_mlp_op(x, slots, gates, *arguments):
+def _moe_mlp_op(x, slots, gates, w1, b1, w2, b2, rows_per_expert, activation, drop, seed, save, _choices=None):
     # Without the choices of the rows, which this loop goes by in another form.
-    *weights, rows_per_expert, activation, drop, seed, save = arguments[:9]
-    weights, activation = bundle(*weights, activation, drop, seed)
+    weights, activation = bundle(w1, b1, w2, b2, activation, drop, seed)
     num_experts, width, _ = weights.fc1_weight.shape
     dtype = accumulation_dtype(x.dtype)
     y = nan_gates(gates.to(dtype), slots).expand(-1, weights.fc2_weight.shape[1]).contiguous()
@@ -86,11 +85,10 @@ def _moe_mlp_op(x, slots, gates, *arguments):
 
 
 @_moe_mlp_op.register_fake
-def _(x, slots, gates, *arguments):
-    fc1_weight, _, fc2_weight, _, rows_per_expert, _, _, _, save = arguments[:9]
-    num_experts, hidden, _ = fc1_weight.shape
+def _(x, slots, gates, w1, b1, w2, b2, rows_per_expert, activation, drop, seed, save, choices=None):
+    num_experts, hidden, _ = w1.shape
     return (
-        x.new_empty((x.shape[0], fc2_weight.shape[1])),
+        x.new_empty((x.shape[0], w2.shape[1])),
         x.new_empty((num_experts, rows_per_expert if save else 0, hidden)),
     )
 
@@ -103,9 +101,10 @@ def _(x, slots, gates, *arguments):
     f"{ACTIVATION}, Tensor? choices=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @no_autocast
-def _moe_mlp_backward_op(d_y, x, slots, gates, pre, *arguments):
-    *weights, rows_per_expert, activation, drop, seed = arguments[:8]
-    weights, activation = bundle(*weights, activation, drop, seed)
+def _moe_mlp_backward_op(
+    d_y, x, slots, gates, pre, w1, b1, w2, b2, rows_per_expert, activation, drop, seed, _choices=None
+):
+    weights, activation = bundle(w1, b1, w2, b2, activation, drop, seed)
     num_experts, width, _ = weights.fc1_weight.shape
     gradients = ExpertGradients(weights, activation, pre)
     filled = _filled_rows(slots, num_experts, rows_per_expert, width, activation)
@@ -113,9 +112,8 @@ def _moe_mlp_backward_op(d_y, x, slots, gates, pre, *arguments):
 
 
 @_moe_mlp_backward_op.register_fake
-def _(d_y, x, slots, gates, pre, *arguments):
-    *weights, _, activation, drop, seed = arguments[:8]
-    gradients = bundle(*weights, activation, drop, seed)[0].new_gradients()
+def _(d_y, x, slots, gates, pre, w1, b1, w2, b2, rows_per_expert, activation, drop, seed, choices=None):
+    gradients = bundle(w1, b1, w2, b2, activation, drop, seed)[0].new_gradients()
     return (x.new_empty(x.shape), gates.new_empty(gates.shape), *gradients)
 
 

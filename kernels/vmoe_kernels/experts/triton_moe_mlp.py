@@ -15,24 +15,47 @@ from vmoe_kernels.rows.triton_move import choice_of_row_triton, sum_rows, sum_ro
 
 
 @no_autocast
-def moe_mlp_triton(x: Tensor, slots: Tensor, gates: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+def moe_mlp_triton(
+    x: Tensor,
+    slots: Tensor,
+    gates: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    rows: int,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+    save: bool,
+    choices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Launcher of `vmoe::moe_mlp`."""
-    # Arguments that are their defaults are left out.
-    *weights, rows, activation, drop, seed, save = arguments[:9]
-    weights, activation = bundle(*weights, activation, drop, seed)
+    weights, activation = bundle(fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed)
     check_sizes(rows, weights, activation)
-    y, pre = _forward(x, _buffer(slots, weights, rows, *arguments[9:]), gates, weights, activation, save)
-    return y, pre
+    return _forward(x, _buffer(slots, weights, rows, choices), gates, weights, activation, save)
 
 
 @no_autocast
 def moe_mlp_backward_triton(
-    d_y: Tensor, x: Tensor, slots: Tensor, gates: Tensor, pre: Tensor, *arguments
+    d_y: Tensor,
+    x: Tensor,
+    slots: Tensor,
+    gates: Tensor,
+    pre: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    rows: int,
+    activation: str,
+    drop: float,
+    seed: Tensor | None,
+    choices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher of `vmoe::moe_mlp_backward`."""
-    *weights, rows, activation, drop, seed = arguments[:8]
-    weights, activation = bundle(*weights, activation, drop, seed)
-    return _backward(d_y, x, _buffer(slots, weights, rows, *arguments[8:]), gates, pre, weights, activation)
+    weights, activation = bundle(fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, drop, seed)
+    return _backward(d_y, x, _buffer(slots, weights, rows, choices), gates, pre, weights, activation)
 
 
 @no_autocast
@@ -53,7 +76,7 @@ def dropless_mlp_backward_triton(
     return _backward(d_y, x, _dropless_buffer(slots, spans), gates, pre.unsqueeze(0), weights, activation)
 
 
-def _buffer(slots: Tensor, weights: ExpertWeights, rows: int, choices: Tensor | None = None) -> Buffer:
+def _buffer(slots: Tensor, weights: ExpertWeights, rows: int, choices: Tensor | None) -> Buffer:
     slots, num_experts = slots.contiguous(), weights.fc1_weight.shape[0]
     if choices is None:
         choices = choice_of_row_triton(slots, num_experts * rows)

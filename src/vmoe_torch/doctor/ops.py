@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import vmoe_kernels as kernels
+from vmoe_kernels.common.groups import choices_of_rows
 from vmoe_kernels.common.impl import row_tile
 from vmoe_kernels.testing import Comparison, compare_with_eager, make_experts, make_routed, slots_fault
 from vmoe_torch.doctor import problems
@@ -172,10 +173,7 @@ def _assign_slots(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> dic
 
 def _inverse_fault(slots: Tensor, choices: Tensor) -> str | None:
     """What is wrong with the choices that rows are said to hold."""
-    rows = slots.view(-1).long()
-    kept = (rows >= 0).nonzero().squeeze(1)
-    held = torch.full_like(choices, -1).index_copy(0, rows[kept], kept.to(choices.dtype))
-    wrong = int((held != choices).sum())
+    wrong = int((choices_of_rows(slots.unsqueeze(0), len(choices)).squeeze(0) != choices).sum())
     return f"choices must be the inverse of slots, {wrong} rows hold others" if wrong else None
 
 
