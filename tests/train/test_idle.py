@@ -25,6 +25,7 @@ BASE = Config().override("data.name=fashion_mnist")
         "optim.decay=kernels optim.weight_decay=0",
         "optim.head_weight_decay=3",
         "optim.fallback_lr_scale=0.5",
+        "optim.muon_experts=false",
         "optim.ema_warmup=no",
         "parallel.wire=bfloat16",
         "parallel.dp=2",

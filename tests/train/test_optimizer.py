@@ -46,11 +46,19 @@ def test_kernels_decay_is_the_originals_by_name(tiny):
             build_optimizer(model, OptimConfig(decay="kernels", **other))
 
 
-def test_muon_leaves_experts_and_routers_to_its_fallback(tiny):
+def test_muon_leaves_routers_and_vectors_to_its_fallback(tiny):
     model = build_model(tiny.model, 10)
     groups = groups_by_name(model, build_optimizer(model, OptimConfig(name="muon", fallback_lr_scale=0.5)))
     fallback = {name for name, group in groups.items() if group.get("use_fallback")}
     # The experts' biases, too, are matrices by their shape.
+    assert fallback == {f"blocks.1.mlp.{name}" for name in ("router.weight", "fc1.bias", "fc2.bias")}
+    assert {name for name, group in groups.items() if group.get("experts")} == {
+        "blocks.1.mlp.fc1.weight",
+        "blocks.1.mlp.fc2.weight",
+    }
+    config = OptimConfig(name="muon", fallback_lr_scale=0.5, muon_experts=False)
+    groups = groups_by_name(model, build_optimizer(model, config))
+    fallback = {name for name, group in groups.items() if group.get("use_fallback")}
     assert fallback == {name for name in groups if name.startswith("blocks.1.mlp.")}
     assert all(group["fallback_lr_scale"] == 0.5 for group in groups.values())
 

@@ -25,7 +25,8 @@ def models(num_experts: int) -> dict[str, tuple[str, dict[str, Any]]]:
     Args:
         num_experts: E of all models, a multiple of 4.
     """
-    one, two = ({"num_selected_experts": selected, "renormalize_gates": False} for selected in (1, 2))
+    usual = {"renormalize_gates": False, "capacity_factor": 1.05, "capacity_multiple_of": 1}
+    one, two = ({**usual, "num_selected_experts": selected} for selected in (1, 2))
     half, quarter = num_experts // 2, num_experts // 4
     return {
         "dense": ("dense", {}),
@@ -33,14 +34,14 @@ def models(num_experts: int) -> dict[str, tuple[str, dict[str, Any]]]:
         "top experts, K=2": ("sparse", two),
         "threshold, mean 1.0": ("sparse", {**two, "router": "threshold", "mean_selected_experts": 1.0}),
         "threshold, mean 1.5": ("sparse", {**two, "router": "threshold", "mean_selected_experts": 1.5}),
-        "dropless, K=1": ("sparse", {**one, "capacity_factor": "dropless"}),
+        "dropless, K=1": ("sparse", {"num_selected_experts": 1, "renormalize_gates": False}),
         # As the original has it: groups of an image.
         "expert choice": (
             "sparse",
             {**one, "router": "expert_choice", "capacity_factor": 1.0, "group_size": "image"},
         ),
         # A soft router wants K and the capacity left out.
-        "soft": ("sparse", {**two, "router": "soft", "capacity_factor": 1.05, "group_size": "image"}),
+        "soft": ("sparse", {**two, "router": "soft", "group_size": "image"}),
         # On average as wide as the others.
         "several sizes, equal parameters": (
             "sparse",

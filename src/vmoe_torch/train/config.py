@@ -161,7 +161,10 @@ class OptimConfig:
     eps: Annotated[float | None, NOT_NEGATIVE] = None
     """Added where the optimiser divides, at least 0; None is the optimiser's own."""
     fallback_lr_scale: Annotated[float, POSITIVE] = 1.0
-    """Of Muon: learning rate of what it leaves to AdamW (MoE layers, vectors) over that of the rest, above 0."""
+    """Of Muon: learning rate of what it leaves to AdamW (routers, vectors) over that of the rest, above 0."""
+    muon_experts: bool = True
+    """Of Muon: whether it makes every expert's matrices orthogonal, as it does those of dense layers; otherwise the
+    experts are left to AdamW as well."""
     layer_decay: Annotated[float | None, Number(0, 1, open_low=True)] = None
     """Learning rate of a block over that of the block above it, in (0, 1]; None is one rate for all."""
     clip_norm: Annotated[float | None, Number(0, open_low=True, finite=False, or_null=True)] = 1.0

@@ -96,7 +96,7 @@ def _combinations(config: Any) -> list[tuple[bool, str, str]]:
         (known and not takes.has_momentum, lacks, "optim.momentum"),
         (known and not takes.has_betas, lacks, "optim.betas"),
         (known and not takes.has_eps, lacks, "optim.eps"),
-        ("muon" not in optim.name.lower(), lacks, "optim.fallback_lr_scale"),
+        ("muon" not in optim.name.lower(), lacks, "optim.fallback_lr_scale optim.muon_experts"),
         (optim.weight_decay == 0, "with optim.weight_decay=0", "optim.decay"),
         (optim.decay != "kernels", f"with optim.decay={optim.decay}", "optim.head_weight_decay"),
         (optim.ema_decay is None, "without optim.ema_decay", "optim.ema_warmup"),

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from vmoe_torch.control import moe_layers
 from vmoe_torch.train.config import OptimConfig, ScheduleConfig
+from vmoe_torch.train.muon import create_muon
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -33,18 +34,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         options["betas"] = config.betas
     if config.eps is not None:
         options["eps"] = config.eps
-    if "muon" in name:
-        options["fallback_list"] = _muon_fallback(model)
-        # Only where it is asked for: older releases of timm have none.
-        if config.fallback_lr_scale != 1.0:
-            options["fallback_lr_scale"] = config.fallback_lr_scale
+    if "muon" in name and not config.muon_experts:
+        options["fallback_list"] = tuple(f"{layer}.fc?.*" for layer in moe_layers(model))
+    # Only where it is asked for: older releases of timm have none.
+    if "muon" in name and config.fallback_lr_scale != 1.0:
+        options["fallback_lr_scale"] = config.fallback_lr_scale
     if config.decay == "kernels":
         if config.layer_decay is not None or "muon" in name:
             raise ValueError(f"optim.decay must be default with optim.layer_decay and with Muon, got {config.decay!r}")
         head = config.weight_decay if config.head_weight_decay is None else config.head_weight_decay
         options["param_group_fn"] = partial(_kernels_decay, weight_decay=config.weight_decay, head_weight_decay=head)
     try:
-        return create_optimizer_v2(
+        return (create_muon if "muon" in name else create_optimizer_v2)(
             model,
             opt=name,
             lr=config.lr,
@@ -80,14 +81,6 @@ def _kernels_decay(model: nn.Module, weight_decay: float, head_weight_decay: flo
         for params, strength in zip((rest, kernels, head), strengths)
         if params
     ]
-
-
-def _muon_fallback(model: nn.Module) -> tuple[str, ...]:
-    """All of the MoE layers, by exact name; the dense MLPs stay with Muon.
-
-    Their stacks of matrices, and of biases, which look like matrices, are not what Muon makes orthogonal.
-    """
-    return tuple(f"{layer}.{name}" for layer, moe in moe_layers(model).items() for name, _ in moe.named_parameters())
 
 
 def build_schedule(optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Scheduler | None:

@@ -132,6 +132,13 @@ class RunCheckpoints:
         saved, names = self.found["optimizer"], {parameter: name for name, parameter in run.model.named_parameters()}
         # Groups of parts are split by mesh; this one numbers parameters as the whole model's did.
         order = build_optimizer(run.model, self.config.optim).param_groups
+        sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], order)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{self.path} was written by an earlier version, whose groups of parameters for "
+                f"{self.config.optim.name} were of {sizes[0]} parameters, not of {sizes[1]}: begin a new run with it "
+                "as model.checkpoint"
+            )
         parameters = [parameter for group in order for parameter in group["params"]]
         moments, options = {}, {}
         for group in saved["param_groups"]:

@@ -1,0 +1,108 @@
+"""Muon for models with experts: every expert's matrix is made orthogonal by itself.
+
+timm's Muon takes a stack of matrices (E, out, in) for one matrix, or leaves it to AdamW. Experts by AdamW learn several
+times slower than the dense MLPs that they replace, which Muon updates; so trained, a V-MoE loses to its dense ViT for
+the optimiser's sake.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.optim.muon import Muon
+from torch import Tensor, nn
+
+from vmoe_torch.control import moe_layers
+
+
+class ExpertMuon(Muon):
+    """timm's Muon, with groups of parameters that say `experts=True`: stacks of matrices (E, out, in), each its own.
+
+    What it keeps of a stack has the stack's shape and layout, so a checkpoint or a sharding of experts fits it too.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update; `closure` computes the gradients anew and returns the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with self._as_kernels():
+            super().step()
+        return loss
+
+    @contextmanager
+    def _as_kernels(self) -> Iterator[None]:
+        """Shows each stack as a convolution's kernel (out, in, E), whose positions timm makes orthogonal one by one."""
+        groups = [group for group in self.param_groups if group.get("experts")]
+        kept = [group["params"] for group in groups]
+        pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        for group in groups:
+            kernels = []
+            for stack in group["params"]:
+                kernel = nn.Parameter(stack.detach().permute(1, 2, 0))
+                kernel.grad = None if stack.grad is None else stack.grad.permute(1, 2, 0)
+                pairs.append((stack, kernel))
+                kernels.append(kernel)
+            group["params"] = kernels
+        self._hand_over(pairs, (1, 2, 0))
+        try:
+            yield
+        finally:
+            for group, stacks in zip(groups, kept):
+                group["params"] = stacks
+            self._hand_over([(kernel, stack) for stack, kernel in pairs], (2, 0, 1))
+
+    def _hand_over(self, pairs: list[tuple[nn.Parameter, nn.Parameter]], order: tuple[int, int, int]) -> None:
+        """Gives the first's state to the second, its dims in another order."""
+        for giver, taker in pairs:
+            if giver in self.state:
+                state = self.state.pop(giver)
+                self.state[taker] = {
+                    name: each.permute(order) if isinstance(each, Tensor) and each.ndim == 3 else each
+                    for name, each in state.items()
+                }
+
+
+def create_muon(model: nn.Module, opt: str = "muon", **options: Any) -> ExpertMuon:
+    """timm's `create_optimizer_v2` of a Muon that makes each expert's matrices orthogonal.
+
+    The routers, and vectors as everywhere (the experts' biases, which look like matrices), are left to AdamW, at
+    `lr * fallback_lr_scale`.
+
+    Args:
+        model: any model, with MoE layers or without.
+        opt: one of timm's names of Muon: "muon", "nmuon", "adamuon", "nadamuon".
+        options: what `create_optimizer_v2` takes (lr, weight_decay, layer_decay, ...), `fallback_list` included.
+
+    Raises:
+        ValueError: if timm's optimiser of this name is none of Muon's.
+    """
+    layers = moe_layers(model)
+    stacks = {id(linear.weight) for moe in layers.values() for fc in (moe.fc1, moe.fc2) for linear in fc.linears()}
+    shared = {id(moe.shared_expert.fc1.weight) for moe in layers.values() if moe.shared_expert is not None}
+    shared |= {id(moe.shared_expert.fc2.weight) for moe in layers.values() if moe.shared_expert is not None}
+    fallback = tuple(
+        f"{layer}.{name}"
+        for layer, moe in layers.items()
+        for name, parameter in moe.named_parameters()
+        if id(parameter) not in stacks | shared
+    )
+    fallback += tuple(options.pop("fallback_list", ()))
+    optimizer = create_optimizer_v2(model, opt=opt, fallback_list=fallback, **options)
+    if not isinstance(optimizer, Muon):
+        raise ValueError(f"opt must be one of timm's Muon optimisers, got {opt!r}")
+    groups = []
+    for group in optimizer.param_groups:
+        experts = [] if group.get("use_fallback") else [each for each in group["params"] if id(each) in stacks]
+        others = [each for each in group["params"] if not any(each is expert for expert in experts)]
+        if others:
+            groups.append({**group, "params": others})
+        if experts:
+            # The scale is that of a matrix, whatever their number.
+            chosen = {"experts": True, "use_muon": True, "conv_mode": "batched", "normalize_spatial": False}
+            groups.append({**group, "params": experts, **chosen})
+    return ExpertMuon(groups, **optimizer.defaults)
