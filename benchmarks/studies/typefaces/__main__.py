@@ -20,12 +20,11 @@ import torch
 
 from benchmarks.harness.results import RESULTS, command_line, environment, heading, publish
 from benchmarks.studies.fashion_mnist import FIGURES
-from benchmarks.studies.typefaces import claims, figures, fonts, report, router_figures, router_report
-from benchmarks.studies.typefaces.measure import RESULT, execute, router_speeds
+from benchmarks.studies.typefaces import claims, figures, fonts, pages, report, router_figures, router_report
+from benchmarks.studies.typefaces.measure import RESULT, SPEED, execute, measured_speeds
 from benchmarks.studies.typefaces.runs import PARTS, Run, runs_of
 from vmoe_torch.data.typefaces import CHARACTERS
 
-PAGE = FIGURES.parent / "routers.md"
 # What a child says that was told to stop.
 STOPPED = 3
 
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/typefaces"), help="folder of the runs (%(default)s)")
     parser.add_argument("--fonts", type=Path, default=fonts.INSTALLED, help="where fonts are installed (%(default)s)")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figures (%(default)s)")
-    parser.add_argument("--page", type=Path, default=PAGE, help="gets the table of routers (%(default)s)")
+    parser.add_argument("--pages", type=Path, default=FIGURES.parent, help="folder of the pages (%(default)s)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child is not None:
@@ -55,15 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = work_through(runs, options.runs, options.jobs, time.monotonic() + 60 * options.minutes)
     found = [json.loads((options.runs / run.name / RESULT).read_text()) for run in runs if _finished(run, options.runs)]
     content = {"environment": made, "runs": found}
-    if "routers" in options.parts and (speed := router_speeds(options.runs)) is not None:
-        content["speed"] = speed
+    speed = {part: measured_speeds(part, options.runs) for part in SPEED if part in options.parts}
+    if any(speed.values()):
+        content["speed"] = {part: each for part, each in speed.items() if each is not None}
     if found:
         for name, canvas in {**figures.drawn(found, options.runs), **router_figures.drawn(content)}.items():
             canvas.savefig(options.figures / f"typefaces_{name}.png", dpi=150)
         publish(options.out, "results", content, page)
-    if router_report.compared(found):
-        shown = router_report.inserted(options.page.read_text(encoding="utf-8"), router_report.docs_lines(content))
-        options.page.write_text(shown, encoding="utf-8")
+        for name, lines in pages.PAGES.items():
+            told = options.pages / name
+            told.write_text(pages.inserted(told.read_text(encoding="utf-8"), lines(content)), encoding="utf-8")
     left = [run.name for run in runs if not _finished(run, options.runs)]
     if left:
         print(f"{len(left)} runs are left: {', '.join(left)}" + (f"; failed: {', '.join(failed)}" if failed else ""))
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def page(content: dict) -> list[str]:
     """The page of the results, from what their JSON holds."""
     title = heading("Characters in typefaces never seen", content["environment"])
-    return [*title, *claims.table(content["runs"]), *report.sections(content["runs"]), *router_report.sections(content)]
+    return [*title, *claims.table(content["runs"]), *report.sections(content), *router_report.sections(content)]
 
 
 def _finished(run: Run, folder: Path) -> bool:

@@ -26,39 +26,71 @@ def drawn(found: Sequence[dict], runs: Path) -> dict[str, Figure]:
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
-def _mean(runs: Sequence[dict]) -> tuple[float, float, float]:
-    """Training FLOPs, and mean and spread of the test accuracy in per cent."""
+def _of(found: Sequence[dict], prefix: str, size: str) -> list[dict]:
+    return [run for run in found if run["name"].startswith(f"{prefix}_{size}_") and run["size"] == size]
+
+
+def _top1(runs: Sequence[dict]) -> tuple[float, float]:
+    """Mean and spread of the test accuracy in per cent."""
     top1 = [100 * run["test"]["all"] for run in runs]
-    return runs[0]["training_flops"], statistics.mean(top1), statistics.stdev(top1) if len(top1) > 1 else 0.0
+    return statistics.mean(top1), statistics.stdev(top1) if len(top1) > 1 else 0.0
 
 
 def training_flops(found: Sequence[dict]) -> Figure | None:
-    """Accuracy on unseen typefaces over training FLOPs: a sparse and a dense line."""
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
-    for prefix, kind, colour, label in (
-        ("sparse", "sparse", ORANGE, "V-MoE"),
-        ("dense_flops", "dense", BLUE, "dense ViT"),
-    ):
-        points = [
-            _mean(runs)
-            for size in SIZES
-            if (runs := [r for r in found if r["kind"] == kind and r["name"].startswith(f"{prefix}_{size}")])
-        ]
-        if len(points) < len(SIZES):
-            return None
-        flops, top1, error = zip(*points)
-        axes.errorbar(flops, top1, yerr=error, color=colour, marker="o", capsize=3, label=label)
-        for size, x, y in zip(SIZES, flops, top1):
-            offset = (0, 8) if kind == "sparse" else (0, -14)
-            axes.annotate(size, (x, y), offset, textcoords="offset points", ha="center", color=colour, fontsize="small")
-    axes.set_xscale("log")
-    axes.set_xlabel("training FLOPs")
-    axes.set_ylabel("top-1 on unseen typefaces, %")
-    axes.set_title(f"{CLASSES:,} characters in typefaces never seen", fontsize="medium")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
+    """Accuracy on unseen typefaces over the FLOPs of the training, and over those of an image as capacity falls."""
+    lines = {prefix: [_of(found, prefix, size) for size in SIZES] for prefix in ("sparse", "dense_flops")}
+    if not all(all(runs) for runs in lines.values()):
+        return None
+    figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+    training, inference = figure.subplots(1, 2, sharey=True)
+    for (prefix, runs), colour, label in zip(lines.items(), (ORANGE, BLUE), ("V-MoE", "dense ViT")):
+        top1, error = zip(*map(_top1, runs))
+        style = {"color": colour, "marker": "o", "capsize": 3, "label": label}
+        training.errorbar([own[0]["training_flops"] / 1e12 for own in runs], top1, yerr=error, **style)
+        for size, own, height in zip(SIZES, runs, top1):
+            place = own[0]["training_flops"] / 1e12, height
+            offset = (-6, 8) if prefix == "sparse" else (6, -14)
+            training.annotate(size, place, offset, textcoords="offset points", color=colour, fontsize="small")
+    dense = lines["dense_flops"]
+    inference.plot([own[0]["forward_flops"] / 1e6 for own in dense], [_top1(own)[0] for own in dense], color=BLUE)
+    for own in dense:
+        inference.plot(own[0]["forward_flops"] / 1e6, _top1(own)[0], color=BLUE, marker="o")
+    for runs in lines["sparse"]:
+        for order, colour, line in ((False, GREY, "--"), (True, ORANGE, "-")):
+            points = _falling(runs, order)
+            label = (
+                ("V-MoE with less and less capacity, " + ("BPR" if order else "vanilla"))
+                if runs is lines["sparse"][0]
+                else None
+            )
+            inference.plot(*zip(*points), color=colour, linestyle=line, marker=".", label=label)
+    inference.set_xlabel("MFLOPs of an image at inference")
+    training.set_xlabel("TFLOPs of the training")
+    training.set_ylabel("top-1 on unseen typefaces, %")
+    for axes in (training, inference):
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(frameon=False, fontsize="small", loc="lower right")
+        axes.xaxis.set_major_formatter(_plain)
+        axes.xaxis.set_minor_formatter(_plain)
+        axes.tick_params(axis="x", which="both", labelsize="small")
+    figure.suptitle(f"{CLASSES:,} characters in typefaces never seen", fontsize="medium")
     return figure
+
+
+def _plain(value: float, _position: int | None = None) -> str:
+    """A tick's label: powers of ten, and twice and five times them."""
+    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
+
+
+def _falling(runs: Sequence[dict], order: bool) -> list[tuple[float, float]]:
+    """(MFLOPs of an image, mean top-1 in per cent) as capacity falls, of the K that was trained."""
+    selected = max(row["num_selected_experts"] for row in runs[0]["settings"])
+    own = [
+        [r for r in run["settings"] if (r["num_selected_experts"], r["batch_priority"]) == (selected, order)]
+        for run in runs
+    ]
+    return sorted((rows[0]["flops"] / 1e6, 100 * statistics.mean(row["top1"] for row in rows)) for rows in zip(*own))
 
 
 def capacity(found: Sequence[dict]) -> Figure | None:

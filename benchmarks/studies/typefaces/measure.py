@@ -14,7 +14,7 @@ from benchmarks.studies.fashion_mnist import FORWARDS_PER_UPDATE
 from benchmarks.studies.typefaces import specialisation
 from benchmarks.studies.typefaces.fonts import scripts
 from benchmarks.studies.typefaces.routers import speeds
-from benchmarks.studies.typefaces.runs import Run, comparison, forward_flops, runs_of
+from benchmarks.studies.typefaces.runs import Run, comparison, forward_flops, runs_of, sizes
 from vmoe_torch.budget import set_budget
 from vmoe_torch.control import moe_layers, routing
 from vmoe_torch.data import Typefaces, evaluation_loader
@@ -29,7 +29,9 @@ BUDGETS = (0.9, 0.8)
 CALIBRATION = 2048
 # Experts per token on average that thresholds are found for, up to K.
 MEANS = (2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25)
-RESULT, ROUTING, SPEED = "result.json", "routing.npz", "routers_speed.json"
+RESULT, ROUTING = "result.json", "routing.npz"
+# {part of the study: what each of its models, one seed, takes for an image}.
+SPEED = {"sizes": "sizes_speed.json", "routers": "routers_speed.json"}
 
 
 def execute(run: Run, folder: Path) -> dict | None:
@@ -90,13 +92,24 @@ def compared(model: nn.Module, config: Config) -> dict:
     return {"test": accuracy(model, config, "test"), "evaluation": row}
 
 
-def router_speeds(folder: Path) -> dict[str, dict] | None:
-    """What an image takes by each router, one seed's models, measured once; None as long as one is not trained."""
-    file = folder / SPEED
+def measured_speeds(part: str, folder: Path) -> dict[str, dict] | None:
+    """What an image takes by each router, or by each kind of each size; None as long as a model is not trained.
+
+    One seed's models, measured once: the file stays in the folder of the runs.
+
+    Args:
+        part: "sizes" or "routers".
+        folder: of the runs.
+
+    Returns:
+        {label of a router, or "kind size": what `speeds` gives}.
+    """
+    file = folder / SPEED[part]
     if file.exists():
         return json.loads(file.read_text())
+    labelled = comparison() if part == "routers" else [(f"{run.kind} {run.size}", run) for run in sizes()]
     chosen: dict[str, Run] = {}
-    for label, run in comparison():
+    for label, run in labelled:
         chosen.setdefault(label, run)
     if not all((folder / run.name / RESULT).exists() for run in chosen.values()):
         return None

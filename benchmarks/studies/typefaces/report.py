@@ -2,19 +2,22 @@
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.studies.typefaces.runs import SEARCH, SIZES, search
 from vmoe_torch.report.style import layer_label
 
 # The order of claiming slots that a trained V-MoE is evaluated with.
 PRIORITY = True
+KINDS = ("dense", "sparse")
 
 
-def sections(found: Sequence[dict]) -> list[str]:
-    """All tables that the finished runs allow."""
-    tables = (comparison, wall_clock, transfer, capacity, layers, upcycled, chosen)
-    return [line for table in tables for line in table(found)]
+def sections(content: Mapping[str, Any]) -> list[str]:
+    """All tables that the results allow, as JSON holds them."""
+    found = content["runs"]
+    lines = [*comparison(found), *wall_clock(content), *every_run(found)]
+    return lines + [line for table in (transfer, capacity, layers, upcycled, chosen) for line in table(found)]
 
 
 def of(found: Sequence[dict], kind: str, size: str, prefix: str) -> list[dict]:
@@ -74,8 +77,30 @@ def comparison(found: Sequence[dict]) -> list[str]:
     ]
 
 
-def wall_clock(found: Sequence[dict]) -> list[str]:
-    """What the trainings took."""
+def wall_clock(content: Mapping[str, Any]) -> list[str]:
+    """What an image takes, dense and sparse, beside its FLOPs."""
+    speed = content.get("speed", {}).get("sizes")
+    if not speed:
+        return []
+    rows = []
+    for size in SIZES:
+        cells = [f"{of(content['runs'], kind, size, kind)[0]['forward_flops'] / 1e6:.1f}" for kind in KINDS]
+        for what in ("step", "inference"):
+            dense, sparse = (1e6 * speed[f"{kind} {size}"][what][0] for kind in KINDS)
+            cells += [f"{dense:.0f}", f"{sparse:.0f} ({sparse / dense:.2f}x)"]
+        rows.append(f"| {size} | {' | '.join(cells)} |")
+    return [
+        "Microseconds an image on one thread, as trained (128 images; a step is forward, backward and Muon), medians:",
+        "",
+        "| size | dense MFLOPs | sparse MFLOPs | dense step | sparse step | dense inference | sparse inference |",
+        "| --- " * 7 + "|",
+        *rows,
+        "",
+    ]
+
+
+def every_run(found: Sequence[dict]) -> list[str]:
+    """What each training cost, and what it came to."""
     rows = [
         f"| {run['name']} | {run['images']:,} | {run['parameters'] / 1e6:.2f} | {run['training_flops'] / 1e12:.1f} "
         f"| {run['training_seconds'] / 60:.1f} "

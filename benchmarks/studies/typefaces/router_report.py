@@ -9,8 +9,6 @@ from benchmarks.studies.typefaces.report import PRIORITY, spread
 from benchmarks.studies.typefaces.routers import DIALLED
 from benchmarks.studies.typefaces.runs import CLASSES, comparison
 
-# Between these lines of the page stands what `docs_lines` gives.
-BEGIN, END = "<!-- from benchmarks/results/typefaces -->", "<!-- to here -->"
 NOT_YET = "Which of them is best on the same data and FLOPs is not measured yet; no number is claimed here."
 
 
@@ -23,7 +21,7 @@ def sections(content: Mapping[str, Any]) -> list[str]:
         "Routers and layouts of experts at the middle size, for equal training FLOPs, on typefaces of families never",
         "trained on (mean ± standard deviation over seeds):",
         "",
-        *table(found, content.get("speed", {})),
+        *table(found, content.get("speed", {}).get("routers", {})),
         "",
         verdict(found),
         "",
@@ -177,7 +175,7 @@ def docs_lines(content: Mapping[str, Any] | None) -> list[str]:
         "MFLOPs are of an image at full capacity; those filled are without empty slots, which cost time on a GPU and",
         "none on a CPU.",
         "",
-        *table(found, content.get("speed", {})),
+        *table(found, content.get("speed", {}).get("routers", {})),
         "",
         "![Accuracy and cost of every router](figures/typefaces_routers.png)",
         "",
@@ -188,12 +186,3 @@ def docs_lines(content: Mapping[str, Any] | None) -> list[str]:
         picture = "![Accuracy over experts per token, by dial](figures/typefaces_dials.png)"
         lines += ["", "And of trained V-MoEs, by the dial that is turned down:", "", picture, "", *halves(turned)]
     return lines
-
-
-def inserted(page: str, lines: Sequence[str]) -> str:
-    """The page with these lines in their place."""
-    head, _, rest = page.partition(f"{BEGIN}\n")
-    _, found, tail = rest.partition(f"{END}\n")
-    if not found:
-        raise ValueError(f"page must have the lines {BEGIN} and {END}, got {len(page)} characters without")
-    return "\n".join([f"{head}{BEGIN}", "", *lines, "", f"{END}\n{tail}"])

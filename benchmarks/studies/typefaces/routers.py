@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.protocol import Samples, measure
 from benchmarks.harness.saved import count_saved
+from vmoe_torch.train import create_muon
 
 # Of experts of several sizes.
 SIZE_LOSS = 0.01
@@ -93,8 +94,8 @@ def speeds(made: Mapping[str, nn.Module], images: Tensor, labels: Tensor) -> dic
 
 
 def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    # Moments like any other's, and weights that stay.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    # As the study trains, but for the weights, which stay.
+    optimizer = create_muon(model, lr=0.0)
 
     def call() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,9 @@ import matplotlib
 import numpy as np
 import pytest
 
-from benchmarks.studies.typefaces import claims, figures, fonts, measure, report, runs, specialisation
+from benchmarks.harness.results import RESULTS
+from benchmarks.studies.fashion_mnist import FIGURES
+from benchmarks.studies.typefaces import claims, figures, fonts, measure, pages, report, routers, runs, specialisation
 from benchmarks.studies.typefaces.__main__ import main, page
 
 FACES = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -99,6 +101,19 @@ def test_claims_hold_or_not():
     assert claims.table([]) == []
 
 
+@pytest.mark.parametrize("name", pages.PAGES)
+def test_a_page_says_what_the_results_hold(name):
+    file = RESULTS / "typefaces" / "results.json"
+    content = json.loads(file.read_text()) if file.exists() else None
+    text = (FIGURES.parent / name).read_text(encoding="utf-8")
+    assert pages.inserted(text, pages.PAGES[name](content)) == text
+
+
+def test_a_page_without_a_place_is_refused():
+    with pytest.raises(ValueError, match="page must have the lines"):
+        pages.inserted("# Another", ["a"])
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A study of few letters and updates; returns the folder of its runs."""
@@ -120,15 +135,22 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_whole_study(tiny, tmp_path):
+def test_a_whole_study(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(routers, "SECONDS", 0.01)
+    assert measure.measured_speeds("sizes", tiny) is None
     found = [measure.execute(run, tiny) for run in runs.runs_of(("sizes", "upcycling"))]
     assert (tiny / "sparse_small_0" / measure.RESULT).exists()
     # A finished run is read, not repeated.
     again = dataclasses.replace(next(iter(runs.sizes())), updates=9)
     assert measure.execute(again, tiny) == found[0]
-    text = "\n".join(page({"environment": {"machine": "any"}, "runs": found}))
+    speed = {"sizes": measure.measured_speeds("sizes", tiny)}
+    assert speed["sizes"].keys() == {f"{kind} {size}" for kind in ("dense", "sparse") for size in runs.SIZES}
+    content = {"environment": {"machine": "any"}, "runs": found, "speed": speed}
+    text = "\n".join(page(content))
+    assert "\n".join(pages.typefaces_lines(content)) in text.replace("Every run", "")
     for part in (
         "equal inference FLOPs",
+        "dense step | sparse step",
         "digits | 1",
         "set_budget",
         "| layer | character |",

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.harness.results import RESULTS
-from benchmarks.studies.typefaces import measure, router_figures, router_report, routers, runs
-from benchmarks.studies.typefaces.__main__ import PAGE, main, page
+from benchmarks.studies.typefaces import measure, pages, router_figures, router_report, routers, runs
+from benchmarks.studies.typefaces.__main__ import main, page
 from tests.benchmarks.studies.test_typefaces import tiny  # noqa: F401  a fixture
 
 NAMES = [label for label, _ in runs.comparison()]
@@ -66,15 +65,6 @@ def test_differences_below_the_seeds_say_nothing():
     assert "one seed" in router_report.verdict({label: each[:1] for label, each in found.items()})
 
 
-def test_the_page_says_what_the_results_hold():
-    file = RESULTS / "typefaces" / "results.json"
-    content = json.loads(file.read_text()) if file.exists() else None
-    text = PAGE.read_text(encoding="utf-8")
-    assert router_report.inserted(text, router_report.docs_lines(content)) == text
-    with pytest.raises(ValueError, match="page must have the lines"):
-        router_report.inserted("# Another", ["a"])
-
-
 def test_a_whole_comparison(tiny, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(measure, "MEANS", (2.0, 1.0, 0.5))
     monkeypatch.setattr(routers, "SECONDS", 0.01)
@@ -82,16 +72,17 @@ def test_a_whole_comparison(tiny, monkeypatch, capsys):  # noqa: F811
     everything = list(runs.runs_of(("routers",)))
     for run in everything:
         assert measure.execute(run, tiny)["name"] == run.name
+    for name in pages.PAGES:
+        (tiny / name).write_text(f"# Which\n\n{pages.BEGIN}\n\nbefore\n\n{pages.END}\n\nmore\n")
     told = tiny / "routers.md"
-    told.write_text(f"# Which\n\n{router_report.BEGIN}\n\nbefore\n\n{router_report.END}\n\nmore\n")
-    options = {"out": tiny / "out", "figures": tiny, "runs": tiny, "page": told}
+    options = {"out": tiny / "out", "figures": tiny, "runs": tiny, "pages": tiny}
     words = ["--parts", "routers", *(word for name, path in options.items() for word in (f"--{name}", str(path)))]
     assert main(words) == 0
     content = json.loads((tiny / "out" / "results.json").read_text())
     assert (tiny / "out" / "results.md").read_text() == "\n".join(page(content)) + "\n" == capsys.readouterr().out
     for label in dict.fromkeys(NAMES):
         assert f"\n| {label} | " in told.read_text()
-        assert content["speed"][label]["step"][0] > content["speed"][label]["inference"][0] > 0
+        assert content["speed"]["routers"][label]["step"][0] > content["speed"]["routers"][label]["inference"][0] > 0
     assert "before" not in told.read_text()
     assert told.read_text().endswith("\n\nmore\n")
     assert {"typefaces_routers.png", "typefaces_dials.png"} <= {path.name for path in tiny.glob("*.png")}
@@ -106,5 +97,5 @@ def test_a_whole_comparison(tiny, monkeypatch, capsys):  # noqa: F811
     assert by_mean == pytest.approx([2.0, 1.0, 0.5], abs=0.25)
     # Measured once.
     monkeypatch.setattr(measure, "speeds", None)
-    assert measure.router_speeds(tiny) == content["speed"]
+    assert measure.measured_speeds("routers", tiny) == content["speed"]["routers"]
     assert router_figures.drawn({"runs": []}) == {}
