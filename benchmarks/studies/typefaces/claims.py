@@ -7,7 +7,7 @@ The paper's numbers are of models a thousand times as large on JFT-300M and Imag
 import statistics
 from collections.abc import Callable, Sequence
 
-from benchmarks.studies.typefaces.report import PRIORITY, of, reached
+from benchmarks.studies.typefaces.report import PRIORITY, of, reached, together
 from benchmarks.studies.typefaces.runs import SIZES
 
 
@@ -26,9 +26,9 @@ def _pairs(found: Sequence[dict], prefix: str) -> dict[str, list[float]]:
     """{size: differences of sparse and dense top-1 in points, by seed} for the sizes that are finished."""
     pairs = {}
     for size in SIZES:
-        sparse, dense = of(found, "sparse", size, "sparse"), of(found, "dense", size, f"{prefix}_{size}")
-        if sparse and len(sparse) == len(dense):
-            pairs[size] = [100 * (a["test"]["all"] - b["test"]["all"]) for a, b in zip(sparse, dense)]
+        shared = together(of(found, "sparse", size, "sparse"), of(found, "dense", size, f"{prefix}_{size}"))
+        if shared:
+            pairs[size] = [100 * (a["test"]["all"] - b["test"]["all"]) for a, b in shared]
     return pairs
 
 
@@ -67,9 +67,10 @@ def cheaper_inference(found: Sequence[dict]) -> tuple[str, str, bool] | None:
 
 def transfer(found: Sequence[dict]) -> tuple[str, str, bool] | None:
     """In how many few-shot tasks it is ahead."""
-    kinds = [of(found, kind, "middle", f"{kind}_middle") for kind in ("sparse", "dense")]
-    if not all(kinds):
+    shared = together(*(of(found, kind, "middle", f"{kind}_middle") for kind in ("sparse", "dense")))
+    if not shared:
         return None
+    kinds = tuple(zip(*shared))
     tasks = dict.fromkeys((row["task"], row["shots"]) for row in kinds[0][0]["fewshot"])
     better = [
         statistics.mean(
@@ -129,10 +130,10 @@ def specialists(found: Sequence[dict]) -> tuple[str, str, bool] | None:
 
 def upcycled(found: Sequence[dict]) -> tuple[str, str, bool] | None:
     """Differences to the dense model that goes on."""
-    sparse, dense = of(found, "upcycled", "middle", "upcycled"), of(found, "continued", "middle", "continued")
-    if not sparse or len(sparse) != len(dense):
+    shared = together(of(found, "upcycled", "middle", "upcycled"), of(found, "continued", "middle", "continued"))
+    if not shared:
         return None
-    gains = [100 * (a["test"]["all"] - b["test"]["all"]) for a, b in zip(sparse, dense)]
+    gains = [100 * (a["test"]["all"] - b["test"]["all"]) for a, b in shared]
     text = ", ".join(f"{gain:+.2f}" for gain in gains)
     return "better, from 10 % of added compute on", f"{text} points, by seed", min(gains) > 0
 

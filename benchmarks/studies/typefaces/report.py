@@ -26,6 +26,13 @@ def of(found: Sequence[dict], kind: str, size: str, prefix: str) -> list[dict]:
     return sorted(own, key=lambda run: run["seed"])
 
 
+def together(*groups: Sequence[dict]) -> list[tuple[dict, ...]]:
+    """For each seed that all of the groups have, its runs."""
+    by_seed = [{run["seed"]: run for run in group} for group in groups]
+    seeds = sorted(set.intersection(*(set(runs) for runs in by_seed)))
+    return [tuple(runs[seed] for runs in by_seed) for seed in seeds]
+
+
 def equal_flops(run: dict, flops: float) -> float | None:
     """Test accuracy of a sparse run with BPR at so many FLOPs per image, between its settings; None out of range."""
     points = sorted((row["flops"], row["top1"]) for row in run["settings"] if row["batch_priority"] == PRIORITY)
@@ -52,10 +59,14 @@ def comparison(found: Sequence[dict]) -> list[str]:
     """Sparse against dense at equal epochs, equal inference FLOPs and equal training FLOPs."""
     rows = []
     for size in SIZES:
-        sparse, dense = of(found, "sparse", size, "sparse"), of(found, "dense", size, f"dense_{size}")
-        longer = of(found, "dense", size, "dense_flops")
-        if not sparse or len(sparse) != len(dense) or len(sparse) != len(longer):
+        shared = together(
+            of(found, "sparse", size, "sparse"),
+            of(found, "dense", size, f"dense_{size}"),
+            of(found, "dense", size, "dense_flops"),
+        )
+        if not shared:
             continue
+        sparse, dense, longer = zip(*shared)
         at_equal = [equal_flops(run, other["forward_flops"]) for run, other in zip(sparse, dense)]
         rows.append(
             f"| {size} | {dense[0]['forward_flops'] / 1e6:.1f} | {sparse[0]['forward_flops'] / 1e6:.1f} "
@@ -114,9 +125,10 @@ def every_run(found: Sequence[dict]) -> list[str]:
 
 def transfer(found: Sequence[dict]) -> list[str]:
     """Few-shot accuracy on scripts never trained on, at the middle size."""
-    kinds = {kind: of(found, kind, "middle", kind) for kind in ("sparse", "dense")}
-    if not all(kinds.values()):
+    shared = together(of(found, "sparse", "middle", "sparse"), of(found, "dense", "middle", "dense_middle"))
+    if not shared:
         return []
+    kinds = dict(zip(("sparse", "dense"), zip(*shared)))
     tasks = dict.fromkeys((row["task"], row["shots"]) for row in kinds["sparse"][0]["fewshot"])
     lines = ["Few-shot transfer of the middle size, in per cent:", ""]
     lines += ["| characters never trained on | shots | sparse | dense |", "| --- " * 4 + "|"]
@@ -184,9 +196,10 @@ def layers(found: Sequence[dict]) -> list[str]:
 
 def upcycled(found: Sequence[dict]) -> list[str]:
     """A dense model that goes on, against its upcycled copy at equal added FLOPs."""
-    sparse, dense = of(found, "upcycled", "middle", "upcycled"), of(found, "continued", "middle", "continued")
-    if not sparse or len(sparse) != len(dense):
+    shared = together(of(found, "upcycled", "middle", "upcycled"), of(found, "continued", "middle", "continued"))
+    if not shared:
         return []
+    sparse, dense = zip(*shared)
     differences = [100 * (a["test"]["all"] - b["test"]["all"]) for a, b in zip(sparse, dense)]
     return [
         "A trained dense model of the middle size goes on, as it is or upcycled, for equal added FLOPs:",

@@ -171,17 +171,18 @@ def search() -> list[Run]:
 
 def sizes() -> list[Run]:
     """Both kinds at every size for equal epochs, and the dense one for equal training FLOPs; the middle with seeds."""
-    found, equal_epochs = [], []
+    found = []
     for seed in SEEDS:
-        for name, size in SIZES.items():
-            if seed != SEEDS[0] and name != "middle":
-                continue
+        some = {name: size for name, size in SIZES.items() if seed == SEEDS[0] or name == "middle"}
+        equal_epochs = []
+        for name, size in some.items():
             sparse = Run(f"sparse_{name}_{seed}", "sparse", name, seed, size.updates)
             dense = Run(f"dense_{name}_{seed}", "dense", name, seed, size.updates)
             updates = math.ceil(size.updates * forward_flops(sparse) / forward_flops(dense))
             found += [sparse, Run(f"dense_flops_{name}_{seed}", "dense", name, seed, updates)]
             equal_epochs.append(dense)
-    return found + equal_epochs
+        found += equal_epochs
+    return found
 
 
 def upcycling() -> list[Run]:

@@ -84,6 +84,15 @@ def test_equal_inference_flops_lie_between_settings():
     assert report.reached(run, 0.9) is None
 
 
+def test_only_seeds_that_all_have_are_compared():
+    groups = [[{"seed": seed, "of": name} for seed in seeds] for name, seeds in (("a", (0, 1, 2)), ("b", (2, 0)))]
+    assert [[run["of"] + str(run["seed"]) for run in runs] for runs in report.together(*groups)] == [
+        ["a0", "b0"],
+        ["a2", "b2"],
+    ]
+    assert report.together(groups[0], []) == []
+
+
 def test_claims_hold_or_not():
     def run(kind: str, name: str, top1: float) -> dict:
         return {"kind": kind, "size": "small", "name": name, "seed": 0, "test": {"all": top1}}
