@@ -51,19 +51,20 @@ def training_flops(found: Sequence[dict]) -> Figure | None:
             place = own[0]["training_flops"] / 1e12, height
             offset = (-6, 8) if prefix == "sparse" else (6, -14)
             training.annotate(size, place, offset, textcoords="offset points", color=colour, fontsize="small")
-    dense = lines["dense_flops"]
-    inference.plot([own[0]["forward_flops"] / 1e6 for own in dense], [_top1(own)[0] for own in dense], color=BLUE)
-    for own in dense:
-        inference.plot(own[0]["forward_flops"] / 1e6, _top1(own)[0], color=BLUE, marker="o")
-    for runs in lines["sparse"]:
-        for order, colour, line in ((False, GREY, "--"), (True, ORANGE, "-")):
-            points = _falling(runs, order)
-            label = (
-                ("V-MoE with less and less capacity, " + ("BPR" if order else "vanilla"))
-                if runs is lines["sparse"][0]
-                else None
-            )
-            inference.plot(*zip(*points), color=colour, linestyle=line, marker=".", label=label)
+    for run in (dense := [own[0] for own in lines["dense_flops"]]):
+        inference.plot(run["forward_flops"] / 1e6, 100 * run["test"]["all"], color=BLUE, marker="o")
+    inference.plot([r["forward_flops"] / 1e6 for r in dense], [100 * r["test"]["all"] for r in dense], color=BLUE)
+    for name, run in zip(SIZES, (own[0] for own in lines["sparse"])):
+        said = name == next(iter(SIZES))
+        trained = [(run["forward_flops"] / 1e6, 100 * run["test"]["all"])]
+        budgets = [(row["flops"] / 1e6, 100 * row["top1"]) for row in run["budgets"].values()]
+        for points, colour, style, label in (
+            (_falling(run, False), GREY, "--", "V-MoE, less and less capacity, vanilla"),
+            (_falling(run, True), ORANGE, "--", "the same with BPR"),
+            (sorted(trained + budgets), ORANGE, "-", "V-MoE as trained, and by set_budget"),
+        ):
+            inference.plot(*zip(*points), color=colour, linestyle=style, marker=".", label=label if said else None)
+        inference.plot(*trained[0], color=ORANGE, marker="o")
     inference.set_xlabel("MFLOPs of an image at inference")
     training.set_xlabel("TFLOPs of the training")
     training.set_ylabel("top-1 on unseen typefaces, %")
@@ -83,14 +84,11 @@ def _plain(value: float, _position: int | None = None) -> str:
     return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 
 
-def _falling(runs: Sequence[dict], order: bool) -> list[tuple[float, float]]:
-    """(MFLOPs of an image, mean top-1 in per cent) as capacity falls, of the K that was trained."""
-    selected = max(row["num_selected_experts"] for row in runs[0]["settings"])
-    own = [
-        [r for r in run["settings"] if (r["num_selected_experts"], r["batch_priority"]) == (selected, order)]
-        for run in runs
-    ]
-    return sorted((rows[0]["flops"] / 1e6, 100 * statistics.mean(row["top1"] for row in rows)) for rows in zip(*own))
+def _falling(run: dict, order: bool) -> list[tuple[float, float]]:
+    """(MFLOPs of an image, top-1 in per cent) as capacity falls, of the K that was trained."""
+    selected = max(row["num_selected_experts"] for row in run["settings"])
+    own = (row for row in run["settings"] if (row["num_selected_experts"], row["batch_priority"]) == (selected, order))
+    return sorted((row["flops"] / 1e6, 100 * row["top1"]) for row in own)
 
 
 def capacity(found: Sequence[dict]) -> Figure | None:

@@ -24,7 +24,7 @@ from vmoe_torch.weights.files import replacing
 
 CAPACITY_FACTORS = (1.05, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
 SHOTS = (1, 5, 10, 25)
-BUDGETS = (0.9, 0.8)
+BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75)
 # Images that set_budget and thresholds are calibrated on, of the validation typefaces.
 CALIBRATION = 2048
 # Experts per token on average that thresholds are found for, up to K.

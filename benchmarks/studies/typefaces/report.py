@@ -33,9 +33,18 @@ def together(*groups: Sequence[dict]) -> list[tuple[dict, ...]]:
     return [tuple(runs[seed] for runs in by_seed) for seed in seeds]
 
 
+def offers(run: dict) -> list[tuple[float, float]]:
+    """(FLOPs per image, test accuracy) of all that a sparse run's weights can be used as, by FLOPs.
+
+    As trained, with less capacity and BPR, and as `set_budget` chose.
+    """
+    chosen = [row for row in run["settings"] if row["batch_priority"] == PRIORITY] + list(run["budgets"].values())
+    return sorted([(run["forward_flops"], run["test"]["all"]), *((row["flops"], row["top1"]) for row in chosen)])
+
+
 def equal_flops(run: dict, flops: float) -> float | None:
-    """Test accuracy of a sparse run with BPR at so many FLOPs per image, between its settings; None out of range."""
-    points = sorted((row["flops"], row["top1"]) for row in run["settings"] if row["batch_priority"] == PRIORITY)
+    """Best test accuracy of a sparse run at so many FLOPs per image, between what it offers; None out of range."""
+    points = offers(run)
     best = [(cost, max(top1 for other, top1 in points if other <= cost)) for cost, _ in points]
     for (low, low_top1), (high, high_top1) in itertools.pairwise(best):
         if low <= flops <= high:
@@ -43,10 +52,9 @@ def equal_flops(run: dict, flops: float) -> float | None:
     return best[-1][1] if flops > best[-1][0] else None
 
 
-def reached(run: dict, top1: float) -> dict | None:
-    """The cheapest setting of a sparse run with BPR that is at least as good; None where none is."""
-    rows = [row for row in run["settings"] if row["batch_priority"] == PRIORITY and row["top1"] >= top1]
-    return min(rows, key=lambda row: row["flops"], default=None)
+def reached(run: dict, top1: float) -> float | None:
+    """The fewest FLOPs per image at which a sparse run is at least as good; None where it never is."""
+    return min((flops for flops, other in offers(run) if other >= top1), default=None)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -78,7 +86,7 @@ def comparison(found: Sequence[dict]) -> list[str]:
         return []
     return [
         "Top-1 accuracy on typefaces of families never trained on, in per cent (mean ± standard deviation over seeds).",
-        "At equal inference FLOPs the V-MoE has, with BPR, the capacity that makes it cost what the dense one does.",
+        "At equal inference FLOPs the V-MoE costs what the dense one does: by `set_budget`, or by less capacity with BPR.",
         "",
         "| size | dense MFLOPs | sparse MFLOPs | sparse | dense, equal epochs | sparse, equal inference FLOPs "
         "| dense, equal training FLOPs | seeds |",

@@ -75,12 +75,18 @@ def test_information_of_independent_experts_is_its_chance_level():
 
 def test_equal_inference_flops_lie_between_settings():
     rows = [(10.0, 0.5), (20.0, 0.7), (30.0, 0.6)]
-    run = {"settings": [{"flops": flops, "top1": top1, "batch_priority": True} for flops, top1 in rows]}
-    assert report.equal_flops(run, 15.0) == pytest.approx(0.6)
+    run = {
+        "forward_flops": 20.0,
+        "test": {"all": 0.7},
+        "settings": [{"flops": flops, "top1": top1, "batch_priority": True} for flops, top1 in rows],
+        "budgets": {"0.9": {"flops": 18.0, "top1": 0.66}},
+    }
+    assert report.equal_flops(run, 14.0) == pytest.approx(0.58)
     # More capacity that does worse is not taken.
     assert report.equal_flops(run, 30.0) == pytest.approx(0.7)
     assert report.equal_flops(run, 5.0) is None
-    assert report.reached(run, 0.55)["flops"] == 20.0
+    assert report.reached(run, 0.68) == 20.0
+    assert report.reached(run, 0.55) == 18.0
     assert report.reached(run, 0.9) is None
 
 

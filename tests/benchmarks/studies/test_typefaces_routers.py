@@ -72,10 +72,11 @@ def test_a_whole_comparison(tiny, monkeypatch, capsys):  # noqa: F811
     everything = list(runs.runs_of(("routers",)))
     for run in everything:
         assert measure.execute(run, tiny)["name"] == run.name
+    (tiny / "docs").mkdir()
     for name in pages.PAGES:
-        (tiny / name).write_text(f"# Which\n\n{pages.BEGIN}\n\nbefore\n\n{pages.END}\n\nmore\n")
-    told = tiny / "routers.md"
-    options = {"out": tiny / "out", "figures": tiny, "runs": tiny, "pages": tiny}
+        (tiny / "docs" / name).write_text(f"# Which\n\n{pages.BEGIN}\n\nbefore\n\n{pages.END}\n\nmore\n")
+    told = tiny / "docs" / "routers.md"
+    options = {"out": tiny / "out", "figures": tiny, "runs": tiny, "pages": tiny / "docs"}
     words = ["--parts", "routers", *(word for name, path in options.items() for word in (f"--{name}", str(path)))]
     assert main(words) == 0
     content = json.loads((tiny / "out" / "results.json").read_text())
