@@ -10,6 +10,7 @@ Every run is a process of one thread and takes at most half an hour on a core of
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -124,4 +125,6 @@ def _start(run: Run, folder: Path) -> subprocess.Popen:
 
 
 if __name__ == "__main__":
+    # Ends its runs, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -86,7 +86,7 @@ def comparison(found: Sequence[dict]) -> list[str]:
         return []
     return [
         "Top-1 accuracy on typefaces of families never trained on, in per cent (mean ± standard deviation over seeds).",
-        "At equal inference FLOPs the V-MoE costs what the dense one does: by `set_budget`, or by less capacity with BPR.",
+        "At equal inference FLOPs the V-MoE costs what the dense one does, by `set_budget` or less capacity and BPR.",
         "",
         "| size | dense MFLOPs | sparse MFLOPs | sparse | dense, equal epochs | sparse, equal inference FLOPs "
         "| dense, equal training FLOPs | seeds |",
