@@ -16,14 +16,14 @@ import torch
 import vmoe_torch
 from benchmarks.studies.typefaces import routers
 from vmoe_torch.evaluate import count_flops
+from vmoe_torch.recipes import load_recipe
 from vmoe_torch.train import Config
 
+# The sparse model of the middle size.
+RECIPE = load_recipe("typefaces")
 SIDE = 32
 CLASSES = 2965
 BATCH = 128
-# Images that share the means of the auxiliary losses, and slots where capacity is bounded: the tokens of an image like
-# the same experts.
-GROUP = 128
 SEEDS = (0, 1, 2)
 # Updates in which the learning rate rises.
 WARMUP = 200
@@ -45,14 +45,10 @@ SIZES = {"small": Size(48, 3200), "middle": Size(64, 3200), "large": Size(96, 32
 DENSE = {"moe_layers": ()}
 # What the search on the validation typefaces chose.
 SPARSE = {
-    "moe_layers": "every2",
-    "num_experts": 16,
-    "num_selected_experts": 1,
-    "capacity_factor": "dropless",
-    "group_size": GROUP,
+    name: RECIPE.model.kwargs[name]
+    for name in ("moe_layers", "num_experts", "num_selected_experts", "capacity_factor", "group_size")
 }
-OPTIM = {"name": "muon", "weight_decay": 0.05, "ema_decay": 0.998}
-LR = {"dense": 6e-3, "sparse": 6e-3, "upcycled": 3e-3, "continued": 3e-3}
+LR = {"dense": RECIPE.optim.lr, "sparse": RECIPE.optim.lr, "upcycled": 3e-3, "continued": 3e-3}
 # Two gates that sum to 1, so that the model is at first the one it was made from.
 UPCYCLED = {**SPARSE, "num_selected_experts": 2, "renormalize_gates": True}
 TRIED = Size(64, 1600)
@@ -105,43 +101,33 @@ class Run:
         """The whole recipe; runs lie beside each other in a folder, which holds the fonts as well."""
         size = SIZES[self.size] if self.size in SIZES else SEARCH[self.size][1]
         arguments = {
-            "img_size": SIDE,
+            **{name: value for name, value in RECIPE.model.kwargs.items() if name not in SPARSE},
             "patch_size": size.patch,
-            "in_chans": 1,
             "embed_dim": size.width,
-            "depth": 6,
             "num_heads": size.width // (32 if size.width % 32 == 0 else 16),
-            "class_token": False,
-            "global_pool": "avg",
-            "pos_embed": "sincos2d",
             **(SPARSE if self.kind == "sparse" else DENSE),
             **dict(self.model),
         }
-        model = {"name": "vmoe_s32", "kwargs": arguments}
+        model = {"name": RECIPE.model.name, "kwargs": arguments}
         if self.after is not None:
             model["checkpoint"] = str(folder / self.after)
         if self.kind == "upcycled":
             model["upcycle"] = UPCYCLED
+        told = RECIPE.to_dict()
         config = Config.from_dict(
             {
-                "model": {"name": "vmoe_s32", "kwargs": arguments},
-                "data": {
-                    "name": "typefaces",
-                    "root": str(folder / "fonts"),
-                    "batch_size": BATCH,
-                    "eval_batch_size": 256,
-                },
-                "optim": {**OPTIM, "lr": LR[self.kind]},
-                "schedule": {"updates": self.updates, "warmup_updates": WARMUP},
+                "model": model,
+                "data": {**told["data"], "root": str(folder / "fonts"), "batch_size": BATCH},
+                "optim": {**told["optim"], "lr": LR[self.kind]},
+                "schedule": {**told["schedule"], "updates": self.updates, "warmup_updates": WARMUP},
                 "run": {
+                    **told["run"],
                     "output": str(folder / self.name),
                     "seed": self.seed,
                     "device": "cpu",
                     "tensorboard": False,
                     "progress": False,
                     "summary": False,
-                    "checkpoint_every": 400,
-                    "log_every": 50,
                 },
             }
         )
@@ -248,4 +234,4 @@ def forward_flops(run: Run) -> float:
 @cache
 def _forward_flops(arguments: tuple[tuple[str, object], ...]) -> float:
     model = timm.create_model("vmoe_s32", num_classes=CLASSES, **dict(arguments))
-    return count_flops(model, torch.zeros(GROUP, 1, SIDE, SIDE)).total
+    return count_flops(model, torch.zeros(BATCH, 1, SIDE, SIDE)).total

@@ -13,6 +13,7 @@ from benchmarks.harness.results import RESULTS
 from benchmarks.studies.fashion_mnist import FIGURES
 from benchmarks.studies.typefaces import claims, figures, fonts, measure, pages, report, routers, runs, specialisation
 from benchmarks.studies.typefaces.__main__ import main, page
+from vmoe_torch.train import Config
 
 FACES = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
@@ -63,6 +64,15 @@ def test_runs_compared_have_equal_flops():
     for one, other in (("sparse_small_0", "dense_flops_small_0"), ("upcycled_1", "continued_1")):
         flops = [runs.forward_flops(by_name[name]) * by_name[name].updates for name in (one, other)]
         assert flops[0] == pytest.approx(flops[1], rel=2e-3)
+
+
+def test_the_sparse_model_of_the_middle_size_is_the_recipe():
+    (run,) = (run for run in runs.sizes() if run.name == "sparse_middle_0")
+    config, recipe = run.config(Path("runs")), runs.RECIPE
+    assert config.model == recipe.model
+    assert config.optim == recipe.optim
+    assert config.schedule == recipe.schedule
+    assert {**config.data.__dict__, "root": recipe.data.root} == recipe.data.__dict__
 
 
 def test_information_of_independent_experts_is_its_chance_level():
@@ -155,6 +165,9 @@ def test_a_whole_study(tiny, tmp_path, monkeypatch):
     assert measure.measured_speeds("sizes", tiny) is None
     found = [measure.execute(run, tiny) for run in runs.runs_of(("sizes", "upcycling"))]
     assert (tiny / "sparse_small_0" / measure.RESULT).exists()
+    for name, upcycle in (("continued_0", {}), ("upcycled_0", runs.UPCYCLED)):
+        config = Config.from_file(tiny / name / "config.json").model
+        assert (config.checkpoint, config.upcycle) == (str(tiny / "dense_middle_0"), upcycle)
     # A finished run is read, not repeated.
     again = dataclasses.replace(next(iter(runs.sizes())), updates=9)
     assert measure.execute(again, tiny) == found[0]
