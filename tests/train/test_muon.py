@@ -149,6 +149,17 @@ def test_a_failing_step_leaves_the_groups_as_they_were(monkeypatch):
     )
 
 
+def test_hooks_of_a_step_run_once():
+    model = model_of()
+    optimizer = create_muon(model, lr=0.01)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    backward(model)
+    optimizer.step()
+    assert seen == ["before", "after"]
+
+
 def test_closure_computes_the_gradients():
     model = model_of()
     optimizer = create_muon(model, lr=0.01)

@@ -7,6 +7,7 @@ the optimiser's sake.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class ExpertMuon(Muon):
             with torch.enable_grad():
                 loss = closure()
         with self._as_kernels():
-            super().step()
+            # Hooks of steps run once: they are around this method already.
+            unwrap(Muon.step)(self)
         return loss
 
     @contextmanager
