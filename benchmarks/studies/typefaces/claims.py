@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from benchmarks.studies.typefaces.report import PRIORITY, of, reached, together
-from benchmarks.studies.typefaces.runs import SIZES
+from benchmarks.studies.typefaces.runs import SIZES, SPARSE_SIZES
 
 
 def table(found: Sequence[dict]) -> list[str]:
@@ -54,7 +54,7 @@ def shares(found: Sequence[dict], prefix: str) -> dict[str, float | None]:
 
     V-MoEs of all sizes and all settings, of the first seed; None where none is as good. Empty before they are trained.
     """
-    sparse = [run for each in SIZES for run in of(found, "sparse", each, "sparse") if run["seed"] == 0]
+    sparse = [run for each in SPARSE_SIZES for run in of(found, "sparse", each, "sparse") if run["seed"] == 0]
     shares: dict[str, float | None] = {}
     for size in SIZES:
         dense = of(found, "dense", size, f"{prefix}_{size}")

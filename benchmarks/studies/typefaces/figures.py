@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.studies.typefaces.measure import ROUTING
-from benchmarks.studies.typefaces.runs import CLASSES, SIZES
+from benchmarks.studies.typefaces.runs import CLASSES, SIZES, SPARSE_SIZES
 from vmoe_torch.report.style import BLUE, GREY, ORANGE, layer_label
 
 # Whose experts are shown.
@@ -54,8 +54,8 @@ def training_flops(found: Sequence[dict]) -> Figure | None:
     for run in (dense := [own[0] for own in lines["dense_flops"]]):
         inference.plot(run["forward_flops"] / 1e6, 100 * run["test"]["all"], color=BLUE, marker="o")
     inference.plot([r["forward_flops"] / 1e6 for r in dense], [100 * r["test"]["all"] for r in dense], color=BLUE)
-    for name, run in zip(SIZES, (own[0] for own in lines["sparse"])):
-        said = name == next(iter(SIZES))
+    for run in (own[0] for size in SPARSE_SIZES if (own := _of(found, "sparse", size))):
+        said = run is lines["sparse"][0][0]
         trained = [(run["forward_flops"] / 1e6, 100 * run["test"]["all"])]
         budgets = [(row["flops"] / 1e6, 100 * row["top1"]) for row in run["budgets"].values()]
         for points, colour, style, label in (

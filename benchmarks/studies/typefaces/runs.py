@@ -42,6 +42,8 @@ class Size:
 
 
 SIZES = {"small": Size(48, 3200), "middle": Size(64, 3200), "large": Size(96, 3200)}
+# V-MoEs alone, for what the quality of the smallest dense model costs.
+SPARSE_SIZES = {"tiny": Size(32, 3200), **SIZES}
 DENSE = {"moe_layers": ()}
 # What the search on the validation typefaces chose.
 SPARSE = {
@@ -81,7 +83,7 @@ class Run:
     kind: str
     """"dense", "sparse", "continued" (a dense one) or "upcycled"; "dials" trains nothing, it turns those of `after`."""
     size: str
-    """A key of SIZES, or of SEARCH."""
+    """A key of SPARSE_SIZES, or of SEARCH."""
     seed: int
     """Of the weights, of the order of images and of their distortions."""
     updates: int
@@ -99,7 +101,7 @@ class Run:
 
     def config(self, folder: Path) -> Config:
         """The whole recipe; runs lie beside each other in a folder, which holds the fonts as well."""
-        size = SIZES[self.size] if self.size in SIZES else SEARCH[self.size][1]
+        size = SPARSE_SIZES[self.size] if self.size in SPARSE_SIZES else SEARCH[self.size][1]
         arguments = {
             **{name: value for name, value in RECIPE.model.kwargs.items() if name not in SPARSE},
             "patch_size": size.patch,
@@ -156,7 +158,10 @@ def search() -> list[Run]:
 
 
 def sizes() -> list[Run]:
-    """Both kinds at every size for equal epochs, and the dense one for equal training FLOPs; the middle with seeds."""
+    """Both kinds at every size for equal epochs, and the dense one for equal training FLOPs; the middle with seeds.
+
+    And the V-MoEs of sizes that have no dense one.
+    """
     found = []
     for seed in SEEDS:
         some = {name: size for name, size in SIZES.items() if seed == SEEDS[0] or name == "middle"}
@@ -168,6 +173,9 @@ def sizes() -> list[Run]:
             found += [sparse, Run(f"dense_flops_{name}_{seed}", "dense", name, seed, updates)]
             equal_epochs.append(dense)
         found += equal_epochs
+        if seed == SEEDS[0]:
+            own = {name: size for name, size in SPARSE_SIZES.items() if name not in SIZES}
+            found += [Run(f"sparse_{name}_{seed}", "sparse", name, seed, size.updates) for name, size in own.items()]
     return found
 
 

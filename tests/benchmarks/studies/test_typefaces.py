@@ -149,7 +149,8 @@ def tiny(tmp_path, monkeypatch):
             shutil.copy(FACES / f"{file}.ttf", tmp_path / "fonts" / name)
     (tmp_path / "fonts" / "characters.txt").write_text("ABCDEFGHIJKLMNOPQRSTUVWX")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(runs, "SIZES", {name: runs.Size(32, 4) for name in runs.SIZES})
+    for sizes in ("SIZES", "SPARSE_SIZES"):
+        monkeypatch.setattr(runs, sizes, {name: runs.Size(32, 4) for name in getattr(runs, sizes)})
     monkeypatch.setattr(runs, "SEEDS", (0,))
     monkeypatch.setattr(runs, "BATCH", 16)
     monkeypatch.setattr(runs, "WARMUP", 0)
@@ -172,7 +173,7 @@ def test_a_whole_study(tiny, tmp_path, monkeypatch):
     again = dataclasses.replace(next(iter(runs.sizes())), updates=9)
     assert measure.execute(again, tiny) == found[0]
     speed = {"sizes": measure.measured_speeds("sizes", tiny)}
-    assert speed["sizes"].keys() == {f"{kind} {size}" for kind in ("dense", "sparse") for size in runs.SIZES}
+    assert speed["sizes"].keys() == {"sparse tiny", *(f"{kind} {size}" for kind in report.KINDS for size in runs.SIZES)}
     content = {"environment": {"machine": "any"}, "runs": found, "speed": speed}
     text = "\n".join(page(content))
     assert "\n".join(pages.typefaces_lines(content)) in text.replace("Every run", "")
