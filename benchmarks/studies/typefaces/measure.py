@@ -1,7 +1,6 @@
 """One run of the study: its training, and what its last weights are worth."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,11 +45,9 @@ def execute(run: Run, folder: Path) -> dict | None:
     if run.kind == "dials":
         return _written(file, dialled(run, folder))
     config = run.config(folder)
-    start = time.monotonic()
     trained = train(config, resume=True)
     if not trained.finished:
         return None
-    seconds = time.monotonic() - start
     # The average is what a user takes; it is one of the last updates.
     model = (trained.ema or trained.model).eval()
     images = trained.updates * config.data.batch_size
@@ -63,8 +60,6 @@ def execute(run: Run, folder: Path) -> dict | None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "forward_flops": forward_flops(run),
         "training_flops": FORWARDS_PER_UPDATE * forward_flops(run) * images,
-        # Of this process: not of what went before, where a run was stopped.
-        "training_seconds": seconds,
         "validation": accuracy(model, config, "val"),
     }
     if run.tested:
