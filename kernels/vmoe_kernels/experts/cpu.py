@@ -17,6 +17,15 @@ from vmoe_kernels.experts.types import Activation, ExpertWeights
 _BLOCK_FLOATS = 1 << 20
 
 
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of the dtype by instructions; else PyTorch's products of float16 take
+    hundreds of times as long as those of float32.
+    """
+    if dtype == torch.float16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return True
+
+
 def row_blocks(rows: int, hidden: int) -> Iterator[slice]:
     """Even blocks of 0..rows whose hidden activations stay in a CPU's cache."""
     blocks = max(-(-rows * hidden // _BLOCK_FLOATS), 1)
