@@ -17,7 +17,7 @@ from vmoe_kernels.experts.cpu import has_products
 
 LIMIT = 1.15
 DTYPES = (torch.bfloat16, torch.float16)
-# Where a CPU has no products of a type, PyTorch's take hundreds of times as long as those of float32: a shape that
+# Where a CPU has no products of a type, PyTorch's take many times as long as those of float32: a shape that
 # this leaves seconds for.
 SMALL = replace(CPU_LAYER, images=8, hidden=256)
 
