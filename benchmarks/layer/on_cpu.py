@@ -75,15 +75,17 @@ def require_parity(case: Case, x: Tensor, d_y: Tensor) -> None:
             raise RuntimeError(f"{name} must be within 1e-5 of the eager reference, got {error:.1e}: nothing is timed")
 
 
-def bare_gemms(case: Case, ready: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+def bare_gemms(
+    case: Case, ready: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[[], object], Callable[[], object]]:
     """The forward's two batched products and the backward's four, at every row of the buffer.
 
     Results are allocated, as a program that calls torch.bmm has it, or go into memory that is there already (`ready`).
     """
-    x, d_out = (torch.randn(case.num_experts, case.rows, case.width) for _ in range(2))
-    activations, d_pre = (torch.randn(case.num_experts, case.rows, case.hidden) for _ in range(2))
-    fc1_weight = torch.randn(case.num_experts, case.hidden, case.width)
-    fc2_weight = torch.randn(case.num_experts, case.width, case.hidden)
+    x, d_out = (torch.randn(case.num_experts, case.rows, case.width).to(dtype) for _ in range(2))
+    activations, d_pre = (torch.randn(case.num_experts, case.rows, case.hidden).to(dtype) for _ in range(2))
+    fc1_weight = torch.randn(case.num_experts, case.hidden, case.width).to(dtype)
+    fc2_weight = torch.randn(case.num_experts, case.width, case.hidden).to(dtype)
     forwards = [(x, fc1_weight.mT), (activations, fc2_weight.mT)]
     backwards = [(d_out, fc2_weight), (d_out.mT, activations), (d_pre.mT, x), (d_pre, fc1_weight)]
     memory = [torch.bmm(*factors) if ready else None for factors in forwards + backwards]

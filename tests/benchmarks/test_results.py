@@ -9,6 +9,7 @@ from benchmarks.harness.results import RESULTS
 
 # What writes each pair of files, by the file's name or its folder; on a GPU, report.py writes `report`.
 WRITERS = {
+    "cpu_bars": "cpu_bars",
     "gemms": "compile.gemms",
     "layer_on_cpu": "layer.on_cpu",
     "models_checkpoint_read": "models.checkpoint_read",

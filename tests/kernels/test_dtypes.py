@@ -6,10 +6,12 @@ from functools import partial
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vmoe_kernels as vk
 from vmoe_kernels.experts import cpu
 from vmoe_kernels.experts.activations import FORWARD, activate, chain
+from vmoe_kernels.experts.types import Activation, ExpertWeights
 from vmoe_kernels.testing import assert_matches_eager, assert_within_budget, make_experts, make_routed
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -68,6 +70,45 @@ def test_many_blocks_of_rows_round_once(dtype, monkeypatch):
     monkeypatch.setattr(cpu, "_BLOCK_FLOATS", 4 * SHAPE[2])
     test_experts_are_as_exact_as_eager(dtype, "gelu_tanh", 1.0)
     test_layer_is_as_exact_as_eager(dtype, "gelu_tanh", 1.0)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_experts_are_as_exact_whatever_the_cpu_multiplies(dtype, fast, monkeypatch):
+    monkeypatch.setattr(cpu, "has_products", lambda dtype: fast)
+    test_experts_are_as_exact_as_eager(dtype, "gelu_tanh", 1.0)
+    test_layer_is_as_exact_as_eager(dtype, "gelu_tanh", 1.0)
+
+
+class _Products(TorchDispatchMode):
+    """Types of the factors of every product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.seen.update(factor.dtype for factor in args[-2:])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_every_product_is_in_a_type_that_the_cpu_multiplies(dtype, fast, monkeypatch):
+    monkeypatch.setattr(cpu, "has_products", lambda dtype: fast)
+    weights, activation = ExpertWeights(*_experts(dtype, 1.0).values()), Activation("gelu_tanh", 0.0, None)
+    x, d_out = torch.randn(ROWS, SHAPE[1]).to(dtype), torch.randn(ROWS, SHAPE[3]).to(dtype)
+    pre, out = x.new_empty(SHAPE[0], ROWS, SHAPE[2]), torch.empty_like(d_out)
+    with _Products() as products:
+        cpu.ExpertOutputs(weights, activation, ROWS, pre).fill(out, 1, slice(0, ROWS), x, None)
+        cpu.ExpertGradients(weights, activation, pre).add(1, slice(0, ROWS), x, d_out, None)
+    assert products.seen == {dtype if fast else torch.float32: 2 * 6}
+
+
+def test_this_cpu_has_products_of_float32():
+    assert cpu.has_products(torch.float32)
+    assert cpu.has_products(torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

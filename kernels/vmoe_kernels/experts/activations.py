@@ -1,7 +1,7 @@
 """Activations an expert may use, with in-place CPU forms that a block of rows runs through while it is in cache.
 
 Forms of several steps are for float32 and float64: between steps float16 would overflow (x^3 does from x = 41) and both
-16-bit types would round. PyTorch's own kernels compute in float32 whatever the type.
+16-bit types would round. PyTorch's own kernels compute in float32 whatever the type, and so do we.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,8 @@ _A = 2.0 * (2.0 / torch.pi) ** 0.5
 _B = _A * 0.044715
 
 _WIDE = (torch.float32, torch.float64)
+# Floats that stay in a core's cache while 16-bit numbers are float32.
+_WIDE_FLOATS = 1 << 18
 
 # The definition of each activation, differentiable.
 FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,7 +31,13 @@ def activate(name: str, pre: Tensor, hidden: Tensor) -> None:
     """Fills `hidden` (n, H) with the activation of `pre` (n, H)."""
     aten = torch.ops.aten
     if name == "gelu_tanh" and pre.dtype not in _WIDE:
-        aten.gelu.out(pre, approximate="tanh", out=hidden)
+        # A few rows at a time through float32: half the time of PyTorch's own kernel, which takes a tanh.
+        rows = max(_WIDE_FLOATS // max(pre.shape[1], 1), 1)
+        wide, result = torch.empty(2, min(rows, len(pre)), pre.shape[1], device=pre.device)
+        for few, out in zip(pre.split(rows), hidden.split(rows)):
+            few, out_wide = wide[: len(few)].copy_(few), result[: len(few)]
+            activate(name, few, out_wide)
+            out.copy_(out_wide)
     elif name == "gelu_tanh":
         aten.mul.out(pre, pre, out=hidden)
         hidden.mul_(_B).add_(_A).mul_(pre).sigmoid_().mul_(pre)

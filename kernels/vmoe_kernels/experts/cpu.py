@@ -3,6 +3,7 @@
 Dims: E experts, R rows per expert, n rows of a block, D width in, H hidden width, O width out.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,15 @@ from vmoe_kernels.experts.types import Activation, ExpertWeights
 
 # Floats of the hidden block that stays in a core's cache between the two GEMMs; benchmarks/layer/on_cpu.py chose it.
 _BLOCK_FLOATS = 1 << 20
+
+
+@functools.cache
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of the dtype fast; where it does not, PyTorch multiplies one by one."""
+    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype not in known:
+        return True
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, known[dtype])()
 
 
 def row_blocks(rows: int, hidden: int) -> Iterator[slice]:
@@ -40,16 +50,27 @@ def largest_block(rows: int, hidden: int) -> int:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x @ weight^T + bias, into memory that is there already: fresh pages cost a CPU more than the activation."""
     # aten's: counters that patch torch's functions would count the rows that happen to be filled.
-    if bias is None:
+    if not has_products(out.dtype):
+        wide = torch.ops.aten.mm(x.float(), weight.t().float())
+        out.copy_(wide if bias is None else wide.add_(bias))
+    elif bias is None:
         torch.ops.aten.mm.out(x, weight.t(), out=out)
     else:
         torch.ops.aten.addmm.out(bias, x, weight.t(), out=out)
 
 
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b."""
+    if has_products(out.dtype):
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a.float() @ b.float())
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total += a @ b, or, where there is no total yet, total = a @ b, which is faster for 16-bit numbers."""
     if first:
-        torch.mm(a, b, out=total)
+        _product(a, b, total)
     else:
         total.addmm_(a, b)
 
@@ -132,7 +153,7 @@ class ExpertGradients:
             _linear(hidden, fc2_weight, fc2_bias, out)
             d_gate = torch.linalg.vecdot(d_out.to(gate.dtype), out.to(gate.dtype))
             d_out.mul_(gate)
-        torch.mm(d_out, fc2_weight, out=d_hidden)
+        _product(d_out, fc2_weight, d_hidden)
         if gate is not None and d_gate is None:
             if gate.dtype == d_out.dtype:
                 d_gate = torch.linalg.vecdot(d_hidden, hidden)
@@ -153,7 +174,9 @@ class ExpertGradients:
         for d_bias, d_rows in ((d_fc1_bias, d_hidden), (d_fc2_bias, d_out)):
             if d_bias.numel():
                 d_bias[expert] += d_rows.sum(0)
-        return d_hidden @ fc1_weight, d_gate
+        d_x = torch.empty_like(x)
+        _product(d_hidden, fc1_weight, d_x)
+        return d_x, d_gate
 
     def results(self) -> ExpertWeights:
         """All of them; those of an expert without rows are 0."""

@@ -31,6 +31,8 @@ from vmoe_kernels.common.transforms import differs_backward, twin_gradients
 # Standard deviations at which a normal density stops falling (at 2e-27) and a tail (2e-28) is 0: over the subnormal
 # numbers further out a CPU takes ten times as long.
 _FAR = 11.0
+# Floats of a CPU's vector: a softmax over fewer takes six times as long as one over as many rows of a transpose.
+_VECTOR = 16
 
 
 class RouterOutput(NamedTuple):
@@ -80,11 +82,11 @@ def _scored(
     num_tokens, num_experts = x.shape[0], weight.shape[0]
     dtype = accumulation_dtype(x.dtype)
     logits = x.to(dtype) @ weight.to(dtype).t()
-    probs = logits.softmax(-1)
+    probs = _softmax(logits)
     noisy, noisy_probs = logits, probs
     if noise_std > 0:
         noisy = logits + _noise(seed, noise, logits) * (noise_std / num_experts)
-        noisy_probs = noisy.softmax(-1)
+        noisy_probs = _softmax(noisy)
     if experts is None:
         experts = top_experts(noisy_probs.detach(), num_selected_experts)
     gates = noisy_probs.gather(1, experts)
@@ -103,6 +105,13 @@ def _scored(
         mean_gates=group_mean(noisy_probs, group_size),
         top1_share=group_mean(first, group_size),
     )
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """(T, E) over the experts."""
+    if logits.device.type == "cpu" and logits.shape[1] < _VECTOR:
+        return logits.t().softmax(0).t().contiguous()
+    return logits.softmax(-1)
 
 
 def _noise(seed: Tensor, noise: Tensor | None, logits: Tensor) -> Tensor:
@@ -183,10 +192,10 @@ def _router_backward_op(
             d_probs = group_expand(d_mean_gates / sizes, num_tokens, group_size)
         if d_gates is not None:
             d_probs.scatter_add_(1, chosen, d_gates)
-        grad += _softmax_backward(d_probs, noisy.softmax(-1))
+        grad += _softmax_backward(d_probs, _softmax(noisy))
     # Through the noise-free gates.
     if d_importance is not None:
-        grad += _softmax_backward(group_expand(d_importance, num_tokens, group_size), logits.softmax(-1))
+        grad += _softmax_backward(group_expand(d_importance, num_tokens, group_size), _softmax(logits))
     # Through the probability of being selected and its threshold, the k-th largest noisy logit.
     if d_load is not None and noise_std > 0:
         z = (logits - noisy.gather(1, chosen[:, -1:])).div_(scale).clamp_(-_FAR, _FAR)
