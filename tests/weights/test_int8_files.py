@@ -1,8 +1,11 @@
 """Int8 experts in every kind of file that weights come in, and what no file can have them for."""
 
+import json
+
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import vmoe_torch
@@ -139,8 +142,18 @@ def test_convert_and_eval(tmp_path, capsys):
     smaller = 2.5 * sum(state[name].numel() for name in experts)
     assert file.stat().st_size < float_file.stat().st_size - smaller
     capsys.readouterr()
-    assert main(["eval", str(file), "--data", f"fashion_mnist={tmp_path / 'images'}"]) == 0
-    assert "64" in capsys.readouterr().out
+    for label in range(10):
+        (tmp_path / "folder" / str(label)).mkdir(parents=True)
+        Image.new("RGB", (28, 28), (20 * label, 0, 0)).save(tmp_path / "folder" / str(label) / "x.png")
+    tables = []
+    for model in (float_file, file):
+        out = tmp_path / f"{model.stem}.json"
+        assert main(["eval", str(model), "--data", str(tmp_path / "folder"), f"--out={out}"]) == 0
+        tables.append(json.loads(out.read_text())[0])
+    assert tables[0].keys() == tables[1].keys()
+    assert tables[0]["images"] == tables[1]["images"] == 10
+    assert tables[0]["flops"] == tables[1]["flops"]
+    assert tables[0]["loss"] == pytest.approx(tables[1]["loss"], rel=0.01)
 
 
 def test_convert_says_what_is_wrong(tmp_path, capsys):
