@@ -1,6 +1,6 @@
 """Int8 experts against the same model in float32 and bfloat16 on a CPU: size, memory, images a second, agreement.
 
-    python -m benchmarks.models.int8_experts [--run FOLDER] [--seconds 25] [--batches 1 16] [--threads 2]
+    python -m benchmarks.models.int8_experts [--run FOLDER] [--seconds 5] [--batches 1 8] [--threads 2]
 
 Models have random weights: what they say of accuracy is how far their logits, and their first classes, are from the
 float32 model's on random images. A run of `vmoe train` on Fashion-MNIST, such as the demo's, is held to its test images
@@ -141,8 +141,8 @@ def main(arguments: list[str] | None = None) -> Path:
     parser = command_line(__doc__, threads=2)
     parser.add_argument("--run", type=Path, help="a run of vmoe train on Fashion-MNIST, as the demo's runs/demo/train")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="timm's names (%(default)s)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images in a batch (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=25.0, help="for each model and batch (%(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="images in a batch (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each model and batch (%(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     cpu = torch.device("cpu")
