@@ -46,8 +46,8 @@ class ExpertLinear(nn.Module):
     def floating_weight(self) -> Tensor:
         """The weight to compute with: times its scale where it is int8, else as it is."""
         scale = self.weight_scale
-        # In place: fresh memory costs a CPU more than the product.
-        return self.weight if scale is None else self.weight.to(scale.dtype).mul_(scale.unsqueeze(-1))
+        # In place, of a copy: fresh memory costs a CPU more than the product.
+        return self.weight if scale is None else self.weight.to(scale.dtype, copy=True).mul_(scale.unsqueeze(-1))
 
     @torch.jit.ignore
     def forward(self, x: Tensor, use: Callable | None = None):
