@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": {"vmoe_kernels", "layers", "weights"},
     "checkpoints": {"weights", "models"},
     "control": {"layers"},
-    "hub": {"models", "control"},
+    "hub": {"layers", "models", "control"},
     "planning": {"vmoe_kernels", "layers"},
     "parallel": {"vmoe_kernels", "layers", "weights", "planning"},
     "evaluate": {"vmoe_kernels", "data", "layers", "control"},

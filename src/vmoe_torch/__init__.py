@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from vmoe_torch import cores, models  # noqa: F401  cores comes before torch is loaded
 from vmoe_torch.control import auxiliary_loss, moe_layers, routing, routing_stats, set_routing
 from vmoe_torch.hub import push_to_hf_hub, save_for_hf
+from vmoe_torch.layers.int8_experts import quantize_experts
 from vmoe_torch.layers.loss_scale import follow_loss_scale
 from vmoe_torch.layers.unfollowed import AuxiliaryLossWarning
 from vmoe_torch.models.vmoe import VMoE
@@ -21,6 +22,7 @@ __all__ = [
     "moe_layers",
     "prune_experts",
     "push_to_hf_hub",
+    "quantize_experts",
     "routing",
     "routing_stats",
     "save_for_hf",

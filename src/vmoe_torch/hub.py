@@ -12,6 +12,7 @@ from timm.models import save_for_hf as timm_save
 from torch import nn
 
 from vmoe_torch.control import capacity_text, moe_layers
+from vmoe_torch.layers.int8_experts import int8_layers, weight_count
 from vmoe_torch.models.description import model_arguments
 from vmoe_torch.models.vmoe import VMoE
 
@@ -98,9 +99,11 @@ def card_of(model: nn.Module, name: str) -> dict[str, Any]:
     ]
     details = {
         "Architecture": model.pretrained_cfg["architecture"],
-        "Parameters (M)": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}",
+        "Parameters (M)": f"{weight_count(model) / 1e6:.1f}",
         "Image size": " x ".join(map(str, model.patch_embed.img_size or ("any", "any"))),
     }
+    if int8_layers(model):
+        details["Experts"] = "int8 weights, one scale for each expert and output channel"
     if layers:
         details["Routing of each MoE layer, in eval mode"] = layers
     return {

@@ -13,6 +13,7 @@ WRITERS = {
     "gemms": "compile.gemms",
     "layer_on_cpu": "layer.on_cpu",
     "models_checkpoint_read": "models.checkpoint_read",
+    "models_int8_experts": "models.int8_experts",
     "models_train_loop": "models.train_loop",
     "models_waiting": "models.waiting",
     "models_video_loader": "models.video_loader",

@@ -22,6 +22,7 @@ from vmoe_torch.data import evaluation_loader
 from vmoe_torch.data.clips import frames_of_a_tubelet
 from vmoe_torch.evaluate import Evaluation, RoutingSetting, as_rows, evaluate, setting_grid, write_csv
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.layers.int8_experts import weight_count
 from vmoe_torch.report import Report, Section, write_report
 
 CAPACITY_FACTORS = (1.0, 0.5, 0.25, 0.1)
@@ -279,13 +280,12 @@ def analyze(
 def describe_model(model: nn.Module) -> str:
     """What a VMoE is made of, in words."""
     layers = list(moe_layers(model).values())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     experts = " or ".join(dict.fromkeys(str(layer.num_experts) for layer in layers))
     height, width = model.patch_embed.patch_size[-2:]
     frames = frames_of_a_tubelet(model)
     return (
         f"{len(model.blocks)} blocks of width {model.embed_dim}; {len(layers)} layers of {experts} experts; "
-        f"patches of {f'{frames} x ' * (frames > 1)}{height} x {width} pixels; {parameters:,} parameters"
+        f"patches of {f'{frames} x ' * (frames > 1)}{height} x {width} pixels; {weight_count(model):,} parameters"
     )
 
 

@@ -1,6 +1,6 @@
 """What an exported file is made of: every expert is in it, and nothing in it depends on the values of the data."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from vmoe_torch.control import moe_layers
+from vmoe_torch.layers.int8_experts import int8_layers
 from vmoe_torch.layers.quantised import plain
 
 # Branches, loops, and shapes that depend on values, in ONNX and among torch's higher-order operators.
@@ -47,16 +48,24 @@ def count_experts(file: Path | str | ExportedProgram, model: nn.Module) -> dict[
         raise ValueError(f"{name} must have no operator that depends on data, got {', '.join(sorted(dependent))}")
     found = {}
     for layer_name, layer in moe_layers(model).items():
-        for key, parameter in layer.named_parameters():
+        for key, *forms in _weights(layer):
             if key.startswith("router.") and key != "router.weight":
                 # An exporter folds what a soft router makes of its slots.
                 continue
-            for number, weight in enumerate(_parts(plain(parameter))):
-                if not _digests(weight) & held:
-                    part = f" of expert {number}" if parameter.dim() == 3 else ""
+            for number, parts in enumerate(zip(*map(_parts, forms))):
+                if not any(_digests(part) & held for part in parts):
+                    part = f" of expert {number}" if forms[0].dim() == 3 else ""
                     raise ValueError(f"{name} must hold {layer_name}.{key}{part} on a way to its output, it does not")
         found[layer_name] = layer.num_experts
     return found
+
+
+def _weights(layer: nn.Module) -> Iterator[tuple[str, *tuple[Tensor, ...]]]:
+    """Name and value of what must be in the file; of int8 weights also what an exporter may have folded them to."""
+    for name, parameter in layer.named_parameters():
+        yield name, plain(parameter)
+    for name, linear in int8_layers(layer).items():
+        yield f"{name}.weight", linear.weight, linear.floating_weight()
 
 
 def _parts(parameter: Tensor) -> list[np.ndarray]:

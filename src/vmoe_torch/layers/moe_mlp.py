@@ -233,8 +233,9 @@ class MoeMlp(TravellingRouting):
                 per_image *= size
             groups = self.groups(tokens.shape[0], per_image)
             routed = self.router.infer(tokens, groups)
-            own: Weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            weights: list[Weights] = [own]
+            # Appended: a saved script would read a list of its own narrower type.
+            weights: list[Weights] = []
+            weights.append((self.fc1.floating_weight(), self.fc1.bias, self.fc2.floating_weight(), self.fc2.bias))
             y = self.run_experts(tokens, routed, routed.gates, weights, [self.num_experts], groups.rows, None, "auto")
         else:
             y = self._routed(x, tokens)

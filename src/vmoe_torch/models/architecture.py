@@ -10,6 +10,7 @@ from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
 from vmoe_torch.layers.choice import description_of, metadata_of, restore_routing
+from vmoe_torch.layers.int8_experts import as_loaded
 from vmoe_torch.models.vmoe import VMoE
 from vmoe_torch.weights.adapt import load_adapted
 from vmoe_torch.weights.conversion import Origin, weights_of
@@ -153,7 +154,7 @@ def identified(state: Mapping[str, Tensor], source: str) -> str:
         # Shapes of something else make arguments that no model takes.
         except (TypeError, ValueError, RuntimeError, AssertionError):
             continue
-        if {key: value.shape for key, value in model.state_dict().items()} == shapes:
+        if {key: value.shape for key, value in as_loaded(model.state_dict(), state).items()} == shapes:
             fitting.append(name)
     if len(fitting) == 1:
         return fitting[0]

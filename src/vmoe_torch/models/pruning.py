@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from vmoe_kernels.common.checks import check_flag, check_integer
 from vmoe_torch.layers import ExpertChoice, ExpertLinear, MoeMlp, TopExperts
+from vmoe_torch.layers.int8_experts import refuse_int8
 from vmoe_torch.layers.settings import one_of
 from vmoe_torch.layers.usage import ExpertUsage
 from vmoe_torch.models.description import remember
@@ -160,6 +161,7 @@ def check_experts(name: str, layer: MoeMlp, routers: tuple[type, ...] | None = N
         layer: to check.
         routers: the kinds that it may have; None is any.
     """
+    refuse_int8(layer, f"to be dropped or averaged in {name}")
     if routers is not None and type(layer.router) not in routers:
         raise ValueError(
             f"router must be 'top_experts' or 'expert_choice' for experts to be dropped, got {layer.router_type!r} "

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.layers.int8_experts import refuse_int8
 from vmoe_torch.layers.settings import DROPLESS, refuse_dropless
 from vmoe_torch.parallel.exchange import ExpertExchange
 from vmoe_torch.parallel.forwards import Forwards, routing_settings
@@ -60,7 +61,7 @@ def parallelize(
     Raises:
         ValueError: if the mesh lacks an axis, the model has no blocks or is parallelised already, the experts (of every
             size) do not divide among the ranks or have no capacities ("dropless" is for one rank's experts), a MoeMlp
-            is not a block's, or ranks differ in the model, its routing or an argument.
+            is not a block's, experts are int8, or ranks differ in the model, its routing or an argument.
     """
     names = mesh.mesh_dim_names or ()
     if names != ("dp", "ep"):
@@ -69,6 +70,7 @@ def parallelize(
         raise ValueError(f"the model must have blocks, got {type(model).__name__}")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("the model must be on one device, got one that is parallelised already")
+    refuse_int8(model, "to be parallelised")
     options = {
         "mesh": (mesh.device_type, tuple(mesh.shape)),
         "wire_dtype": wire_dtype,

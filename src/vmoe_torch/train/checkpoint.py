@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vmoe_torch.layers.int8_experts import as_loaded
 from vmoe_torch.train.build import build_model
 from vmoe_torch.train.config import Config
 from vmoe_torch.weights.files import cannot_write, replacing, write_safetensors
@@ -98,7 +99,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: if keys are missing or too many, or shapes differ, naming them; then nothing has changed.
     """
-    own = model.state_dict()
+    own = as_loaded(model.state_dict(), weights)
     problems = [
         (f"missing {len(missing)}", missing) if (missing := sorted(own.keys() - weights.keys())) else None,
         (f"unknown {len(unknown)}", unknown) if (unknown := sorted(weights.keys() - own.keys())) else None,

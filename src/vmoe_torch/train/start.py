@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
+from vmoe_torch.layers.int8_experts import refuse_int8
 from vmoe_torch.models.vmoe import VMoE
 from vmoe_torch.train.build import create_model, upcycled
 from vmoe_torch.train.checkpoint import load_weights
@@ -28,6 +29,7 @@ def build_starting_model(config: ModelConfig, num_classes: int) -> nn.Module:
         model.reset_classifier(num_classes)
     if config.checkpoint is not None:
         load_start(model, config.checkpoint, config.drop_head)
+    refuse_int8(model, "to be trained")
     return upcycled(model, config)
 
 

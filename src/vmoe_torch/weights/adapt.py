@@ -6,6 +6,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
+from vmoe_torch.layers.int8_experts import as_loaded
 from vmoe_torch.weights.grid import known_grid, zoom_position
 from vmoe_torch.weights.names import split_members
 from vmoe_torch.weights.tubelets import for_video
@@ -108,6 +109,7 @@ def load_adapted(
         wrong.append(
             "pre_logits.0.weight is not in the model, but its head is (create it with representation_size=True)"
         )
+    own = as_loaded(own, state)
     wrong += [f"{name} is missing" for name in sorted(own.keys() - state.keys())]
     wrong += [f"{name} is not in the model" for name in sorted(state.keys() - own.keys())]
     wrong += [

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vmoe_torch.layers.choice import MODEL_KEY, ROUTING_KEY, metadata_of
@@ -40,7 +41,7 @@ def export_original(
     Raises:
         CheckpointError: if the file is damaged.
         ValueError: if the number of heads is not known, does not divide the width or is not that of the model or file,
-            or the original has no such parameter.
+            experts are int8, or the original has no such parameter.
     """
     origin = None
     if isinstance(source, nn.Module):
@@ -55,6 +56,11 @@ def export_original(
     else:
         weights = read_weights(source)
         state, origin, metadata = dict(weights.state), weights.origin, metadata_of(weights.state)
+    if int8 := sorted(name for name, value in state.items() if value.dtype == torch.int8):
+        raise ValueError(
+            f"experts must be of floating point for the original's format, got int8 in {int8[0]}: export the weights "
+            "that they were made of"
+        )
     described = metadata.get("", {}).get(MODEL_KEY, {})
     if origin is None and "num_heads" in described:
         origin = Origin(described["num_heads"])
