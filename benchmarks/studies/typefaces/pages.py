@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.studies.typefaces import claims, report, router_report, runs
+from benchmarks.studies.typefaces import claims, report, router_report
 
 # Between these lines of a page stands what the results give.
 BEGIN, END = "<!-- from benchmarks/results/typefaces -->", "<!-- to here -->"
@@ -18,36 +18,10 @@ def typefaces_lines(content: Mapping[str, Any] | None) -> list[str]:
     return [*told, *report.wall_clock(content)][:-1]
 
 
-def front_lines(content: Mapping[str, Any] | None) -> list[str]:
-    """What the README says: both kinds for equal training FLOPs, and what the dense one's quality costs."""
-    found = content["runs"] if content else []
-    cheaper, rows = claims.shares(found, "dense_flops"), []
-    for size in runs.SIZES:
-        shared = report.together(
-            report.of(found, "sparse", size, "sparse"), report.of(found, "dense", size, "dense_flops")
-        )
-        if not shared:
-            continue
-        sparse, dense = ([run["test"]["all"] for run in each] for each in zip(*shared))
-        share = cheaper.get(size)
-        rows.append(
-            f"| {size} ({shared[0][1]['forward_flops'] / 1e6:.0f} MFLOPs) | {report.spread(dense)} % "
-            f"| {report.spread(sparse)} % | {'' if share is None else f'{share:.2f}x'} |"
-        )
-    if not rows:
-        return ["Nothing is measured yet."]
-    return [
-        "| equal training FLOPs | dense ViT, top-1 | V-MoE, top-1 | FLOPs of a V-MoE as good as the dense ViT |",
-        "| --- " * 4 + "|",
-        *rows,
-    ]
-
-
 # What each page takes from the results, by its place from the documentation's folder.
 PAGES: dict[str, Callable[[Mapping[str, Any] | None], list[str]]] = {
     "typefaces.md": typefaces_lines,
     "routers.md": router_report.docs_lines,
-    "../README.md": front_lines,
 }
 
 
