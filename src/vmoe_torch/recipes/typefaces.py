@@ -4,8 +4,9 @@ Command: vmoe train --recipe typefaces data.root=FONTS
     FONTS: train/, val/ and characters.txt, see docs/training.md; `python -m benchmarks.studies.typefaces` makes one of
     Debian's fonts in runs/typefaces/fonts, and trains this model as `sparse_middle_0`.
 Hardware: one CPU core.
-Cost: COST
-Result: RESULT
+Cost: 15 minutes, beside other work; 409,600 images
+Result: 87.19 % of 2,965 characters in six typefaces of families never trained on, one seed; the dense ViT for as many
+    training FLOPs 82.55 %
 """
 
 from vmoe_torch.train.config import Config
