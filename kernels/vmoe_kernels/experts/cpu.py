@@ -71,8 +71,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total += a @ b, or, where there is no total yet, total = a @ b, which is faster for 16-bit numbers."""
     if first:
         _product(a, b, total)
-    else:
+    elif has_products(total.dtype):
         total.addmm_(a, b)
+    else:
+        total.copy_(total.float().addmm_(a.float(), b.float()))
 
 
 def _drop(values: Tensor, keep: Tensor | None, block: slice, drop: float) -> None:
