@@ -1,8 +1,7 @@
 """Muon for models with experts: every expert's matrix is made orthogonal by itself.
 
-timm's Muon takes a stack of matrices (E, out, in) for one matrix, or leaves it to AdamW. Experts by AdamW learn several
-times slower than the dense MLPs that they replace, which Muon updates; so trained, a V-MoE loses to its dense ViT for
-the optimiser's sake.
+timm's Muon takes a stack of matrices (E, out, in) for one matrix, or leaves it to AdamW, while it updates the dense
+MLPs that experts replace: a comparison of the two would be one of optimisers.
 """
 
 from collections.abc import Callable, Iterator
@@ -85,13 +84,13 @@ def create_muon(model: nn.Module, opt: str = "muon", **options: Any) -> ExpertMu
     """
     layers = moe_layers(model)
     stacks = {id(linear.weight) for moe in layers.values() for fc in (moe.fc1, moe.fc2) for linear in fc.linears()}
-    shared = {id(moe.shared_expert.fc1.weight) for moe in layers.values() if moe.shared_expert is not None}
-    shared |= {id(moe.shared_expert.fc2.weight) for moe in layers.values() if moe.shared_expert is not None}
+    dense = (moe.shared_expert for moe in layers.values() if moe.shared_expert is not None)
+    matrices = stacks | {id(fc.weight) for shared in dense for fc in (shared.fc1, shared.fc2)}
     fallback = tuple(
         f"{layer}.{name}"
         for layer, moe in layers.items()
         for name, parameter in moe.named_parameters()
-        if id(parameter) not in stacks | shared
+        if id(parameter) not in matrices
     )
     fallback += tuple(options.pop("fallback_list", ()))
     optimizer = create_optimizer_v2(model, opt=opt, fallback_list=fallback, **options)
@@ -99,8 +98,10 @@ def create_muon(model: nn.Module, opt: str = "muon", **options: Any) -> ExpertMu
         raise ValueError(f"opt must be one of timm's Muon optimisers, got {opt!r}")
     groups = []
     for group in optimizer.param_groups:
-        experts = [] if group.get("use_fallback") else [each for each in group["params"] if id(each) in stacks]
-        others = [each for each in group["params"] if not any(each is expert for expert in experts)]
+        own = set() if group.get("use_fallback") else stacks
+        experts, others = (
+            [each for each in group["params"] if (id(each) in own) == wanted] for wanted in (True, False)
+        )
         if others:
             groups.append({**group, "params": others})
         if experts:

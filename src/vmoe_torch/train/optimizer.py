@@ -34,18 +34,21 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         options["betas"] = config.betas
     if config.eps is not None:
         options["eps"] = config.eps
-    if "muon" in name and not config.muon_experts:
-        options["fallback_list"] = tuple(f"{layer}.fc?.*" for layer in moe_layers(model))
-    # Only where it is asked for: older releases of timm have none.
-    if "muon" in name and config.fallback_lr_scale != 1.0:
-        options["fallback_lr_scale"] = config.fallback_lr_scale
+    create = create_optimizer_v2
+    if "muon" in name:
+        create = create_muon
+        if not config.muon_experts:
+            options["fallback_list"] = tuple(f"{layer}.fc?.*" for layer in moe_layers(model))
+        # Only where it is asked for: older releases of timm have none.
+        if config.fallback_lr_scale != 1.0:
+            options["fallback_lr_scale"] = config.fallback_lr_scale
     if config.decay == "kernels":
         if config.layer_decay is not None or "muon" in name:
             raise ValueError(f"optim.decay must be default with optim.layer_decay and with Muon, got {config.decay!r}")
         head = config.weight_decay if config.head_weight_decay is None else config.head_weight_decay
         options["param_group_fn"] = partial(_kernels_decay, weight_decay=config.weight_decay, head_weight_decay=head)
     try:
-        return (create_muon if "muon" in name else create_optimizer_v2)(
+        return create(
             model,
             opt=name,
             lr=config.lr,
