@@ -144,7 +144,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def _command() -> str:
     """What was typed: a module started with -m sees its file as the first argument."""
     spec = sys.modules["__main__"].__spec__
-    started = ["python", Path(sys.argv[0]).name] if spec is None else ["python -m", spec.name]
+    started = ["python", Path(sys.argv[0]).name] if spec is None else ["python -m", spec.name.removesuffix(".__main__")]
     return " ".join([*started, *sys.argv[1:]])
 
 

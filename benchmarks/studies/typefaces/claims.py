@@ -49,33 +49,19 @@ def better_at_equal_flops(found: Sequence[dict]) -> tuple[str, str, bool] | None
     return ("at all sizes, in a figure", *_differences(pairs)) if pairs else None
 
 
-def shares(found: Sequence[dict], prefix: str) -> dict[str, float | None]:
-    """{size: the least share of a dense model's inference FLOPs at which some V-MoE is as good}.
-
-    V-MoEs of all sizes and all settings, of the first seed; None where none is as good. Empty before they are trained.
-    """
-    sparse = [run for each in SPARSE_SIZES for run in of(found, "sparse", each, "sparse") if run["seed"] == 0]
-    shares: dict[str, float | None] = {}
-    for size in SIZES:
-        dense = of(found, "dense", size, f"{prefix}_{size}")
-        if not dense or len(sparse) < len(SIZES):
-            return {}
-        costs = [reached(run, dense[0]["test"]["all"]) for run in sparse]
-        least = min((cost for cost in costs if cost is not None), default=None)
-        shares[size] = None if least is None else least / dense[0]["forward_flops"]
-    return shares
-
-
 def cheaper_inference(found: Sequence[dict]) -> tuple[str, str, bool] | None:
-    """The least share of FLOPs at which some V-MoE is as good, over all sizes and settings."""
-    found_shares = shares(found, "dense")
-    if not found_shares:
-        return None
-    text = ", ".join(
-        f"{size} {'not reached' if share is None else f'{share:.2f}'}" for size, share in found_shares.items()
-    )
-    holds = all(share is not None and share <= 0.6 for share in found_shares.values())
-    return "as little as half", f"{text} of the dense FLOPs", holds
+    """The least share of a dense model's FLOPs at which some V-MoE is as good, over all sizes and settings."""
+    sparse = [run for each in SPARSE_SIZES for run in of(found, "sparse", each, "sparse") if run["seed"] == 0]
+    told, holds = [], True
+    for size in SIZES:
+        dense = of(found, "dense", size, f"dense_{size}")
+        if not dense or len(sparse) < len(SIZES):
+            return None
+        costs = [cost for run in sparse if (cost := reached(run, dense[0]["test"]["all"])) is not None]
+        share = min(costs) / dense[0]["forward_flops"] if costs else None
+        told.append(f"{size} {'not reached' if share is None else f'{share:.2f}'}")
+        holds = holds and share is not None and share <= 0.6
+    return "as little as half", f"{', '.join(told)} of the dense FLOPs", holds
 
 
 def transfer(found: Sequence[dict]) -> tuple[str, str, bool] | None:

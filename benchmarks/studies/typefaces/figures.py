@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.studies.typefaces.measure import ROUTING
+from benchmarks.studies.typefaces.report import of
 from benchmarks.studies.typefaces.runs import CLASSES, SIZES, SPARSE_SIZES
 from vmoe_torch.report.style import BLUE, GREY, ORANGE, layer_label
 
@@ -26,10 +27,6 @@ def drawn(found: Sequence[dict], runs: Path) -> dict[str, Figure]:
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
-def _of(found: Sequence[dict], prefix: str, size: str) -> list[dict]:
-    return [run for run in found if run["name"].startswith(f"{prefix}_{size}_") and run["size"] == size]
-
-
 def _top1(runs: Sequence[dict]) -> tuple[float, float]:
     """Mean and spread of the test accuracy in per cent."""
     top1 = [100 * run["test"]["all"] for run in runs]
@@ -38,7 +35,8 @@ def _top1(runs: Sequence[dict]) -> tuple[float, float]:
 
 def training_flops(found: Sequence[dict]) -> Figure | None:
     """Accuracy on unseen typefaces over the FLOPs of the training, and over those of an image as capacity falls."""
-    lines = {prefix: [_of(found, prefix, size) for size in SIZES] for prefix in ("sparse", "dense_flops")}
+    kinds = {"sparse": "sparse", "dense_flops": "dense"}
+    lines = {name: [of(found, kind, size, f"{name}_{size}") for size in SIZES] for name, kind in kinds.items()}
     if not all(all(runs) for runs in lines.values()):
         return None
     figure = Figure(figsize=(9.6, 4.0), layout="constrained")
@@ -54,7 +52,7 @@ def training_flops(found: Sequence[dict]) -> Figure | None:
     for run in (dense := [own[0] for own in lines["dense_flops"]]):
         inference.plot(run["forward_flops"] / 1e6, 100 * run["test"]["all"], color=BLUE, marker="o")
     inference.plot([r["forward_flops"] / 1e6 for r in dense], [100 * r["test"]["all"] for r in dense], color=BLUE)
-    for run in (own[0] for size in SPARSE_SIZES if (own := _of(found, "sparse", size))):
+    for run in (own[0] for size in SPARSE_SIZES if (own := of(found, "sparse", size, "sparse"))):
         said = run is lines["sparse"][0][0]
         trained = [(run["forward_flops"] / 1e6, 100 * run["test"]["all"])]
         budgets = [(row["flops"] / 1e6, 100 * row["top1"]) for row in run["budgets"].values()]
