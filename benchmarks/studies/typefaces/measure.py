@@ -12,13 +12,14 @@ from torch.utils.data import Dataset, Subset
 from benchmarks.studies.fashion_mnist import FORWARDS_PER_UPDATE
 from benchmarks.studies.typefaces import specialisation
 from benchmarks.studies.typefaces.fonts import scripts
+from benchmarks.studies.typefaces.report import PRIORITY
 from benchmarks.studies.typefaces.routers import speeds
 from benchmarks.studies.typefaces.runs import Run, comparison, forward_flops, runs_of, sizes
 from vmoe_torch.budget import set_budget
 from vmoe_torch.control import moe_layers, routing
 from vmoe_torch.data import Typefaces, evaluation_loader
 from vmoe_torch.evaluate import Task, as_rows, evaluate, fewshot, setting_grid
-from vmoe_torch.train import Config, TrainResult, build_transforms, train
+from vmoe_torch.train import Config, build_transforms, train
 from vmoe_torch.weights.files import replacing
 
 CAPACITY_FACTORS = (1.05, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
@@ -63,7 +64,7 @@ def execute(run: Run, folder: Path) -> dict | None:
         "validation": accuracy(model, config, "val"),
     }
     if run.tested:
-        found |= compared(model, config) if run.compared else measured(model, config, trained)
+        found |= compared(model, config) if run.compared else measured(model, config, run.size)
     return _written(file, found)
 
 
@@ -133,14 +134,18 @@ def dialled(run: Run, folder: Path) -> dict:
     return {**found, "dials": [{"dial": name, **row} for name, row in zip(names, rows)]}
 
 
-def measured(model: nn.Module, config: Config, trained: TrainResult) -> dict:
-    """What the test typefaces say: accuracy, few-shot transfer; of a sparse model its curves, budgets and routing."""
+def measured(model: nn.Module, config: Config, size: str) -> dict:
+    """What the test typefaces say: accuracy, few-shot transfer; of a sparse model its curves, budgets and routing.
+
+    Every K and both orders of claiming slots are asked for at the middle size alone.
+    """
     found = {"test": accuracy(model, config, "test"), "fewshot": transfer(model, config)}
     layers = moe_layers(model)
     if not layers:
         return found
     selected = next(iter(layers.values())).num_selected_experts
-    settings = setting_grid(CAPACITY_FACTORS, range(selected, 0, -1))
+    every = (range(selected, 0, -1), (False, True)) if size == "middle" else ([selected], [PRIORITY])
+    settings = setting_grid(CAPACITY_FACTORS, *every)
     found["settings"] = as_rows(evaluate(model, _loader(model, config, _images(config, "test")), settings))
     found["budgets"] = {str(share): budgeted(model, config, share) for share in BUDGETS}
     found["routing"] = routed(model, config)

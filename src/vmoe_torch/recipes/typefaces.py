@@ -13,7 +13,7 @@ from vmoe_torch.train.config import Config
 
 
 def config() -> Config:
-    """6 blocks of width 64 on patches of 8 x 8, 16 experts in every second block, one a patch, dropless; Muon."""
+    """6 blocks of width 64 on patches of 8 x 8; every second with 32 experts of half the width, 2 a patch, dropless."""
     model = {
         "img_size": 32,
         "patch_size": 8,
@@ -25,8 +25,12 @@ def config() -> Config:
         "global_pool": "avg",
         "pos_embed": "sincos2d",
         "moe_layers": "every2",
-        "num_experts": 16,
-        "num_selected_experts": 1,
+        "num_experts": 32,
+        "num_selected_experts": 2,
+        # Two gates that sum to 1: a patch begins with as much of its experts as a dense MLP would give it.
+        "renormalize_gates": True,
+        # Two halves cost what one whole expert does, and there are 496 pairs of them.
+        "expert_hidden": (0.5,) * 32,
         "capacity_factor": "dropless",
         "group_size": 128,
     }

@@ -13,7 +13,7 @@ NAMES = [label for label, _ in runs.comparison()]
 
 def test_every_router_and_layout_gets_the_same_training_flops():
     found = runs.comparison()
-    labels = set(routers.models(16))
+    labels = set(routers.models())
     assert {label for label, _ in found} == labels >= {"dense", "soft", *routers.DIALLED}
     assert len(found) == 2 * len(labels) == len({run.name for _, run in found})
     work = {runs.forward_flops(each) * each.updates for _, each in found}
@@ -35,12 +35,11 @@ def test_what_another_part_trains_is_not_trained_twice():
 
 
 def test_layouts_of_several_sizes_are_what_they_are_called():
-    for experts in (16, 32):
-        made = routers.models(experts)
-        widths = made["several sizes, equal parameters"][1]["expert_hidden"]
-        assert len(widths) == experts == sum(widths)
-        other = made["several sizes, equal active FLOPs"][1]
-        assert len(other["expert_hidden"]) == experts == sum(other["expert_hidden"]) * other["num_selected_experts"]
+    made, experts = routers.models(), routers.NUM_EXPERTS
+    widths = made["several sizes, equal parameters"][1]["expert_hidden"]
+    assert len(widths) == experts == sum(widths)
+    other = made["several sizes, equal active FLOPs"][1]
+    assert len(other["expert_hidden"]) == experts == sum(other["expert_hidden"]) * other["num_selected_experts"]
 
 
 def test_experts_per_token_lie_between_settings():
