@@ -14,7 +14,7 @@ from torch import nn
 
 import vmoe_torch
 from tests.helpers.auxiliary import batches, tiny
-from vmoe_torch.layers import set_auxiliary_gradient_scale
+from vmoe_torch.layers import set_auxiliary_gradient_scale, unfollowed
 from vmoe_torch.layers.unfollowed import SEEN
 
 ACCUMULATES = "gradients are accumulated.*vmoe_torch.follow_loss_scale.*vmoe_torch.trainers"
@@ -109,6 +109,31 @@ def test_disabled_scaler_is_not_told():
     for x in batches(2):
         model.zero_grad()
         scaler.scale(loss_of(model, x)).backward()
+
+
+def test_scaler_of_a_training_that_is_over_is_not_told():
+    model = tiny(depth=2)
+    (x,) = batches(1)
+    gc.disable()
+    try:
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(torch.ones(()))
+        # Nobody holds it but itself, as where a trainer and its parts refer to each other.
+        scaler.itself = scaler
+        del scaler
+        loss_of(model, x).backward()
+    finally:
+        gc.enable()
+
+
+def test_layers_share_the_look_for_a_scaler(monkeypatch):
+    looks = []
+    monkeypatch.setattr(unfollowed, "_scaler_lives", lambda: looks.append(1))
+    model = tiny(depth=4)
+    for x in batches(2):
+        model.zero_grad()
+        loss_of(model, x).backward()
+    assert len(looks) == 2
 
 
 def test_followed_loop_is_not_told():

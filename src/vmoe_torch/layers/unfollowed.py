@@ -50,6 +50,8 @@ class _Seen:
 SEEN = WeakTensorKeyDictionary()
 # The last backward in which a loop was told: its model's other layers keep quiet.
 _told_in = -1
+# The last backward in which a scaler was looked for, and whether there was one: a look serves all layers.
+_looked_in: tuple[int | None, bool] = (None, False)
 
 
 def note_unfollowed(parameter: nn.Parameter, task: int) -> None:
@@ -73,7 +75,7 @@ def note_unfollowed(parameter: nn.Parameter, task: int) -> None:
     if accumulates:
         sign = "gradients are accumulated over several backwards before the optimiser steps"
     # A look at every object of the process: at the first backward, the second, the fourth, ...
-    elif seen.backwards & (seen.backwards - 1) == 0 and _has_scaler():
+    elif seen.backwards & (seen.backwards - 1) == 0 and _has_scaler(task):
         sign = "a GradScaler is in use"
     if sign is None:
         return
@@ -89,8 +91,21 @@ def note_unfollowed(parameter: nn.Parameter, task: int) -> None:
     )
 
 
-def _has_scaler() -> bool:
-    """Whether some enabled GradScaler has scaled a loss: it makes its scale when it first does."""
+def _has_scaler(task: int) -> bool:
+    """Whether a GradScaler is in use that has scaled a loss, looked up once in a backward."""
+    global _looked_in
+    if _looked_in[0] != task:
+        found = _scaler_lives()
+        if found:
+            # One that only waits for the collector, in a cycle of an earlier training's, is in nobody's use.
+            gc.collect()
+            found = _scaler_lives()
+        _looked_in = (task, found)
+    return _looked_in[1]
+
+
+def _scaler_lives() -> bool:
+    """Whether the process has an enabled GradScaler that has scaled: it makes its scale when it first does."""
     kinds, found = [torch.amp.GradScaler], []
     for kind in kinds:
         kinds += kind.__subclasses__()
