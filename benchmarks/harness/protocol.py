@@ -139,6 +139,17 @@ def with_gradients(call: Callable[[], Tensor], inputs: Mapping[str, Tensor], cot
     return {"out": out.detach(), **{f"d_{name}": gradient for name, gradient in zip(inputs, gradients)}}
 
 
+def one_update(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """A training step to measure: gradients cleared, the loss and its backward, the optimiser's step."""
+
+    def call() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        optimizer.step()
+
+    return call
+
+
 def relative_error(got: Tensor, exact: Tensor) -> float:
     """Norm of the difference over the norm of the exact result; infinite where a value is not a number."""
     got, exact = got.detach().double(), exact.detach().double()

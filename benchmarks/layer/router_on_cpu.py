@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness.entries import Entry
-from benchmarks.harness.protocol import measure, relative_error
+from benchmarks.harness.protocol import measure, one_update, relative_error
 from benchmarks.harness.results import Row, row
 from vmoe_torch import auxiliary_loss, moe_layers
 from vmoe_torch.recipes import load_recipe
@@ -27,15 +27,9 @@ def make_model(width: int) -> nn.Module:
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """Forward, loss, backward, AdamW."""
+    """With the auxiliary losses, by AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def call() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(images), labels).add(auxiliary_loss(model)).backward()
-        optimizer.step()
-
-    return call
+    return one_update(lambda: F.cross_entropy(model(images), labels).add(auxiliary_loss(model)), optimizer)
 
 
 def routers_alone(model: nn.Module, images: Tensor) -> Callable[[], dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.entries import Entry
 from benchmarks.harness.pairs import PAIRS, Pair, make_models
-from benchmarks.harness.protocol import measure, require_close
+from benchmarks.harness.protocol import measure, one_update, require_close
 from benchmarks.harness.results import Row, row
 from vmoe_torch import moe_layers
 
@@ -65,16 +65,10 @@ def check(name: str, model: nn.Module, images: Tensor) -> None:
 
 
 def training_step(name: str, model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """Forward, loss, backward, AdamW."""
+    """By AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = forward_of(name, model, images)
-
-    def call() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(forward().float(), labels).backward()
-        optimizer.step()
-
-    return call
+    return one_update(lambda: F.cross_entropy(forward().float(), labels), optimizer)
 
 
 def run(seconds: float, pair: Pair = PAIR) -> tuple[list[Entry], list[Row]]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness.pairs import PAIRS, Pair, check_models, make_models
+from benchmarks.harness.protocol import one_update
 from benchmarks.harness.session import Session
 from benchmarks.models.speed import time_calls
 
@@ -29,10 +30,4 @@ def run(session: Session, pair: Pair | None = None) -> None:
 
 def _step(model: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def call() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x).float(), labels).backward()
-        optimizer.step()
-
-    return call
+    return one_update(lambda: F.cross_entropy(model(x).float(), labels), optimizer)

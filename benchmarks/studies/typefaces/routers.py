@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness.protocol import Samples, measure
+from benchmarks.harness.protocol import Samples, measure, one_update
 from benchmarks.harness.saved import count_saved
 from vmoe_torch.train import create_muon
 
@@ -96,14 +96,7 @@ def speeds(made: Mapping[str, nn.Module], images: Tensor, labels: Tensor) -> dic
 
 def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
     # As the study trains, but for the weights, which stay.
-    optimizer = create_muon(model, lr=0.0)
-
-    def call() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    return call
+    return one_update(lambda: F.cross_entropy(model(images), labels), create_muon(model, lr=0.0))
 
 
 def _inference(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
