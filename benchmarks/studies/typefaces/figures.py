@@ -53,7 +53,8 @@ def training_flops(found: Sequence[dict]) -> Figure | None:
         inference.plot(run["forward_flops"] / 1e6, 100 * run["test"]["all"], color=BLUE, marker="o")
     inference.plot([r["forward_flops"] / 1e6 for r in dense], [100 * r["test"]["all"] for r in dense], color=BLUE)
     for run in (own[0] for size in SPARSE_SIZES if (own := of(found, "sparse", size, "sparse"))):
-        said = run is lines["sparse"][0][0]
+        # Both orders are known of the middle size alone.
+        said = run["size"] == "middle"
         trained = [(run["forward_flops"] / 1e6, 100 * run["test"]["all"])]
         budgets = [(row["flops"] / 1e6, 100 * row["top1"]) for row in run["budgets"].values()]
         for points, colour, style, label in (
@@ -61,11 +62,14 @@ def training_flops(found: Sequence[dict]) -> Figure | None:
             (_falling(run, True), ORANGE, "--", "the same with BPR"),
             (sorted(trained + budgets), ORANGE, "-", "V-MoE as trained, and by set_budget"),
         ):
-            inference.plot(*zip(*points), color=colour, linestyle=style, marker=".", label=label if said else None)
+            if points:
+                inference.plot(*zip(*points), color=colour, linestyle=style, marker=".", label=label if said else None)
         inference.plot(*trained[0], color=ORANGE, marker="o")
     inference.set_xlabel("MFLOPs of an image at inference")
     training.set_xlabel("TFLOPs of the training")
     training.set_ylabel("top-1 on unseen typefaces, %")
+    # Room for the names beside the last points.
+    training.margins(x=0.12)
     for axes in (training, inference):
         axes.set_xscale("log")
         axes.grid(alpha=0.3, which="both")

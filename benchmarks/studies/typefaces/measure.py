@@ -137,17 +137,18 @@ def dialled(run: Run, folder: Path) -> dict:
 def measured(model: nn.Module, config: Config, size: str) -> dict:
     """What the test typefaces say: accuracy, few-shot transfer; of a sparse model its curves, budgets and routing.
 
-    Every K and both orders of claiming slots are asked for at the middle size alone.
+    Every K, both orders of claiming slots and all budgets are asked for at the middle size alone.
     """
+    middle = size == "middle"
     found = {"test": accuracy(model, config, "test"), "fewshot": transfer(model, config)}
     layers = moe_layers(model)
     if not layers:
         return found
     selected = next(iter(layers.values())).num_selected_experts
-    every = (range(selected, 0, -1), (False, True)) if size == "middle" else ([selected], [PRIORITY])
+    every = (range(selected, 0, -1), (False, True)) if middle else ([selected], [PRIORITY])
     settings = setting_grid(CAPACITY_FACTORS, *every)
     found["settings"] = as_rows(evaluate(model, _loader(model, config, _images(config, "test")), settings))
-    found["budgets"] = {str(share): budgeted(model, config, share) for share in BUDGETS}
+    found["budgets"] = {str(share): budgeted(model, config, share) for share in (BUDGETS if middle else BUDGETS[::2])}
     found["routing"] = routed(model, config)
     return found
 
