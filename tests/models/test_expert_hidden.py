@@ -97,9 +97,11 @@ def test_flops_are_the_bound_and_what_was_filled():
     filled = 4 * 64 * sum(h * n for h, n in zip((128, 64, 0, 32), tokens))
     bound = layer.expert_flops(4 * rows)
     assert (counted.total - counted.filled) * 8 == pytest.approx(bound - filled)
-    # The dense counterpart has the widest expert's MLP.
+    # The dense counterpart has the MLP that widths are shares of, whatever the experts have.
     dense = count_flops(timm.create_model("test_vmoe", img_size=32, depth=2, moe_layers=()), images)
     assert counted.dense == dense.total == dense.filled
+    halves = _model(expert_hidden=[0.5] * 4, capacity_factor=2.0)
+    assert count_flops(halves, images).dense == dense.total
     assert forward_flops(model, 8) / 8 == counted.total
     unknown = count_flops(_model(capacity_factor=2.0).to("meta"), images.to("meta"))
     assert (unknown.total, unknown.filled) == (counted.total, None)

@@ -161,8 +161,10 @@ def transfer(found: Sequence[dict]) -> list[str]:
 def capacity(found: Sequence[dict]) -> list[str]:
     """The middle size's accuracy with less and less capacity, and at the budgets."""
     sparse = of(found, "sparse", "middle", "sparse")
-    if not sparse:
+    dense = of(found, "dense", "middle", "dense")
+    if not sparse or not dense:
         return []
+    flops = dense[0]["forward_flops"]
     lines = ["The middle V-MoE with less capacity, its weights as trained:", ""]
     lines += ["| K | capacity | of the dense FLOPs | vanilla | BPR |", "| --- " * 5 + "|"]
     places = dict.fromkeys((row["num_selected_experts"], row["capacity_factor"]) for row in sparse[0]["settings"])
@@ -172,10 +174,10 @@ def capacity(found: Sequence[dict]) -> list[str]:
             for run in sparse
         ]
         cells = [spread([pair[order]["top1"] for pair in pairs]) for order in (False, True)]
-        lines.append(f"| {selected} | {factor:g} | {pairs[0][True]['relative_flops']:.2f} | {' | '.join(cells)} |")
+        lines.append(f"| {selected} | {factor:g} | {pairs[0][True]['flops'] / flops:.2f} | {' | '.join(cells)} |")
     for share in sparse[0]["budgets"]:
         top1 = spread([run["budgets"][share]["top1"] for run in sparse])
-        relative = sparse[0]["budgets"][share]["relative_flops"]
+        relative = sparse[0]["budgets"][share]["flops"] / flops
         lines.append(f"| set_budget | {share} of its FLOPs | {relative:.2f} | | {top1} |")
     return [*lines, ""]
 

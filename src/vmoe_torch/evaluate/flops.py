@@ -24,7 +24,7 @@ class Flops:
     total: float
     """FLOPs of the whole model."""
     dense: float
-    """FLOPs of the same model with one MLP of the widest expert's size in place of each MoE layer."""
+    """FLOPs of the same model with one MLP of the layer's `hidden_features` in place of each MoE layer."""
     layers: dict[str, float] = field(default_factory=dict, hash=False)
     """FLOPs of each MoE layer by name, its router and its shared expert included."""
     filled: float | None = None
@@ -72,8 +72,9 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
     for name, layer in moe_layers(model).items():
         layers[name] = sum(per_module[f"{type(model).__name__}.{name}"].values())
         dense -= layers[name]
-        widest = layer.fc1.linears()[0].weight.shape, layer.fc2.linears()[0].weight.shape
-        dense += mlp_flops(layer.record.slots.shape[0], *widest)
+        (_, in_features), (out_features, _) = (fc.linears()[0].weight.shape[-2:] for fc in (layer.fc1, layer.fc2))
+        mlp = (layer.hidden_features, in_features), (out_features, layer.hidden_features)
+        dense += mlp_flops(layer.record.slots.shape[0], *mlp)
         if filled is None or not layer.record.has_values():
             filled = None
         else:

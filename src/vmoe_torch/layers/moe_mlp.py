@@ -131,7 +131,7 @@ class MoeMlp(TravellingRouting):
         self.expert_drop = check_number("expert_drop", expert_drop, "in [0, 1)", 0.0, 1.0)
         self.dispatch_dtype = torch.bfloat16 if dispatch_dtype == "bfloat16" else None
         self.activation = activation_name(act_layer)
-        hidden_features = hidden_features or in_features
+        self.hidden_features = hidden_features = hidden_features or in_features
         out_features = out_features or in_features
         dd = {"device": device, "dtype": dtype}
         self.num_experts = num_experts
