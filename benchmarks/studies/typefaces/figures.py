@@ -10,10 +10,12 @@ from matplotlib.figure import Figure
 from benchmarks.studies.typefaces.measure import ROUTING
 from benchmarks.studies.typefaces.report import of
 from benchmarks.studies.typefaces.runs import CLASSES, SIZES, SPARSE_SIZES
-from vmoe_torch.report.style import BLUE, GREY, ORANGE, layer_label
+from vmoe_torch.report.style import BLUE, GREEN, GREY, ORANGE, layer_label
 
 # Whose experts are shown.
 SHOWN_RUN = "sparse_middle_0"
+# At most so many of the last layer's experts have a row of characters, evenly chosen by number.
+SHOWN_EXPERTS = 16
 
 
 def drawn(found: Sequence[dict], runs: Path) -> dict[str, Figure]:
@@ -122,6 +124,12 @@ def capacity(found: Sequence[dict]) -> Figure | None:
             linestyle="-" if selected == max(k for k, _ in places) else "--",
             label=f"{'BPR' if order else 'vanilla'}, K={selected}",
         )
+    chosen = [
+        (rows[0]["flops"] / 1e6, statistics.mean(100 * row["top1"] for row in rows))
+        for rows in zip(*(run["budgets"].values() for run in sparse))
+    ]
+    trained = sparse[0]["forward_flops"] / 1e6, statistics.mean(100 * run["test"]["all"] for run in sparse)
+    axes.plot(*zip(*sorted([*chosen, trained])), color=GREEN, marker="o", markersize=4, label="by set_budget, BPR")
     level = statistics.mean(100 * run["test"]["all"] for run in dense)
     axes.axhline(level, color=BLUE, linewidth=1, linestyle=":")
     axes.plot([dense[0]["forward_flops"] / 1e6], [level], color=BLUE, marker="s", linestyle="none", label="dense ViT")
@@ -161,12 +169,13 @@ def specialists(found: Sequence[dict], runs: Path) -> Figure | None:
         return None
     images, places, glyphs = arrays["images"], arrays["places"], arrays["glyphs"]
     shares = arrays["last"] / arrays["last"].sum(1, keepdims=True).clip(min=1)
-    experts, count = places.shape
+    experts = range(0, len(places), -(-len(places) // SHOWN_EXPERTS))
+    count = places.shape[1]
     patch = SIZES["middle"].patch
     columns = images.shape[-1] // patch
     size, gap = images.shape[-1] + 4, 12
-    canvas = np.ones((experts * size, 2 * count * size + gap, 3))
-    for expert in range(experts):
+    canvas = np.ones((len(experts) * size, 2 * count * size + gap, 3))
+    for line, expert in enumerate(experts):
         favourites = np.argsort(-shares[:, expert], kind="stable")[:count]
         for column in range(count):
             place = places[expert, column]
@@ -177,13 +186,13 @@ def specialists(found: Sequence[dict], runs: Path) -> Figure | None:
                 inside = np.s_[row : row + patch, left : left + patch]
                 ink = images[expert, column][inside][..., None] / 255
                 tile[inside] = (1 - ink) * np.array([1.0, 0.86, 0.72]) + ink * np.array([0.75, 0.2, 0.0])
-                _paste(canvas, tile, expert * size, column * size)
+                _paste(canvas, tile, line * size, column * size)
             glyph = np.repeat(1 - glyphs[favourites[column], :, :, None] / 255, 3, axis=2)
-            _paste(canvas, glyph, expert * size, (count + column) * size + gap)
-    figure = Figure(figsize=(10, 10 * experts / (2 * count) + 0.6), layout="constrained")
+            _paste(canvas, glyph, line * size, (count + column) * size + gap)
+    figure = Figure(figsize=(10, 10 * len(experts) / (2 * count) + 0.6), layout="constrained")
     axes = figure.subplots()
     axes.imshow(canvas, interpolation="nearest")
-    axes.set_yticks([(expert + 0.5) * size for expert in range(experts)], [str(expert) for expert in range(experts)])
+    axes.set_yticks([(line + 0.5) * size for line in range(len(experts))], map(str, experts))
     axes.set_xticks(
         [count * size / 2, 1.5 * count * size + gap], ["the patches it is surest of", "the characters that use it most"]
     )
