@@ -70,8 +70,8 @@ def training_flops(found: Sequence[dict]) -> Figure | None:
     inference.set_xlabel("MFLOPs of an image at inference")
     training.set_xlabel("TFLOPs of the training")
     training.set_ylabel("top-1 on unseen typefaces, %")
-    # Room for the names beside the last points.
-    training.margins(x=0.12)
+    # Room for the names beside and above the last points.
+    training.margins(x=0.12, y=0.1)
     for axes in (training, inference):
         axes.set_xscale("log")
         axes.grid(alpha=0.3, which="both")
