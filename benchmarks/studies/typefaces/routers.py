@@ -12,8 +12,9 @@ from benchmarks.harness.protocol import Samples, measure, one_update
 from benchmarks.harness.saved import count_saved
 from vmoe_torch.train import create_muon
 
-# Of all models but the study's own: as wide as the MLP they replace, or on average.
+# Of all models but the study's own: experts as wide as the MLP they replace, or on average.
 NUM_EXPERTS = 16
+WHOLE = {"num_experts": NUM_EXPERTS, "expert_hidden": None, "renormalize_gates": False}
 # Of experts of several sizes.
 SIZE_LOSS = 0.01
 # Whose dials are turned after the training.
@@ -24,8 +25,7 @@ SECONDS = 90.0
 
 def models() -> dict[str, tuple[str, dict[str, Any]]]:
     """{label: kind of run, and what a model has that the sparse one of the study may not have}."""
-    whole = {"num_experts": NUM_EXPERTS, "expert_hidden": None, "renormalize_gates": False}
-    usual = {**whole, "capacity_factor": 1.05, "capacity_multiple_of": 1}
+    usual = {**WHOLE, "capacity_factor": 1.05, "capacity_multiple_of": 1}
     one, two = ({**usual, "num_selected_experts": selected} for selected in (1, 2))
     half, quarter = NUM_EXPERTS // 2, NUM_EXPERTS // 4
     return {
@@ -34,7 +34,7 @@ def models() -> dict[str, tuple[str, dict[str, Any]]]:
         "top experts, K=2": ("sparse", two),
         "threshold, mean 1.0": ("sparse", {**two, "router": "threshold", "mean_selected_experts": 1.0}),
         "threshold, mean 1.5": ("sparse", {**two, "router": "threshold", "mean_selected_experts": 1.5}),
-        "dropless, K=1": ("sparse", {**whole, "num_selected_experts": 1}),
+        "dropless, K=1": ("sparse", {**WHOLE, "num_selected_experts": 1}),
         # The study's own.
         "dropless, K=2 of 32 half as wide": ("sparse", {}),
         # As the original has it: groups of an image.

@@ -60,17 +60,15 @@ SPARSE = {
 }
 LR = {"dense": RECIPE.optim.lr, "sparse": RECIPE.optim.lr, "upcycled": 3e-3, "continued": 3e-3}
 # Experts as wide as the MLP, and two gates that sum to 1: the model is at first the one it was made from.
-UPCYCLED = {**SPARSE, "num_experts": 16, "num_selected_experts": 2, "renormalize_gates": True, "expert_hidden": None}
+UPCYCLED = {**SPARSE, **routers.WHOLE, "num_selected_experts": 2, "renormalize_gates": True}
 TRIED = Size(64, 1600)
-# The paper's experts, for the FLOPs of the dense model.
-WHOLE = {"num_experts": 16, "num_selected_experts": 1, "renormalize_gates": False, "expert_hidden": None}
 # The search: each with its kind, its size, what it changes in SPARSE and what in the recipe.
 SEARCH: dict[str, tuple[str, Size, dict, tuple[str, ...]]] = {
     "lr 6e-3": ("dense", TRIED, {}, ()),
     "lr 6e-3, as chosen": ("sparse", TRIED, {}, ()),
     "lr 1.2e-2": ("dense", TRIED, {}, ("optim.lr=1.2e-2",)),
     "lr 1.2e-2, else as chosen": ("sparse", TRIED, {}, ("optim.lr=1.2e-2",)),
-    "16 experts, K=1": ("sparse", TRIED, WHOLE, ()),
+    "16 experts, K=1": ("sparse", TRIED, {**routers.WHOLE, "num_selected_experts": 1}, ()),
     "in the second half": ("sparse", TRIED, {"moe_layers": (3, 4, 5)}, ()),
     "capacity 1.05": ("sparse", TRIED, {"capacity_factor": 1.05, "capacity_multiple_of": 1}, ()),
     "lr 3e-3": ("dense", TRIED, {}, ("optim.lr=3e-3",)),
