@@ -3,12 +3,12 @@
     python -m benchmarks.studies.typefaces [--parts sizes routers ...] [--jobs 2] [--minutes 120]
 
 Every run is a process of one thread and takes at most half an hour on a core of its own. Stopped at any moment, by
---minutes too, it goes on where it was; a finished run is not repeated. Fonts: `apt-get install` what
+--minutes too, it goes on where it was; a finished run is not repeated, nor is one whose results are published with
+the same settings, unless another begins with its weights. Fonts: `apt-get install` what
 `benchmarks.studies.typefaces.fonts.PACKAGES` lists. Writes benchmarks/results/typefaces/.
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.harness.results import RESULTS, command_line, environment, heading, publish
 from benchmarks.studies.fashion_mnist import FIGURES
-from benchmarks.studies.typefaces import claims, figures, fonts, pages, report, router_figures, router_report
-from benchmarks.studies.typefaces.measure import RESULT, SPEED, execute, measured_speeds
+from benchmarks.studies.typefaces import claims, earlier, figures, fonts, pages, report, router_figures, router_report
+from benchmarks.studies.typefaces.earlier import finished
+from benchmarks.studies.typefaces.measure import SPEED, execute, known_speeds, measured_speeds
 from benchmarks.studies.typefaces.runs import PARTS, Run, runs_of
 from vmoe_torch.data.typefaces import CHARACTERS
 
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fonts", type=Path, default=fonts.INSTALLED, help="where fonts are installed (%(default)s)")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figures (%(default)s)")
     parser.add_argument("--pages", type=Path, default=FIGURES.parent, help="folder of the pages (%(default)s)")
+    parser.add_argument(
+        "--speed", action="store_true", help="in the end measure what an image takes; do nothing else on this machine"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child is not None:
@@ -48,16 +52,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if execute(run, options.runs) is not None else STOPPED
     made = environment(torch.device("cpu"))
     made["threads"] = f"1 for each of {options.jobs} runs at a time"
-    runs = list(runs_of(options.parts))
+    every = list(runs_of())
     place = options.runs / "fonts"
-    if not (place / CHARACTERS).exists() and not all(_finished(run, options.runs) for run in runs):
+    known = earlier.restore(options.out / "results.json", every, options.runs)
+    if known:
+        print(f"{len(known)} runs are known from {options.out}: {', '.join(known)}", file=sys.stderr)
+    runs = earlier.needed(runs_of(options.parts), options.runs)
+    if runs and not (place / CHARACTERS).exists():
         fonts.prepare(place, options.fonts)
     failed = work_through(runs, options.runs, options.jobs, time.monotonic() + 60 * options.minutes)
-    found = [json.loads((options.runs / run.name / RESULT).read_text()) for run in runs if _finished(run, options.runs)]
+    found = [result for run in every if (result := earlier.found(run, options.runs)) is not None]
     content = {"environment": made, "runs": found}
-    speed = {part: measured_speeds(part, options.runs) for part in SPEED if part in options.parts}
+    old = earlier.published(options.out / "results.json").get("speed", {})
+    speed = {
+        part: measured_speeds(part, options.runs)
+        if options.speed and part in options.parts
+        else known_speeds(part, old.get(part, {}))
+        for part in SPEED
+    }
     if any(speed.values()):
-        content["speed"] = {part: each for part, each in speed.items() if each is not None}
+        content["speed"] = {part: each for part, each in speed.items() if each}
     if found:
         for name, canvas in {**figures.drawn(found, options.runs), **router_figures.drawn(content)}.items():
             canvas.savefig(options.figures / f"typefaces_{name}.png", dpi=150)
@@ -65,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, lines in pages.PAGES.items():
             told = options.pages / name
             told.write_text(pages.inserted(told.read_text(encoding="utf-8"), lines(content)), encoding="utf-8")
-    left = [run.name for run in runs if not _finished(run, options.runs)]
+    left = [run.name for run in runs if not finished(run, options.runs)]
     if left:
         print(f"{len(left)} runs are left: {', '.join(left)}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if left else 0
@@ -77,13 +91,9 @@ def page(content: dict) -> list[str]:
     return [*title, *claims.table(content["runs"]), *report.sections(content), *router_report.sections(content)]
 
 
-def _finished(run: Run, folder: Path) -> bool:
-    return (folder / run.name / RESULT).exists()
-
-
 def work_through(runs: Sequence[Run], folder: Path, jobs: int, deadline: float) -> list[str]:
     """Runs what is not finished, so many at a time; at the deadline they stop with a checkpoint. Returns who failed."""
-    waiting = [run for run in runs if not _finished(run, folder)]
+    waiting = [run for run in runs if not finished(run, folder)]
     working: dict[str, subprocess.Popen] = {}
     failed: list[str] = []
     try:
@@ -101,10 +111,11 @@ def work_through(runs: Sequence[Run], folder: Path, jobs: int, deadline: float) 
                 if len(working) == jobs:
                     break
                 # A run that begins with another's weights waits for it.
-                if run.after is None or (folder / run.after / RESULT).exists():
+                if run.after is None or finished(run.after, folder):
                     working[run.name] = _start(run, folder)
-            waiting = [run for run in waiting if run.name not in working and not _finished(run, folder)]
-            waiting = [run for run in waiting if run.name not in failed and run.after not in failed]
+            waiting = [run for run in waiting if run.name not in working and not finished(run, folder)]
+            lost = {*failed, *(run.name for run in waiting if run.after is not None and run.after.name in failed)}
+            waiting = [run for run in waiting if run.name not in lost]
             if not working:
                 return failed
             time.sleep(1.0)

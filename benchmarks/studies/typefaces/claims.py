@@ -7,7 +7,7 @@ The paper's numbers are of models a thousand times as large on JFT-300M and Imag
 import statistics
 from collections.abc import Callable, Sequence
 
-from benchmarks.studies.typefaces.report import PRIORITY, of, reached, together
+from benchmarks.studies.typefaces.report import PRIORITY, at_setting, of, reached, together
 from benchmarks.studies.typefaces.runs import SIZES, SPARSE_SIZES
 
 
@@ -96,13 +96,7 @@ def priority(found: Sequence[dict]) -> tuple[str, str, bool] | None:
         place = row["num_selected_experts"], row["capacity_factor"]
         if row["capacity_factor"] <= 0.5 and row["num_selected_experts"] == trained:
             top1 = {
-                order: statistics.mean(
-                    each["top1"]
-                    for run in runs
-                    for each in run["settings"]
-                    if (each["num_selected_experts"], each["capacity_factor"], each["batch_priority"])
-                    == (*place, order)
-                )
+                order: statistics.mean(each["top1"] for each in at_setting(runs, *place, order))
                 for order in (PRIORITY, not PRIORITY)
             }
             gains[row["capacity_factor"]] = 100 * (top1[PRIORITY] - top1[not PRIORITY])

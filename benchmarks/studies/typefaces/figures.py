@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.studies.typefaces.measure import ROUTING
-from benchmarks.studies.typefaces.report import of
+from benchmarks.studies.typefaces.report import at_budgets, at_setting, of
 from benchmarks.studies.typefaces.runs import CLASSES, SIZES, SPARSE_SIZES
 from vmoe_torch.report.style import BLUE, GREEN, GREY, ORANGE, layer_label
 
@@ -104,18 +104,9 @@ def capacity(found: Sequence[dict]) -> Figure | None:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     places = dict.fromkeys((row["num_selected_experts"], row["batch_priority"]) for row in sparse[0]["settings"])
+    factors = dict.fromkeys(row["capacity_factor"] for row in sparse[0]["settings"])
     for selected, order in places:
-        own = [
-            [
-                row
-                for row in run["settings"]
-                if (row["num_selected_experts"], row["batch_priority"]) == (selected, order)
-            ]
-            for run in sparse
-        ]
-        points = sorted(
-            (rows[0]["flops"] / 1e6, statistics.mean(100 * row["top1"] for row in rows)) for rows in zip(*own)
-        )
+        points = sorted(_mean(at_setting(sparse, selected, factor, order)) for factor in factors)
         axes.plot(
             *zip(*points),
             color=ORANGE if order else GREY,
@@ -124,10 +115,7 @@ def capacity(found: Sequence[dict]) -> Figure | None:
             linestyle="-" if selected == max(k for k, _ in places) else "--",
             label=f"{'BPR' if order else 'vanilla'}, K={selected}",
         )
-    chosen = [
-        (rows[0]["flops"] / 1e6, statistics.mean(100 * row["top1"] for row in rows))
-        for rows in zip(*(run["budgets"].values() for run in sparse))
-    ]
+    chosen = [_mean(rows) for rows in at_budgets(sparse).values()]
     trained = sparse[0]["forward_flops"] / 1e6, statistics.mean(100 * run["test"]["all"] for run in sparse)
     axes.plot(*zip(*sorted([*chosen, trained])), color=GREEN, marker="o", markersize=4, label="by set_budget, BPR")
     level = statistics.mean(100 * run["test"]["all"] for run in dense)
@@ -139,6 +127,11 @@ def capacity(found: Sequence[dict]) -> Figure | None:
     axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.3)
     return figure
+
+
+def _mean(rows: Sequence[dict]) -> tuple[float, float]:
+    """(MFLOPs of an image, mean top-1 in per cent) of one setting's rows."""
+    return rows[0]["flops"] / 1e6, statistics.mean(100 * row["top1"] for row in rows)
 
 
 def experts(found: Sequence[dict], runs: Path) -> Figure | None:

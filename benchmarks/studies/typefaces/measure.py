@@ -1,7 +1,7 @@
 """One run of the study: its training, and what its last weights are worth."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,16 @@ from torch.utils.data import Dataset, Subset
 
 from benchmarks.studies.fashion_mnist import FORWARDS_PER_UPDATE
 from benchmarks.studies.typefaces import specialisation
+from benchmarks.studies.typefaces.earlier import RESULT, write_result
 from benchmarks.studies.typefaces.fonts import scripts
 from benchmarks.studies.typefaces.report import PRIORITY
 from benchmarks.studies.typefaces.routers import speeds
-from benchmarks.studies.typefaces.runs import Run, comparison, forward_flops, runs_of, sizes
+from benchmarks.studies.typefaces.runs import SEEDS, Run, comparison, forward_flops, sizes
 from vmoe_torch.budget import set_budget
 from vmoe_torch.control import moe_layers, routing
 from vmoe_torch.data import Typefaces, evaluation_loader
 from vmoe_torch.evaluate import Task, as_rows, evaluate, fewshot, setting_grid
-from vmoe_torch.train import Config, build_transforms, train
+from vmoe_torch.train import Config, build_model, build_transforms, train
 from vmoe_torch.weights.files import replacing
 
 CAPACITY_FACTORS = (1.05, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
@@ -29,9 +30,9 @@ BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75)
 CALIBRATION = 2048
 # Experts per token on average that thresholds are found for, up to K.
 MEANS = (2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25)
-RESULT, ROUTING = "result.json", "routing.npz"
-# {part of the study: what each of its models, one seed, takes for an image}.
-SPEED = {"sizes": "sizes_speed.json", "routers": "routers_speed.json"}
+ROUTING = "routing.npz"
+# Parts of the study that say what an image takes.
+SPEED = ("sizes", "routers")
 
 
 def execute(run: Run, folder: Path) -> dict | None:
@@ -44,7 +45,7 @@ def execute(run: Run, folder: Path) -> dict | None:
     if file.exists():
         return json.loads(file.read_text())
     if run.kind == "dials":
-        return _written(file, dialled(run, folder))
+        return write_result(file, dialled(run, folder))
     config = run.config(folder)
     trained = train(config, resume=True)
     if not trained.finished:
@@ -52,11 +53,8 @@ def execute(run: Run, folder: Path) -> dict | None:
     # The average is what a user takes; it is one of the last updates.
     model = (trained.ema or trained.model).eval()
     images = trained.updates * config.data.batch_size
-    found = {
-        "name": run.name,
-        "kind": run.kind,
-        "size": run.size,
-        "seed": run.seed,
+    result = {
+        **told(run),
         "images": images,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "forward_flops": forward_flops(run),
@@ -64,57 +62,71 @@ def execute(run: Run, folder: Path) -> dict | None:
         "validation": accuracy(model, config, "val"),
     }
     if run.tested:
-        found |= compared(model, config) if run.compared else measured(model, config, run.size)
-    return _written(file, found)
+        result |= compared(model, config) if run.compared else measured(model, config, run)
+    return write_result(file, result)
 
 
-def _written(file: Path, found: dict) -> dict:
-    file.parent.mkdir(exist_ok=True)
-    with replacing(file) as partial:
-        Path(partial).write_text(json.dumps(found, indent=1) + "\n")
-    return found
+def told(run: Run) -> dict:
+    """How a result begins: whose it is."""
+    return {
+        "name": run.name,
+        "fingerprint": run.fingerprint(),
+        "kind": run.kind,
+        "size": run.size,
+        "seed": run.seed,
+    }
 
 
-def trained_model(name: str, folder: Path) -> tuple[nn.Module, Config]:
+def trained_model(run: Run, folder: Path) -> tuple[nn.Module, Config]:
     """The model of a finished run as it is measured, in eval mode, and the run's configuration."""
-    config = next(run for run in runs_of() if run.name == name).config(folder)
+    config = run.config(folder)
     trained = train(config, resume=True)
     return (trained.ema or trained.model).eval(), config
 
 
 def compared(model: nn.Module, config: Config) -> dict:
-    """What the comparison of routers needs: accuracy on the test typefaces, and how much of the FLOPs was filled."""
-    (row,) = as_rows(evaluate(model, _loader(model, config, _images(config, "test"))))
-    return {"test": accuracy(model, config, "test"), "evaluation": row}
+    """Accuracy on the test typefaces, and of a sparse model how much of its FLOPs was filled."""
+    found = {"test": accuracy(model, config, "test")}
+    if moe_layers(model):
+        (found["evaluation"],) = as_rows(evaluate(model, _loader(model, config, _images(config, "test"))))
+    return found
 
 
-def measured_speeds(part: str, folder: Path) -> dict[str, dict] | None:
-    """What an image takes by each router, or by each kind of each size; None as long as a model is not trained.
-
-    One seed's models, measured once: the file stays in the folder of the runs.
-
-    Args:
-        part: "sizes" or "routers".
-        folder: of the runs.
-
-    Returns:
-        {label of a router, or "kind size": what `speeds` gives}.
-    """
-    file = folder / SPEED[part]
-    if file.exists():
-        return json.loads(file.read_text())
+def timed(part: str) -> dict[str, Run]:
+    """Whose speed a part asks for: {label of a router, or "kind size": its first run}."""
     labelled = comparison() if part == "routers" else [(f"{run.kind} {run.size}", run) for run in sizes()]
     chosen: dict[str, Run] = {}
     for label, run in labelled:
         chosen.setdefault(label, run)
-    if not all((folder / run.name / RESULT).exists() for run in chosen.values()):
-        return None
-    made = {label: trained_model(run.name, folder) for label, run in chosen.items()}
-    model, config = next(iter(made.values()))
-    images = _images(config, "val")
-    some = Subset(images, order(len(images))[: config.data.batch_size])
-    batches = evaluation_loader(some, _transform(model, config), config.data.batch_size, 0, False)
-    return _written(file, speeds({label: model for label, (model, _) in made.items()}, *next(iter(batches))))
+    return chosen
+
+
+def known_speeds(part: str, published: Mapping[str, dict]) -> dict[str, dict]:
+    """What was published of the speed of a part, if all of its runs have the settings of then; else nothing."""
+    fingerprints = {label: run.fingerprint() for label, run in timed(part).items()}
+    return dict(published) if {label: each["fingerprint"] for label, each in published.items()} == fingerprints else {}
+
+
+def measured_speeds(part: str, folder: Path) -> dict[str, dict]:
+    """What an image takes by each router, or by each kind of each size; of models as they begin.
+
+    Args:
+        part: one of SPEED.
+        folder: of the runs.
+
+    Returns:
+        {label as in `timed`: what `speeds` gives, and "fingerprint", of the run}.
+    """
+    chosen = timed(part)
+    configs = {label: run.config(folder) for label, run in chosen.items()}
+    first = next(iter(configs.values()))
+    images = _images(first, "val")
+    made = {label: build_model(config.model, len(images.class_names)) for label, config in configs.items()}
+    some = Subset(images, order(len(images))[: first.data.batch_size])
+    transform = _transform(next(iter(made.values())), first)
+    batches = evaluation_loader(some, transform, first.data.batch_size, 0, False)
+    took = speeds(made, *next(iter(batches)))
+    return {label: {"fingerprint": chosen[label].fingerprint(), **each} for label, each in took.items()}
 
 
 def dialled(run: Run, folder: Path) -> dict:
@@ -130,27 +142,27 @@ def dialled(run: Run, folder: Path) -> dict:
     settings = [setting for grid in dials.values() for setting in grid]
     rows = as_rows(evaluate(model, _loader(model, config, _images(config, "test")), settings, calibration=some))
     names = [name for name, grid in dials.items() for _ in grid]
-    found = {"name": run.name, "kind": run.kind, "size": run.size, "seed": run.seed, "after": run.after}
-    return {**found, "dials": [{"dial": name, **row} for name, row in zip(names, rows)]}
+    return {**told(run), "after": run.after.name, "dials": [{"dial": name, **row} for name, row in zip(names, rows)]}
 
 
-def measured(model: nn.Module, config: Config, size: str) -> dict:
+def measured(model: nn.Module, config: Config, run: Run) -> dict:
     """What the test typefaces say: accuracy, few-shot transfer; of a sparse model its curves, budgets and routing.
 
-    Every K, both orders of claiming slots and all budgets are asked for at the middle size alone.
+    Both orders of claiming slots are asked for at the middle size alone; every K and all budgets of its first seed.
     """
-    middle = size == "middle"
-    found = {"test": accuracy(model, config, "test"), "fewshot": transfer(model, config)}
+    middle = run.size == "middle"
+    whole = middle and run.seed == SEEDS[0]
+    result = {"test": accuracy(model, config, "test"), "fewshot": transfer(model, config)}
     layers = moe_layers(model)
     if not layers:
-        return found
+        return result
     selected = next(iter(layers.values())).num_selected_experts
-    every = (range(selected, 0, -1), (False, True)) if middle else ([selected], [PRIORITY])
-    settings = setting_grid(CAPACITY_FACTORS, *every)
-    found["settings"] = as_rows(evaluate(model, _loader(model, config, _images(config, "test")), settings))
-    found["budgets"] = {str(share): budgeted(model, config, share) for share in (BUDGETS if middle else BUDGETS[::2])}
-    found["routing"] = routed(model, config)
-    return found
+    selections = range(selected, 0, -1) if whole else [selected]
+    settings = setting_grid(CAPACITY_FACTORS, selections, (False, True) if middle else [PRIORITY])
+    result["settings"] = as_rows(evaluate(model, _loader(model, config, _images(config, "test")), settings))
+    result["budgets"] = {str(share): budgeted(model, config, share) for share in (BUDGETS if whole else BUDGETS[::2])}
+    result["routing"] = routed(model, config)
+    return result
 
 
 def _images(config: Config, split: str, characters=None) -> Typefaces:

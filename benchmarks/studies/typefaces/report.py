@@ -165,25 +165,32 @@ def capacity(found: Sequence[dict]) -> list[str]:
     if not sparse or not dense:
         return []
     flops = dense[0]["forward_flops"]
-    lines = ["The middle V-MoE with less capacity, its weights as trained:", ""]
+    lines = ["The middle V-MoE with less capacity, its weights as trained (one figure: of the first seed alone):", ""]
     lines += ["| K | capacity | of the dense FLOPs | vanilla | BPR |", "| --- " * 5 + "|"]
     places = dict.fromkeys((row["num_selected_experts"], row["capacity_factor"]) for row in sparse[0]["settings"])
     for selected, factor in places:
-        pairs = [
-            {row["batch_priority"]: row for row in run["settings"] if _place(row) == (selected, factor)}
-            for run in sparse
-        ]
-        cells = [spread([pair[order]["top1"] for pair in pairs]) for order in (False, True)]
-        lines.append(f"| {selected} | {factor:g} | {pairs[0][True]['flops'] / flops:.2f} | {' | '.join(cells)} |")
-    for share in sparse[0]["budgets"]:
-        top1 = spread([run["budgets"][share]["top1"] for run in sparse])
-        relative = sparse[0]["budgets"][share]["flops"] / flops
+        cells, cost = [], 0.0
+        for order in (False, True):
+            rows = at_setting(sparse, selected, factor, order)
+            cells.append(spread([row["top1"] for row in rows]))
+            cost = rows[0]["flops"]
+        lines.append(f"| {selected} | {factor:g} | {cost / flops:.2f} | {' | '.join(cells)} |")
+    for share, rows in at_budgets(sparse).items():
+        relative, top1 = rows[0]["flops"] / flops, spread([row["top1"] for row in rows])
         lines.append(f"| set_budget | {share} of its FLOPs | {relative:.2f} | | {top1} |")
     return [*lines, ""]
 
 
-def _place(row: dict) -> tuple[int, float]:
-    return row["num_selected_experts"], row["capacity_factor"]
+def at_setting(runs: Sequence[dict], selected: int, factor: float, order: bool) -> list[dict]:
+    """What the runs that were asked for it found at K, a capacity and an order of claiming slots."""
+    asked = (selected, factor, order)
+    names = ("num_selected_experts", "capacity_factor", "batch_priority")
+    return [row for run in runs for row in run["settings"] if tuple(row[name] for name in names) == asked]
+
+
+def at_budgets(runs: Sequence[dict]) -> dict[str, list[dict]]:
+    """{share of the FLOPs: what the runs that were asked for it found}, as the first run has them."""
+    return {share: [run["budgets"][share] for run in runs if share in run["budgets"]] for share in runs[0]["budgets"]}
 
 
 def layers(found: Sequence[dict]) -> list[str]:

@@ -15,7 +15,7 @@ COLOURS = {"K": GREY, "capacity": BLUE, "threshold": ORANGE}
 def drawn(content: Mapping[str, Any]) -> dict[str, Figure]:
     """Figures by file name, of results as JSON holds them; those that the finished runs allow."""
     found, turned = compared(content["runs"]), dialled(content["runs"])
-    figures = {"routers": accuracy(found, content.get("speed", {}))} if found else {}
+    figures = {"routers": accuracy(found, content.get("speed", {}).get("routers", {}))} if found else {}
     return {**figures, "dials": dials(turned)} if turned else figures
 
 

@@ -3,7 +3,9 @@
 Sizes, sweeps and seeds are stated here and nowhere else. The sweeps read the validation typefaces alone.
 """
 
+import json
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -61,7 +63,7 @@ SPARSE = {
 LR = {"dense": RECIPE.optim.lr, "sparse": RECIPE.optim.lr, "upcycled": 3e-3, "continued": 3e-3}
 # Experts as wide as the MLP, and two gates that sum to 1: the model is at first the one it was made from.
 UPCYCLED = {**SPARSE, **routers.WHOLE, "num_selected_experts": 2, "renormalize_gates": True}
-TRIED = Size(64, 1600)
+TRIED = Size(64, 1000)
 # The search: each with its kind, its size, what it changes in SPARSE and what in the recipe.
 SEARCH: dict[str, tuple[str, Size, dict, tuple[str, ...]]] = {
     "lr 6e-3": ("dense", TRIED, {}, ()),
@@ -99,12 +101,12 @@ class Run:
     """Overrides of the recipe."""
     model: tuple[tuple[str, object], ...] = ()
     """Changes of the model's arguments."""
-    after: str | None = None
+    after: "Run | None" = None
     """The run whose last weights this one begins with."""
     tested: bool = True
     """Whether it may see the test typefaces: what chooses settings may not."""
     compared: bool = False
-    """Whether it is of the comparison of routers, which asks less of a model than the others."""
+    """Whether it is only compared with others of its part, which asks less of a model than the sizes do."""
 
     def config(self, folder: Path) -> Config:
         """The whole recipe; runs lie beside each other in a folder, which holds the fonts as well."""
@@ -119,7 +121,7 @@ class Run:
         }
         model = {"name": RECIPE.model.name, "kwargs": arguments}
         if self.after is not None:
-            model["checkpoint"] = str(folder / self.after)
+            model["checkpoint"] = str(folder / self.after.name)
         if self.kind == "upcycled":
             model["upcycle"] = UPCYCLED
         told = RECIPE.to_dict()
@@ -141,6 +143,14 @@ class Run:
             }
         )
         return config.override(*self.changes)
+
+    def fingerprint(self) -> str:
+        """Of all that decides what the run finds: its result stands for another run's of the same fingerprint."""
+        told = [self.kind, self.after and self.after.fingerprint()]
+        if self.kind != "dials":
+            config = self.config(Path("runs")).to_dict()
+            told += [config[part] for part in ("model", "data", "optim", "schedule")] + [self.seed]
+        return f"{zlib.crc32(json.dumps(told, sort_keys=True).encode()):08x}"
 
 
 def _name(part: str, label: str) -> str:
@@ -167,7 +177,8 @@ def search() -> list[Run]:
 def sizes() -> list[Run]:
     """Both kinds at every size for equal epochs, and the dense one for equal training FLOPs; the middle with seeds.
 
-    And the V-MoEs of sizes that have no dense one.
+    And the V-MoEs of sizes that have no dense one, and a dense one for twice the FLOPs, which takes longer by the
+    clock than any V-MoE.
     """
     found = []
     for seed in SEEDS:
@@ -184,6 +195,7 @@ def sizes() -> list[Run]:
         if seed == SEEDS[0]:
             own = {name: size for name, size in SPARSE_SIZES.items() if name not in SIZES}
             found += [Run(f"sparse_{name}_{seed}", "sparse", name, seed, size.updates) for name, size in own.items()]
+            found.append(Run(f"dense_twice_middle_{seed}", "dense", "middle", seed, 2 * SIZES["middle"].updates))
     return found
 
 
@@ -191,8 +203,9 @@ def upcycling() -> list[Run]:
     """A trained dense model goes on, as it is or upcycled, for equal added FLOPs."""
     found = []
     for seed in SEEDS:
-        before = f"dense_middle_{seed}"
-        dense = Run(f"continued_{seed}", "continued", "middle", seed, SIZES["middle"].updates // 2, after=before)
+        before = next(run for run in sizes() if run.name == f"dense_middle_{seed}")
+        updates = SIZES["middle"].updates // 2
+        dense = Run(f"continued_{seed}", "continued", "middle", seed, updates, after=before, compared=True)
         sparse = replace(dense, name=f"upcycled_{seed}", kind="upcycled")
         updates = math.floor(dense.updates * forward_flops(dense) / forward_flops(sparse))
         found += [replace(sparse, updates=updates), dense]
@@ -221,7 +234,7 @@ def comparison() -> list[tuple[str, Run]]:
 def dials() -> list[Run]:
     """What is turned after the training, by K, by capacity and by threshold."""
     return [
-        Run(f"dials_{run.name}", "dials", run.size, run.seed, 0, after=run.name)
+        Run(f"dials_{run.name}", "dials", run.size, run.seed, 0, after=run)
         for label, run in comparison()
         if label in routers.DIALLED
     ]

@@ -11,8 +11,19 @@ import pytest
 
 from benchmarks.harness.results import RESULTS
 from benchmarks.studies.fashion_mnist import FIGURES
-from benchmarks.studies.typefaces import claims, figures, fonts, measure, pages, report, routers, runs, specialisation
-from benchmarks.studies.typefaces.__main__ import main, page
+from benchmarks.studies.typefaces import (
+    claims,
+    earlier,
+    figures,
+    fonts,
+    measure,
+    pages,
+    report,
+    routers,
+    runs,
+    specialisation,
+)
+from benchmarks.studies.typefaces.__main__ import main, page, work_through
 from vmoe_torch.train import Config
 
 FACES = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -151,7 +162,8 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for sizes in ("SIZES", "SPARSE_SIZES"):
         monkeypatch.setattr(runs, sizes, {name: runs.Size(32, 4) for name in getattr(runs, sizes)})
-    monkeypatch.setattr(runs, "SEEDS", (0,))
+    for module in (runs, measure):
+        monkeypatch.setattr(module, "SEEDS", (0,))
     monkeypatch.setattr(runs, "BATCH", 16)
     monkeypatch.setattr(runs, "WARMUP", 0)
     monkeypatch.setattr(measure, "CAPACITY_FACTORS", (1.05, 0.5))
@@ -163,7 +175,6 @@ def tiny(tmp_path, monkeypatch):
 
 def test_a_whole_study(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(routers, "SECONDS", 0.01)
-    assert measure.measured_speeds("sizes", tiny) is None
     found = [measure.execute(run, tiny) for run in runs.runs_of(("sizes", "upcycling"))]
     assert (tiny / "sparse_small_0" / measure.RESULT).exists()
     for name, upcycle in (("continued_0", {}), ("upcycled_0", runs.UPCYCLED)):
@@ -173,6 +184,9 @@ def test_a_whole_study(tiny, tmp_path, monkeypatch):
     again = dataclasses.replace(next(iter(runs.sizes())), updates=9)
     assert measure.execute(again, tiny) == found[0]
     speed = {"sizes": measure.measured_speeds("sizes", tiny)}
+    assert measure.known_speeds("sizes", speed["sizes"]) == speed["sizes"]
+    another = {**speed["sizes"], "dense small": {**speed["sizes"]["dense small"], "fingerprint": "of other settings"}}
+    assert measure.known_speeds("sizes", another) == measure.known_speeds("sizes", {}) == {}
     assert speed["sizes"].keys() == {"sparse tiny", *(f"{kind} {size}" for kind in report.KINDS for size in runs.SIZES)}
     content = {"environment": {"machine": "any"}, "runs": found, "speed": speed}
     text = "\n".join(page(content))
@@ -198,5 +212,61 @@ def test_runs_wait_for_the_run_whose_weights_they_begin_with(tmp_path, capsys):
     (tmp_path / "fonts").mkdir()
     (tmp_path / "fonts" / "characters.txt").write_text("AB")
     parts = ["--parts", "upcycling", "--runs", str(tmp_path), "--out", str(tmp_path), "--figures", str(tmp_path)]
-    assert main(parts) == 1
-    assert "upcycled_0" in capsys.readouterr().out
+    assert main([*parts, "--minutes", "0"]) == 1
+    said = capsys.readouterr().out
+    assert "dense_middle_0" in said
+    assert "upcycled_0" in said
+    waiting = [next(run for run in runs.upcycling() if run.name == "upcycled_0")]
+    assert work_through(waiting, tmp_path, jobs=1, deadline=float("inf")) == []
+
+
+def test_published_runs_are_not_repeated(tmp_path):
+    every = list(runs.runs_of())
+    by_name = {run.name: run for run in every}
+    names = ("dense_middle_0", "dense_middle_1", "sparse_middle_0")
+    told = [{**measure.told(by_name[name]), "top1": 0.5} for name in names]
+    told[1]["fingerprint"] = "of other settings"
+    (tmp_path / "results.json").write_text(json.dumps({"runs": told}))
+    assert earlier.restore(tmp_path / "elsewhere.json", every, tmp_path) == []
+    assert earlier.restore(tmp_path / "results.json", every, tmp_path) == ["sparse_middle_0", "dense_middle_0"]
+    assert earlier.found(by_name["dense_middle_0"], tmp_path)["top1"] == 0.5
+    assert earlier.found(by_name["dense_middle_1"], tmp_path) is None
+    # Not here are its weights, which another begins with.
+    asked = [by_name[name] for name in ("dense_middle_0", "sparse_middle_0", "continued_0")]
+    assert [run.name for run in earlier.needed(asked, tmp_path)] == ["dense_middle_0", "continued_0"]
+    # What is found here stands for it.
+    earlier.write_result(tmp_path / "dense_middle_0" / earlier.RESULT, {"top1": 0.6})
+    assert earlier.found(by_name["dense_middle_0"], tmp_path) == {"top1": 0.6}
+    assert [run.name for run in earlier.needed(asked, tmp_path)] == ["continued_0"]
+    # Settings that changed since make it unknown again.
+    (tmp_path / "results.json").write_text(json.dumps({"runs": told[1:2]}))
+    earlier.restore(tmp_path / "results.json", every, tmp_path)
+    assert earlier.found(by_name["sparse_middle_0"], tmp_path) is None
+
+
+def test_a_fingerprint_tells_what_decides_a_result():
+    (run,) = (run for run in runs.sizes() if run.name == "sparse_middle_0")
+    others = {"seed": 1, "updates": 9, "changes": ("optim.lr=1",), "model": (("num_experts", 16),), "after": run}
+    changed = [dataclasses.replace(run, **{name: value}) for name, value in others.items() if name != "model"]
+    changed.append(dataclasses.replace(run, model=(("capacity_factor", 2.0),)))
+    assert len({run.fingerprint(), *(each.fingerprint() for each in changed)}) == 1 + len(others)
+    assert dataclasses.replace(run, name="another").fingerprint() == run.fingerprint()
+    # Of what comes after a run, too.
+    upcycled = runs.upcycling()[0]
+    longer = dataclasses.replace(upcycled.after, updates=9)
+    assert dataclasses.replace(upcycled, after=longer).fingerprint() != upcycled.fingerprint()
+    dials = [runs.Run("dials", "dials", "middle", 0, 0, after=each) for each in (run, longer)]
+    assert dials[0].fingerprint() != dials[1].fingerprint()
+
+
+def test_seeds_that_were_asked_for_less_are_averaged_where_they_were():
+    def row(selected: int, factor: float, order: bool, top1: float) -> dict:
+        place = {"num_selected_experts": selected, "capacity_factor": factor, "batch_priority": order}
+        return {**place, "top1": top1, "flops": 10.0 * factor}
+
+    first = {"settings": [row(2, 0.5, True, 0.6), row(1, 0.5, True, 0.3)], "budgets": {"0.9": 1, "0.8": 2}}
+    second = {"settings": [row(2, 0.5, True, 0.8)], "budgets": {"0.8": 3}}
+    assert [each["top1"] for each in report.at_setting([first, second], 2, 0.5, True)] == [0.6, 0.8]
+    assert [each["top1"] for each in report.at_setting([first, second], 1, 0.5, True)] == [0.3]
+    assert report.at_setting([first, second], 2, 0.5, False) == []
+    assert report.at_budgets([first, second]) == {"0.9": [1], "0.8": [2, 3]}

@@ -1,0 +1,74 @@
+"""What is known of a run: what it found here, or what was published of it when its folder was elsewhere."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.studies.typefaces.runs import Run
+from vmoe_torch.weights.files import replacing
+
+# Of a run that finished here, whose weights are in the folder, too; and of one that finished elsewhere.
+RESULT, PUBLISHED = "result.json", "published.json"
+
+
+def write_result(file: Path, found: dict) -> dict:
+    """Writes what was found, and returns it; the file is whole or not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as partial:
+        Path(partial).write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def finished(run: Run, folder: Path) -> bool:
+    """Whether it finished in this folder of runs."""
+    return (folder / run.name / RESULT).exists()
+
+
+def found(run: Run, folder: Path) -> dict | None:
+    """What the run found, here or else elsewhere."""
+    files = (folder / run.name / name for name in (RESULT, PUBLISHED))
+    return next((json.loads(file.read_text()) for file in files if file.exists()), None)
+
+
+def published(file: Path) -> dict:
+    """What results.json holds; nothing if there is none."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def restore(file: Path, runs: Iterable[Run], folder: Path) -> list[str]:
+    """Gives runs that did not finish here what was published of them, if their settings are those of now.
+
+    Args:
+        file: results.json of the study; there may be none.
+        runs: all runs of the study.
+        folder: of the runs.
+
+    Returns:
+        Names of the runs that are known from there.
+    """
+    known = {run["name"]: run for run in published(file).get("runs", ())}
+    names = []
+    for run in runs:
+        old = known.get(run.name)
+        place = folder / run.name / PUBLISHED
+        if old is not None and old["fingerprint"] == run.fingerprint():
+            write_result(place, old)
+            names.append(run.name)
+        else:
+            place.unlink(missing_ok=True)
+    return names
+
+
+def needed(runs: Iterable[Run], folder: Path) -> list[Run]:
+    """What has to run for some runs to be known: those themselves, and before them whose weights they begin with.
+
+    So a run that finished elsewhere runs again if its weights are asked for; what it finds now then stands for it.
+    """
+    chosen: dict[str, Run] = {}
+    for run in runs:
+        if found(run, folder) is not None:
+            continue
+        if run.after is not None and not finished(run.after, folder):
+            chosen[run.after.name] = run.after
+        chosen[run.name] = run
+    return list(chosen.values())
