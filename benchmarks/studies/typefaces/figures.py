@@ -36,7 +36,10 @@ def _top1(runs: Sequence[dict]) -> tuple[float, float]:
 
 
 def training_flops(found: Sequence[dict]) -> Figure | None:
-    """Accuracy on unseen typefaces over the FLOPs of the training, and over those of an image as capacity falls."""
+    """Accuracy on unseen typefaces over the FLOPs of the training, and over those of an image as capacity falls.
+
+    The former with the spread of the seeds, the latter of the first.
+    """
     kinds = {"sparse": "sparse", "dense_flops": "dense"}
     lines = {name: [of(found, kind, size, f"{name}_{size}") for size in SIZES] for name, kind in kinds.items()}
     if not all(all(runs) for runs in lines.values()):
@@ -51,6 +54,10 @@ def training_flops(found: Sequence[dict]) -> Figure | None:
             place = own[0]["training_flops"] / 1e12, height
             offset = (-6, 8) if prefix == "sparse" else (6, -14)
             training.annotate(size, place, offset, textcoords="offset points", color=colour, fontsize="small")
+    for run in of(found, "dense", "middle", "dense_twice"):
+        style = {"color": BLUE, "marker": "o", "fillstyle": "none", "linestyle": "none"}
+        place = run["training_flops"] / 1e12, 100 * run["test"]["all"]
+        training.plot(*place, **style, label="middle dense ViT for twice as long")
     for run in (dense := [own[0] for own in lines["dense_flops"]]):
         inference.plot(run["forward_flops"] / 1e6, 100 * run["test"]["all"], color=BLUE, marker="o")
     inference.plot([r["forward_flops"] / 1e6 for r in dense], [100 * r["test"]["all"] for r in dense], color=BLUE)
@@ -79,6 +86,9 @@ def training_flops(found: Sequence[dict]) -> Figure | None:
         axes.xaxis.set_major_formatter(_plain)
         axes.xaxis.set_minor_formatter(_plain)
         axes.tick_params(axis="x", which="both", labelsize="small")
+    seeds = max(len(own) for runs in lines.values() for own in runs)
+    for axes, told in ((training, f"mean and spread of {seeds} seeds at the middle size"), (inference, "first seed")):
+        axes.set_title(told, fontsize="small")
     figure.suptitle(f"{CLASSES:,} characters in typefaces never seen", fontsize="medium")
     return figure
 
@@ -96,8 +106,11 @@ def _falling(run: dict, order: bool) -> list[tuple[float, float]]:
 
 
 def capacity(found: Sequence[dict]) -> Figure | None:
-    """The middle V-MoE over its FLOPs as its capacity falls, vanilla and BPR, and the dense ViT as a point."""
-    sparse = [run for run in found if run["name"].startswith("sparse_middle")]
+    """The middle V-MoE over its FLOPs as its capacity falls, vanilla and BPR, and the dense ViT as a point.
+
+    Of the first seed's V-MoE, which alone was asked for every setting.
+    """
+    sparse = of(found, "sparse", "middle", "sparse")[:1]
     dense = [run for run in found if run["name"].startswith("dense_middle")]
     if not sparse or not dense:
         return None
@@ -123,7 +136,7 @@ def capacity(found: Sequence[dict]) -> Figure | None:
     axes.plot([dense[0]["forward_flops"] / 1e6], [level], color=BLUE, marker="s", linestyle="none", label="dense ViT")
     axes.set_xlabel("MFLOPs per image")
     axes.set_ylabel("top-1 on unseen typefaces, %")
-    axes.set_title("Less capacity, same weights", fontsize="medium")
+    axes.set_title("Less capacity, same weights (first seed)", fontsize="medium")
     axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.3)
     return figure

@@ -45,7 +45,7 @@ class Size:
 
 SIZES = {"small": Size(48, 3200), "middle": Size(64, 3200), "large": Size(96, 3200)}
 # V-MoEs alone, for what the quality of the smallest dense model costs.
-SPARSE_SIZES = {"tiny": Size(32, 3200), **SIZES}
+SPARSE_SIZES = {"tiny": Size(32, 3200), "little": Size(40, 3200), **SIZES}
 DENSE = {"moe_layers": ()}
 # What the search on the validation typefaces chose.
 SPARSE = {
