@@ -17,7 +17,7 @@ def sections(content: Mapping[str, Any]) -> list[str]:
     """All tables that the results allow, as JSON holds them."""
     found = content["runs"]
     lines = [*comparison(found), *wall_clock(content), *every_run(content)]
-    return lines + [line for table in (transfer, capacity, layers, upcycled, chosen) for line in table(found)]
+    return lines + [line for table in (transfer, capacity, budgets, layers, upcycled, chosen) for line in table(found)]
 
 
 def of(found: Sequence[dict], kind: str, size: str, prefix: str) -> list[dict]:
@@ -159,7 +159,7 @@ def transfer(found: Sequence[dict]) -> list[str]:
 
 
 def capacity(found: Sequence[dict]) -> list[str]:
-    """The middle size's accuracy with less and less capacity, and at the budgets."""
+    """The middle size's accuracy with less and less capacity."""
     sparse = of(found, "sparse", "middle", "sparse")
     dense = of(found, "dense", "middle", "dense")
     if not sparse or not dense:
@@ -175,10 +175,30 @@ def capacity(found: Sequence[dict]) -> list[str]:
             cells.append(spread([row["top1"] for row in rows]))
             cost = rows[0]["flops"]
         lines.append(f"| {selected} | {factor:g} | {cost / flops:.2f} | {' | '.join(cells)} |")
-    for share, rows in at_budgets(sparse).items():
-        relative, top1 = rows[0]["flops"] / flops, spread([row["top1"] for row in rows])
-        lines.append(f"| set_budget | {share} of its FLOPs | {relative:.2f} | | {top1} |")
     return [*lines, ""]
+
+
+def budgets(found: Sequence[dict]) -> list[str]:
+    """Accuracy of every size at the budgets that `set_budget` chose settings for."""
+    rows = []
+    for size in SIZES:
+        sparse, dense = (of(found, kind, size, kind) for kind in ("sparse", "dense"))
+        if not sparse or not dense:
+            continue
+        for share, found_there in at_budgets(sparse).items():
+            relative = found_there[0]["flops"] / dense[0]["forward_flops"]
+            top1 = spread([row["top1"] for row in found_there])
+            rows.append(f"| {size} | {share} | {relative:.2f} | {top1} | {len(found_there)} |")
+    if not rows:
+        return []
+    return [
+        "By `set_budget`, on validation typefaces: a K and a capacity for each layer, weights as trained, BPR.",
+        "",
+        "| size | share of its FLOPs asked for | of the dense FLOPs | top-1 | seeds |",
+        "| --- " * 5 + "|",
+        *rows,
+        "",
+    ]
 
 
 def at_setting(runs: Sequence[dict], selected: int, factor: float, order: bool) -> list[dict]:

@@ -63,8 +63,11 @@ SPARSE = {
 LR = {"dense": RECIPE.optim.lr, "sparse": RECIPE.optim.lr, "upcycled": 3e-3, "continued": 3e-3}
 # Experts as wide as the MLP, and two gates that sum to 1: the model is at first the one it was made from.
 UPCYCLED = {**SPARSE, **routers.WHOLE, "num_selected_experts": 2, "renormalize_gates": True}
+# Updates of a trained dense model that goes on.
+ADDED = SIZES["middle"].updates // 2
 TRIED = Size(64, 1000)
-# The search: each with its kind, its size, what it changes in SPARSE and what in the recipe.
+HALVES = {name: SPARSE[name] for name in ("num_experts", "expert_hidden")}
+# The search: each with its kind, its size, what it changes in SPARSE (or in UPCYCLED) and what in the recipe.
 SEARCH: dict[str, tuple[str, Size, dict, tuple[str, ...]]] = {
     "lr 6e-3": ("dense", TRIED, {}, ()),
     "lr 6e-3, as chosen": ("sparse", TRIED, {}, ()),
@@ -73,6 +76,11 @@ SEARCH: dict[str, tuple[str, Size, dict, tuple[str, ...]]] = {
     "16 experts, K=1": ("sparse", TRIED, {**routers.WHOLE, "num_selected_experts": 1}, ()),
     "in the second half": ("sparse", TRIED, {"moe_layers": (3, 4, 5)}, ()),
     "capacity 1.05": ("sparse", TRIED, {"capacity_factor": 1.05, "capacity_multiple_of": 1}, ()),
+    "upcycled, lr 6e-3": ("upcycled", TRIED, {}, ("optim.lr=6e-3",)),
+    "goes on, lr 6e-3": ("continued", TRIED, {}, ("optim.lr=6e-3",)),
+    "upcycled in the last block": ("upcycled", TRIED, {"moe_layers": (5,)}, ()),
+    "upcycled to 32 of half the width": ("upcycled", TRIED, HALVES, ()),
+    "upcycled to 32 of half the width, lr 6e-3": ("upcycled", TRIED, HALVES, ("optim.lr=6e-3",)),
     "lr 3e-3": ("dense", TRIED, {}, ("optim.lr=3e-3",)),
     "lr 3e-3, else as chosen": ("sparse", TRIED, {}, ("optim.lr=3e-3",)),
     "experts by AdamW": ("sparse", TRIED, {}, ("optim.muon_experts=false",)),
@@ -100,7 +108,7 @@ class Run:
     changes: tuple[str, ...] = ()
     """Overrides of the recipe."""
     model: tuple[tuple[str, object], ...] = ()
-    """Changes of the model's arguments."""
+    """Changes of the model's arguments, or of what it is upcycled to."""
     after: "Run | None" = None
     """The run whose last weights this one begins with."""
     tested: bool = True
@@ -117,13 +125,13 @@ class Run:
             "embed_dim": size.width,
             "num_heads": size.width // (32 if size.width % 32 == 0 else 16),
             **(SPARSE if self.kind == "sparse" else DENSE),
-            **dict(self.model),
+            **({} if self.kind == "upcycled" else dict(self.model)),
         }
         model = {"name": RECIPE.model.name, "kwargs": arguments}
         if self.after is not None:
             model["checkpoint"] = str(folder / self.after.name)
         if self.kind == "upcycled":
-            model["upcycle"] = UPCYCLED
+            model["upcycle"] = {**UPCYCLED, **dict(self.model)}
         told = RECIPE.to_dict()
         config = Config.from_dict(
             {
@@ -158,20 +166,17 @@ def _name(part: str, label: str) -> str:
 
 
 def search() -> list[Run]:
-    """The trainings that choose; one seed."""
-    return [
-        Run(
-            _name("search", f"{kind} {size.width} {label}"),
-            kind,
-            label,
-            0,
-            size.updates,
-            changes,
-            tuple(sorted(model.items())),
-            tested=False,
-        )
-        for label, (kind, size, model, changes) in SEARCH.items()
-    ]
+    """The trainings that choose; one seed. Those that begin with a dense model all add as many FLOPs to its."""
+    before = next(run for run in sizes() if run.name == f"dense_middle_{SEEDS[0]}")
+    found = []
+    for label, (kind, size, model, changes) in SEARCH.items():
+        name, own = _name("search", f"{kind} {size.width} {label}"), tuple(sorted(model.items()))
+        run = Run(name, kind, label, SEEDS[0], size.updates, changes, own, tested=False)
+        if kind in ("upcycled", "continued"):
+            run = replace(run, after=before)
+            run = replace(run, updates=math.floor(ADDED * forward_flops(before) / forward_flops(run)))
+        found.append(run)
+    return found
 
 
 def sizes() -> list[Run]:
@@ -204,8 +209,7 @@ def upcycling() -> list[Run]:
     found = []
     for seed in SEEDS:
         before = next(run for run in sizes() if run.name == f"dense_middle_{seed}")
-        updates = SIZES["middle"].updates // 2
-        dense = Run(f"continued_{seed}", "continued", "middle", seed, updates, after=before, compared=True)
+        dense = Run(f"continued_{seed}", "continued", "middle", seed, ADDED, after=before, compared=True)
         sparse = replace(dense, name=f"upcycled_{seed}", kind="upcycled")
         updates = math.floor(dense.updates * forward_flops(dense) / forward_flops(sparse))
         found += [replace(sparse, updates=updates), dense]
@@ -256,7 +260,7 @@ def runs_of(parts: Sequence[str] = tuple(PARTS)) -> Iterator[Run]:
 def forward_flops(run: Run) -> float:
     """FLOPs per image of a forward at the capacity of the training."""
     arguments = run.config(Path("runs")).model.kwargs
-    moe = UPCYCLED if run.kind == "upcycled" else {}
+    moe = {**UPCYCLED, **dict(run.model)} if run.kind == "upcycled" else {}
     return _forward_flops(tuple(sorted({**arguments, **moe}.items())))
 
 
