@@ -60,14 +60,12 @@ SPARSE = {
         "group_size",
     )
 }
-LR = {"dense": RECIPE.optim.lr, "sparse": RECIPE.optim.lr, "upcycled": 3e-3, "continued": 3e-3}
-# Experts as wide as the MLP, and two gates that sum to 1: the model is at first the one it was made from.
-UPCYCLED = {**SPARSE, **routers.WHOLE, "num_selected_experts": 2, "renormalize_gates": True}
+# Experts as wide as the MLP, and two gates that sum to 1: upcycled so, a model is at first the one it was made from.
+WHOLE_PAIRS = {**routers.WHOLE, "num_selected_experts": 2, "renormalize_gates": True}
 # Updates of a trained dense model that goes on.
 ADDED = SIZES["middle"].updates // 2
-TRIED = Size(64, 1000)
-HALVES = {name: SPARSE[name] for name in ("num_experts", "expert_hidden")}
-# The search: each with its kind, its size, what it changes in SPARSE (or in UPCYCLED) and what in the recipe.
+TRIED = Size(64, 1600)
+# The search: each with its kind, its size, what it changes in SPARSE and what in the recipe.
 SEARCH: dict[str, tuple[str, Size, dict, tuple[str, ...]]] = {
     "lr 6e-3": ("dense", TRIED, {}, ()),
     "lr 6e-3, as chosen": ("sparse", TRIED, {}, ()),
@@ -76,11 +74,18 @@ SEARCH: dict[str, tuple[str, Size, dict, tuple[str, ...]]] = {
     "16 experts, K=1": ("sparse", TRIED, {**routers.WHOLE, "num_selected_experts": 1}, ()),
     "in the second half": ("sparse", TRIED, {"moe_layers": (3, 4, 5)}, ()),
     "capacity 1.05": ("sparse", TRIED, {"capacity_factor": 1.05, "capacity_multiple_of": 1}, ()),
-    "upcycled, lr 6e-3": ("upcycled", TRIED, {}, ("optim.lr=6e-3",)),
-    "goes on, lr 6e-3": ("continued", TRIED, {}, ("optim.lr=6e-3",)),
-    "upcycled in the last block": ("upcycled", TRIED, {"moe_layers": (5,)}, ()),
-    "upcycled to 32 of half the width": ("upcycled", TRIED, HALVES, ()),
-    "upcycled to 32 of half the width, lr 6e-3": ("upcycled", TRIED, HALVES, ("optim.lr=6e-3",)),
+    "goes on, lr 6e-3": ("continued", TRIED, {}, ()),
+    "goes on, lr 3e-3": ("continued", TRIED, {}, ("optim.lr=3e-3",)),
+    "lr 6e-3, to 32 half as wide": ("upcycled", TRIED, {}, ()),
+    "lr 3e-3, to 32 half as wide": ("upcycled", TRIED, {}, ("optim.lr=3e-3",)),
+    "lr 6e-3, to 16 as wide": ("upcycled", TRIED, WHOLE_PAIRS, ()),
+    "lr 3e-3, to 16 as wide": ("upcycled", TRIED, WHOLE_PAIRS, ("optim.lr=3e-3",)),
+    "lr 3e-3, to 16 as wide in the last block": (
+        "upcycled",
+        TRIED,
+        {**WHOLE_PAIRS, "moe_layers": (5,)},
+        ("optim.lr=3e-3",),
+    ),
     "lr 3e-3": ("dense", TRIED, {}, ("optim.lr=3e-3",)),
     "lr 3e-3, else as chosen": ("sparse", TRIED, {}, ("optim.lr=3e-3",)),
     "experts by AdamW": ("sparse", TRIED, {}, ("optim.muon_experts=false",)),
@@ -131,13 +136,13 @@ class Run:
         if self.after is not None:
             model["checkpoint"] = str(folder / self.after.name)
         if self.kind == "upcycled":
-            model["upcycle"] = {**UPCYCLED, **dict(self.model)}
+            model["upcycle"] = {**SPARSE, **dict(self.model)}
         told = RECIPE.to_dict()
         config = Config.from_dict(
             {
                 "model": model,
                 "data": {**told["data"], "root": str(folder / "fonts"), "batch_size": BATCH},
-                "optim": {**told["optim"], "lr": LR[self.kind]},
+                "optim": told["optim"],
                 "schedule": {**told["schedule"], "updates": self.updates, "warmup_updates": WARMUP},
                 "run": {
                     **told["run"],
@@ -260,7 +265,7 @@ def runs_of(parts: Sequence[str] = tuple(PARTS)) -> Iterator[Run]:
 def forward_flops(run: Run) -> float:
     """FLOPs per image of a forward at the capacity of the training."""
     arguments = run.config(Path("runs")).model.kwargs
-    moe = {**UPCYCLED, **dict(run.model)} if run.kind == "upcycled" else {}
+    moe = {**SPARSE, **dict(run.model)} if run.kind == "upcycled" else {}
     return _forward_flops(tuple(sorted({**arguments, **moe}.items())))
 
 

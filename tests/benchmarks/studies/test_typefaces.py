@@ -181,7 +181,7 @@ def test_a_whole_study(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(routers, "SECONDS", 0.01)
     found = [measure.execute(run, tiny) for run in runs.runs_of(("sizes", "upcycling"))]
     assert (tiny / "sparse_small_0" / measure.RESULT).exists()
-    for name, upcycle in (("continued_0", {}), ("upcycled_0", runs.UPCYCLED)):
+    for name, upcycle in (("continued_0", {}), ("upcycled_0", runs.SPARSE)):
         config = Config.from_file(tiny / name / "config.json").model
         assert (config.checkpoint, config.upcycle) == (str(tiny / "dense_middle_0"), upcycle)
     # A finished run is read, not repeated.
