@@ -45,10 +45,16 @@ def restore(file: Path, runs: Iterable[Run], folder: Path) -> list[str]:
 
     Returns:
         Names of the runs that are known from there.
+
+    Raises:
+        ValueError: if the folder holds what a run found with other settings.
     """
     known = {run["name"]: run for run in published(file).get("runs", ())}
     names = []
     for run in runs:
+        here = folder / run.name / RESULT
+        if here.exists() and json.loads(here.read_text())["fingerprint"] != run.fingerprint():
+            raise ValueError(f"{here} must be of the settings of now, got others: move its folder away")
         old = known.get(run.name)
         place = folder / run.name / PUBLISHED
         if old is not None and old["fingerprint"] == run.fingerprint():

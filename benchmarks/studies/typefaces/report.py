@@ -109,7 +109,7 @@ def wall_clock(content: Mapping[str, Any]) -> list[str]:
             cells += [f"{dense:.0f}", f"{sparse:.0f} ({sparse / dense:.2f}x)"]
         rows.append(f"| {size} | {' | '.join(cells)} |")
     return [
-        "Microseconds an image on one thread, as trained (128 images; a step is forward, backward and Muon), medians:",
+        "Microseconds an image on one thread (128 images at a time; a step is forward, backward and Muon), medians:",
         "",
         "| size | dense MFLOPs | sparse MFLOPs | dense step | sparse step | dense inference | sparse inference |",
         "| --- " * 7 + "|",

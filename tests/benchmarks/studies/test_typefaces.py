@@ -181,7 +181,7 @@ def test_a_whole_study(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(routers, "SECONDS", 0.01)
     found = [measure.execute(run, tiny) for run in runs.runs_of(("sizes", "upcycling"))]
     assert (tiny / "sparse_small_0" / measure.RESULT).exists()
-    for name, upcycle in (("continued_0", {}), ("upcycled_0", runs.SPARSE)):
+    for name, upcycle in (("continued_0", {}), ("upcycled_0", json.loads(json.dumps(runs.SPARSE)))):
         config = Config.from_file(tiny / name / "config.json").model
         assert (config.checkpoint, config.upcycle) == (str(tiny / "dense_middle_0"), upcycle)
     # A finished run is read, not repeated.
@@ -242,13 +242,16 @@ def test_published_runs_are_not_repeated(tmp_path):
     asked = [by_name[name] for name in ("dense_middle_0", "sparse_middle_0", "continued_0")]
     assert [run.name for run in earlier.needed(asked, tmp_path)] == ["dense_middle_0", "continued_0"]
     # What is found here stands for it.
-    earlier.write_result(tmp_path / "dense_middle_0" / earlier.RESULT, {"top1": 0.6})
-    assert earlier.found(by_name["dense_middle_0"], tmp_path) == {"top1": 0.6}
+    earlier.write_result(tmp_path / "dense_middle_0" / earlier.RESULT, {**told[0], "top1": 0.6})
+    assert earlier.found(by_name["dense_middle_0"], tmp_path)["top1"] == 0.6
     assert [run.name for run in earlier.needed(asked, tmp_path)] == ["continued_0"]
     # Settings that changed since make it unknown again.
     (tmp_path / "results.json").write_text(json.dumps({"runs": told[1:2]}))
     earlier.restore(tmp_path / "results.json", every, tmp_path)
     assert earlier.found(by_name["sparse_middle_0"], tmp_path) is None
+    earlier.write_result(tmp_path / "dense_middle_1" / earlier.RESULT, told[1])
+    with pytest.raises(ValueError, match=r"dense_middle_1/result\.json must be of the settings of now"):
+        earlier.restore(tmp_path / "results.json", every, tmp_path)
 
 
 def test_a_fingerprint_tells_what_decides_a_result():
