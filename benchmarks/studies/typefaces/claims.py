@@ -26,7 +26,7 @@ def _pairs(found: Sequence[dict], prefix: str) -> dict[str, list[float]]:
     """{size: differences of sparse and dense top-1 in points, by seed} for the sizes that are finished."""
     pairs = {}
     for size in SIZES:
-        shared = together(of(found, "sparse", size, "sparse"), of(found, "dense", size, f"{prefix}_{size}"))
+        shared = together(of(found, "sparse", size, f"sparse_{size}"), of(found, "dense", size, f"{prefix}_{size}"))
         if shared:
             pairs[size] = [100 * (a["test"]["all"] - b["test"]["all"]) for a, b in shared]
     return pairs
@@ -51,7 +51,7 @@ def better_at_equal_flops(found: Sequence[dict]) -> tuple[str, str, bool] | None
 
 def cheaper_inference(found: Sequence[dict]) -> tuple[str, str, bool] | None:
     """The least share of a dense model's FLOPs at which some V-MoE is as good, over all sizes and settings."""
-    sparse = [run for each in SPARSE_SIZES for run in of(found, "sparse", each, "sparse") if run["seed"] == 0]
+    sparse = [run for each in SPARSE_SIZES for run in of(found, "sparse", each, f"sparse_{each}") if run["seed"] == 0]
     told, holds = [], True
     for size in SIZES:
         dense = of(found, "dense", size, f"dense_{size}")
@@ -88,7 +88,7 @@ def transfer(found: Sequence[dict]) -> tuple[str, str, bool] | None:
 
 def priority(found: Sequence[dict]) -> tuple[str, str, bool] | None:
     """What BPR gains at little capacity."""
-    runs = of(found, "sparse", "middle", "sparse")
+    runs = of(found, "sparse", "middle", "sparse_middle")
     if not runs:
         return None
     gains, trained = {}, runs[0]["settings"][0]["num_selected_experts"]
@@ -106,7 +106,7 @@ def priority(found: Sequence[dict]) -> tuple[str, str, bool] | None:
 
 def specialists(found: Sequence[dict]) -> tuple[str, str, bool] | None:
     """Mutual information of the expert and the character, first and last layer."""
-    runs = of(found, "sparse", "middle", "sparse")
+    runs = of(found, "sparse", "middle", "sparse_middle")
     if not runs:
         return None
     names = list(runs[0]["routing"])

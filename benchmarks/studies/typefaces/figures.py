@@ -54,14 +54,15 @@ def training_flops(found: Sequence[dict]) -> Figure | None:
             place = own[0]["training_flops"] / 1e12, height
             offset = (-6, 8) if prefix == "sparse" else (6, -14)
             training.annotate(size, place, offset, textcoords="offset points", color=colour, fontsize="small")
-    for run in of(found, "dense", "middle", "dense_twice"):
-        style = {"color": BLUE, "marker": "o", "fillstyle": "none", "linestyle": "none"}
-        place = run["training_flops"] / 1e12, 100 * run["test"]["all"]
-        training.plot(*place, **style, label="middle dense ViT for twice as long")
+    for kind, colour in (("sparse", ORANGE), ("dense", BLUE)):
+        style = {"color": colour, "marker": "o", "fillstyle": "none", "linestyle": "none"}
+        for run in of(found, kind, "middle", f"{kind}_twice"):
+            place = run["training_flops"] / 1e12, 100 * run["test"]["all"]
+            training.plot(*place, **style, label="middle size for twice as long")
     for run in (dense := [own[0] for own in lines["dense_flops"]]):
         inference.plot(run["forward_flops"] / 1e6, 100 * run["test"]["all"], color=BLUE, marker="o")
     inference.plot([r["forward_flops"] / 1e6 for r in dense], [100 * r["test"]["all"] for r in dense], color=BLUE)
-    for run in (own[0] for size in SPARSE_SIZES if (own := of(found, "sparse", size, "sparse"))):
+    for run in (own[0] for size in SPARSE_SIZES if (own := of(found, "sparse", size, f"sparse_{size}"))):
         # Both orders are known of the middle size alone.
         said = run["size"] == "middle"
         trained = [(run["forward_flops"] / 1e6, 100 * run["test"]["all"])]
@@ -110,7 +111,7 @@ def capacity(found: Sequence[dict]) -> Figure | None:
 
     Of the first seed's V-MoE, which alone was asked for every setting.
     """
-    sparse = of(found, "sparse", "middle", "sparse")[:1]
+    sparse = of(found, "sparse", "middle", "sparse_middle")[:1]
     dense = [run for run in found if run["name"].startswith("dense_middle")]
     if not sparse or not dense:
         return None

@@ -68,7 +68,7 @@ def comparison(found: Sequence[dict]) -> list[str]:
     rows = []
     for size in SIZES:
         shared = together(
-            of(found, "sparse", size, "sparse"),
+            of(found, "sparse", size, f"sparse_{size}"),
             of(found, "dense", size, f"dense_{size}"),
             of(found, "dense", size, "dense_flops"),
         )
@@ -137,7 +137,7 @@ def every_run(content: Mapping[str, Any]) -> list[str]:
 
 def transfer(found: Sequence[dict]) -> list[str]:
     """Few-shot accuracy on scripts never trained on, at the middle size."""
-    shared = together(of(found, "sparse", "middle", "sparse"), of(found, "dense", "middle", "dense_middle"))
+    shared = together(of(found, "sparse", "middle", "sparse_middle"), of(found, "dense", "middle", "dense_middle"))
     if not shared:
         return []
     kinds = dict(zip(("sparse", "dense"), zip(*shared)))
@@ -160,7 +160,7 @@ def transfer(found: Sequence[dict]) -> list[str]:
 
 def capacity(found: Sequence[dict]) -> list[str]:
     """The middle size's accuracy with less and less capacity."""
-    sparse = of(found, "sparse", "middle", "sparse")
+    sparse = of(found, "sparse", "middle", "sparse_middle")
     dense = of(found, "dense", "middle", "dense")
     if not sparse or not dense:
         return []
@@ -182,7 +182,7 @@ def budgets(found: Sequence[dict]) -> list[str]:
     """Accuracy of every size at the budgets that `set_budget` chose settings for."""
     rows = []
     for size in SIZES:
-        sparse, dense = (of(found, kind, size, kind) for kind in ("sparse", "dense"))
+        sparse, dense = (of(found, kind, size, f"{kind}_{size}") for kind in ("sparse", "dense"))
         if not sparse or not dense:
             continue
         for share, found_there in at_budgets(sparse).items():
@@ -215,7 +215,7 @@ def at_budgets(runs: Sequence[dict]) -> dict[str, list[dict]]:
 
 def layers(found: Sequence[dict]) -> list[str]:
     """How much a token's expert tells, and by chance, of what it may go by, layer by layer."""
-    sparse = of(found, "sparse", "middle", "sparse")
+    sparse = of(found, "sparse", "middle", "sparse_middle")
     if not sparse:
         return []
     what = tuple(next(iter(sparse[0]["routing"].values())))

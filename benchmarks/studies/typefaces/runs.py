@@ -74,6 +74,8 @@ SEARCH: dict[str, tuple[str, Size, dict, tuple[str, ...]]] = {
     "16 experts, K=1": ("sparse", TRIED, {**routers.WHOLE, "num_selected_experts": 1}, ()),
     "in the second half": ("sparse", TRIED, {"moe_layers": (3, 4, 5)}, ()),
     "capacity 1.05": ("sparse", TRIED, {"capacity_factor": 1.05, "capacity_multiple_of": 1}, ()),
+    "experts drop 10 % of their hidden units": ("sparse", TRIED, {"expert_drop": 0.1}, ()),
+    "10 % of paths dropped": ("sparse", TRIED, {"drop_path_rate": 0.1}, ()),
     "goes on, lr 6e-3": ("continued", TRIED, {}, ()),
     "goes on, lr 3e-3": ("continued", TRIED, {}, ("optim.lr=3e-3",)),
     "lr 6e-3, to 32 half as wide": ("upcycled", TRIED, {}, ()),
@@ -187,8 +189,7 @@ def search() -> list[Run]:
 def sizes() -> list[Run]:
     """Both kinds at every size for equal epochs, and the dense one for equal training FLOPs; the middle with seeds.
 
-    And the V-MoEs of sizes that have no dense one, and a dense one for twice the FLOPs, which takes longer by the
-    clock than any V-MoE.
+    And the V-MoEs of sizes that have no dense one, and both kinds of the middle size for twice as many updates.
     """
     found = []
     for seed in SEEDS:
@@ -205,7 +206,9 @@ def sizes() -> list[Run]:
         if seed == SEEDS[0]:
             own = {name: size for name, size in SPARSE_SIZES.items() if name not in SIZES}
             found += [Run(f"sparse_{name}_{seed}", "sparse", name, seed, size.updates) for name, size in own.items()]
-            found.append(Run(f"dense_twice_middle_{seed}", "dense", "middle", seed, 2 * SIZES["middle"].updates))
+            updates = 2 * SIZES["middle"].updates
+            twice = Run(f"dense_twice_middle_{seed}", "dense", "middle", seed, updates, compared=True)
+            found += [twice, replace(twice, name=f"sparse_twice_middle_{seed}", kind="sparse")]
     return found
 
 
