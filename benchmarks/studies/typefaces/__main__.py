@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known:
         print(f"{len(known)} runs are known from {options.out}: {', '.join(known)}", file=sys.stderr)
     runs = earlier.needed(runs_of(options.parts), options.runs)
-    if runs and not (place / CHARACTERS).exists():
+    if (runs or options.speed) and not (place / CHARACTERS).exists():
         fonts.prepare(place, options.fonts)
     failed = work_through(runs, options.runs, options.jobs, time.monotonic() + 60 * options.minutes)
     found = [result for run in every if (result := earlier.found(run, options.runs)) is not None]
