@@ -119,7 +119,7 @@ def test_report_lists_every_config_and_goes_stale(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "change"),
-    [("registers", 1), ("shared", 16), ("step", 1), ("instructions", 1), ("blocks_per_sm", -1), ("buffers", -1)],
+    [("registers", 1), ("shared", 16), ("step", 3), ("instructions", 3), ("blocks_per_sm", -1), ("buffers", -1)],
 )
 def test_a_number_that_got_worse_is_named(field, change, tmp_path, monkeypatch):
     compile_report.write([CLEAN], tmp_path)
@@ -134,6 +134,12 @@ def test_a_number_that_got_worse_is_named(field, change, tmp_path, monkeypatch):
     assert compile_report.worse([dataclasses.replace(bad, name="new")], tmp_path) == []
     monkeypatch.setattr(compile_report.triton, "__version__", "0.1")
     assert compile_report.worse([bad], tmp_path) == []
+
+
+def test_an_instruction_more_is_as_it_may_be_on_another_machine(tmp_path):
+    compile_report.write([CLEAN], tmp_path)
+    same = dataclasses.replace(CLEAN, step=CLEAN.step + 2, instructions=CLEAN.instructions + 2)
+    assert compile_report.worse([same], tmp_path) == []
 
 
 def test_check_fails_on_a_defect(capsys, monkeypatch):
