@@ -65,21 +65,32 @@ def spread(values: Sequence[float]) -> str:
 
 def comparison(found: Sequence[dict]) -> list[str]:
     """Sparse against dense at equal epochs, equal inference FLOPs and equal training FLOPs."""
-    rows = []
-    for size in SIZES:
-        shared = together(
+    groups = {
+        size: together(
             of(found, "sparse", size, f"sparse_{size}"),
-            of(found, "dense", size, f"dense_{size}"),
             of(found, "dense", size, "dense_flops"),
+            of(found, "dense", size, f"dense_{size}"),
         )
+        for size in SIZES
+    }
+    groups["middle, twice as long"] = together(
+        of(found, "sparse", "middle", "sparse_twice"), of(found, "dense", "middle", "dense_twice")
+    )
+    rows = []
+    for label, shared in groups.items():
         if not shared:
             continue
-        sparse, dense, longer = zip(*shared)
-        at_equal = [equal_flops(run, other["forward_flops"]) for run, other in zip(sparse, dense)]
+        # Those of equal epochs are not asked for where training is long.
+        sparse, longer, *dense = zip(*shared)
+        if dense:
+            at_equal = [equal_flops(run, other["forward_flops"]) for run, other in zip(sparse, *dense)]
+            equal_epochs = spread([run["test"]["all"] for run in dense[0]])
+            equal_inference = "out of range" if None in at_equal else spread(at_equal)
+        else:
+            equal_epochs = equal_inference = "-"
         rows.append(
-            f"| {size} | {dense[0]['forward_flops'] / 1e6:.1f} | {sparse[0]['forward_flops'] / 1e6:.1f} "
-            f"| {spread([run['test']['all'] for run in sparse])} | {spread([run['test']['all'] for run in dense])} "
-            f"| {'out of range' if None in at_equal else spread(at_equal)} "
+            f"| {label} | {longer[0]['forward_flops'] / 1e6:.1f} | {sparse[0]['forward_flops'] / 1e6:.1f} "
+            f"| {spread([run['test']['all'] for run in sparse])} | {equal_epochs} | {equal_inference} "
             f"| {spread([run['test']['all'] for run in longer])} | {len(sparse)} |"
         )
     if not rows:

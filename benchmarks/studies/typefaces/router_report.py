@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.studies.typefaces.report import PRIORITY, spread
 from benchmarks.studies.typefaces.routers import DIALLED
-from benchmarks.studies.typefaces.runs import CLASSES, comparison
+from benchmarks.studies.typefaces.runs import CLASSES, comparison, sizes
 
 NOT_YET = "Which of them is best on the same data and FLOPs is not measured yet; no number is claimed here."
 
@@ -33,12 +33,11 @@ def compared(found: Sequence[dict]) -> dict[str, list[dict]]:
     """{label: its finished runs by seed}; empty if none was trained for the comparison alone."""
     by_name = {run["name"]: run for run in found}
     groups: dict[str, list[dict]] = {}
-    own = False
     for label, run in comparison():
         if run.name in by_name:
             groups.setdefault(label, []).append(by_name[run.name])
-            own |= run.compared
-    return groups if own else {}
+    alone = {run.name for _, run in comparison()} - {run.name for run in sizes()}
+    return groups if alone & by_name.keys() else {}
 
 
 def dialled(found: Sequence[dict]) -> dict[str, list[dict]]:

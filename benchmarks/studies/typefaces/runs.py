@@ -46,6 +46,8 @@ class Size:
 SIZES = {"small": Size(48, 3200), "middle": Size(64, 3200), "large": Size(96, 3200)}
 # V-MoEs alone, for what the quality of the smallest dense model costs.
 SPARSE_SIZES = {"tiny": Size(32, 3200), "little": Size(40, 3200), **SIZES}
+# Updates of the sparse model where training is no longer early; the comparison of routers is for their FLOPs.
+TWICE = 2 * SIZES["middle"].updates
 DENSE = {"moe_layers": ()}
 # What the search on the validation typefaces chose.
 SPARSE = {
@@ -189,7 +191,8 @@ def search() -> list[Run]:
 def sizes() -> list[Run]:
     """Both kinds at every size for equal epochs, and the dense one for equal training FLOPs; the middle with seeds.
 
-    And the V-MoEs of sizes that have no dense one, and both kinds of the middle size for twice as many updates.
+    And the V-MoEs of sizes that have no dense one, and the middle size for twice as many updates, both kinds for equal
+    training FLOPs.
     """
     found = []
     for seed in SEEDS:
@@ -203,12 +206,13 @@ def sizes() -> list[Run]:
             found += [sparse, Run(f"dense_flops_{name}_{seed}", "dense", name, seed, updates)]
             equal_epochs.append(dense)
         found += equal_epochs
+        sparse = Run(f"sparse_twice_middle_{seed}", "sparse", "middle", seed, TWICE, compared=True)
+        dense = replace(sparse, name=f"dense_twice_middle_{seed}", kind="dense")
+        updates = math.ceil(TWICE * forward_flops(sparse) / forward_flops(dense))
+        found += [sparse, replace(dense, updates=updates)]
         if seed == SEEDS[0]:
             own = {name: size for name, size in SPARSE_SIZES.items() if name not in SIZES}
             found += [Run(f"sparse_{name}_{seed}", "sparse", name, seed, size.updates) for name, size in own.items()]
-            updates = 2 * SIZES["middle"].updates
-            twice = Run(f"dense_twice_middle_{seed}", "dense", "middle", seed, updates, compared=True)
-            found += [twice, replace(twice, name=f"sparse_twice_middle_{seed}", kind="sparse")]
     return found
 
 
@@ -225,12 +229,12 @@ def upcycling() -> list[Run]:
 
 
 def comparison() -> list[tuple[str, Run]]:
-    """Every router and layout with its label, at the middle size and for the training FLOPs of the sparse model there.
+    """Every router and layout with its label, at the middle size, for the training FLOPs of TWICE of the sparse model.
 
-    What `sizes` trains anyway is not trained twice.
+    What `sizes` trains anyway is not trained again.
     """
     known = [run for run in sizes() if run.size == "middle"]
-    budget = SIZES["middle"].updates * forward_flops(next(run for run in known if run.kind == "sparse"))
+    budget = TWICE * forward_flops(next(run for run in known if run.kind == "sparse"))
     usual = {**{name: each.default for name, each in signature(vmoe_torch.VMoE).parameters.items()}, **SPARSE}
     found = []
     for seed in SEEDS[:2]:

@@ -75,6 +75,7 @@ def test_runs_compared_have_equal_flops():
     tried = [run.name for run in runs.search() if run.kind == "upcycled"]
     assert len(tried) > 1
     pairs = [("sparse_small_0", "dense_flops_small_0"), ("upcycled_1", "continued_1")]
+    pairs += [(f"sparse_twice_middle_{seed}", f"dense_twice_middle_{seed}") for seed in runs.SEEDS]
     for one, other in [*pairs, *((name, "continued_0") for name in tried)]:
         flops = [runs.forward_flops(by_name[name]) * by_name[name].updates for name in (one, other)]
         assert flops[0] == pytest.approx(flops[1], rel=2e-3)
@@ -170,6 +171,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "BATCH", 16)
     monkeypatch.setattr(runs, "WARMUP", 0)
     monkeypatch.setattr(runs, "ADDED", 2)
+    monkeypatch.setattr(runs, "TWICE", 6)
     monkeypatch.setattr(measure, "CAPACITY_FACTORS", (1.05, 0.5))
     monkeypatch.setattr(measure, "BUDGETS", (0.9,))
     monkeypatch.setattr(measure, "CALIBRATION", 16)
@@ -203,6 +205,8 @@ def test_a_whole_study(tiny, tmp_path, monkeypatch):
         "dense step | sparse step",
         "digits | 1",
         "| small | 0.9 | ",
+        "| middle, twice as long | ",
+        " | - | - | ",
         "| layer | character |",
         "upcycled |",
         "after as many training steps | 5-shot",
@@ -210,6 +214,8 @@ def test_a_whole_study(tiny, tmp_path, monkeypatch):
     ):
         assert part in text
     assert "half drawn" not in text
+    # What the sizes share with the comparison of routers is no comparison yet.
+    assert "Routers and layouts" not in text
     assert figures.drawn(found, tiny).keys() == {"training_flops", "capacity", "experts", "specialists"}
     assert figures.drawn(found, tmp_path / "elsewhere").keys() == {"training_flops", "capacity"}
     assert json.loads(json.dumps(found)) == found

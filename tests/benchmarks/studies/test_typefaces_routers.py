@@ -24,7 +24,7 @@ def test_every_router_and_layout_gets_the_same_training_flops():
 def test_what_another_part_trains_is_not_trained_twice():
     known = {run.name for run in runs.sizes()}
     shared = {run.name for _, run in runs.comparison()} & known
-    assert {"dense_flops_middle_0", "dense_flops_middle_1"} <= shared
+    assert shared == {f"{kind}_twice_middle_{seed}" for kind in ("dense", "sparse") for seed in (0, 1)}
     together = [run.name for run in runs.runs_of(("sizes", "routers"))]
     assert len(together) == len(set(together)) < len(known) + len(list(runs.runs_of(("routers",))))
     # Whatever the sparse model of the study is.
