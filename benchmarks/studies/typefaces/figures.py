@@ -56,9 +56,12 @@ def training_flops(found: Sequence[dict]) -> Figure | None:
             training.annotate(size, place, offset, textcoords="offset points", color=colour, fontsize="small")
     for kind, colour in (("sparse", ORANGE), ("dense", BLUE)):
         style = {"color": colour, "marker": "o", "fillstyle": "none", "linestyle": "none"}
-        for run in of(found, kind, "middle", f"{kind}_twice"):
-            place = run["training_flops"] / 1e12, 100 * run["test"]["all"]
-            training.plot(*place, **style, label="middle size for twice as long")
+        places = [
+            (run["training_flops"] / 1e12, 100 * run["test"]["all"])
+            for run in of(found, kind, "middle", f"{kind}_twice")
+        ]
+        if places:
+            training.plot(*zip(*places), **style, label="middle size for twice as long")
     for run in (dense := [own[0] for own in lines["dense_flops"]]):
         inference.plot(run["forward_flops"] / 1e6, 100 * run["test"]["all"], color=BLUE, marker="o")
     inference.plot([r["forward_flops"] / 1e6 for r in dense], [100 * r["test"]["all"] for r in dense], color=BLUE)
