@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made["threads"] = f"1 for each of {options.jobs} runs at a time"
     every = list(runs_of())
     place = options.runs / "fonts"
-    known = earlier.restore(options.out / "results.json", every, options.runs)
+    published = earlier.published(options.out / "results.json")
+    known = earlier.restore(published, every, options.runs)
     if known:
         print(f"{len(known)} runs are known from {options.out}: {', '.join(known)}", file=sys.stderr)
     runs = earlier.needed(runs_of(options.parts), options.runs)
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = work_through(runs, options.runs, options.jobs, time.monotonic() + 60 * options.minutes)
     found = [result for run in every if (result := earlier.found(run, options.runs)) is not None]
     content = {"environment": made, "runs": found}
-    old = earlier.published(options.out / "results.json").get("speed", {})
+    old = published.get("speed", {})
     speed = {
         part: measured_speeds(part, options.runs)
         if options.speed and part in options.parts

@@ -1,8 +1,9 @@
 """What is known of a run: what it found here, or what was published of it when its folder was elsewhere."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.studies.typefaces.runs import Run
 from vmoe_torch.weights.files import replacing
@@ -35,11 +36,11 @@ def published(file: Path) -> dict:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def restore(file: Path, runs: Iterable[Run], folder: Path) -> list[str]:
+def restore(content: Mapping[str, Any], runs: Iterable[Run], folder: Path) -> list[str]:
     """Gives runs that did not finish here what was published of them, if their settings are those of now.
 
     Args:
-        file: results.json of the study; there may be none.
+        content: what results.json holds, see `published`.
         runs: all runs of the study.
         folder: of the runs.
 
@@ -49,7 +50,7 @@ def restore(file: Path, runs: Iterable[Run], folder: Path) -> list[str]:
     Raises:
         ValueError: if the folder holds what a run found with other settings.
     """
-    known = {run["name"]: run for run in published(file).get("runs", ())}
+    known = {run["name"]: run for run in content.get("runs", ())}
     names = []
     for run in runs:
         here = folder / run.name / RESULT

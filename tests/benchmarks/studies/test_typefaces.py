@@ -240,8 +240,11 @@ def test_published_runs_are_not_repeated(tmp_path):
     told = [{**measure.told(by_name[name]), "top1": 0.5} for name in names]
     told[1]["fingerprint"] = "of other settings"
     (tmp_path / "results.json").write_text(json.dumps({"runs": told}))
-    assert earlier.restore(tmp_path / "elsewhere.json", every, tmp_path) == []
-    assert earlier.restore(tmp_path / "results.json", every, tmp_path) == ["sparse_middle_0", "dense_middle_0"]
+    assert earlier.restore(earlier.published(tmp_path / "elsewhere.json"), every, tmp_path) == []
+    assert earlier.restore(earlier.published(tmp_path / "results.json"), every, tmp_path) == [
+        "sparse_middle_0",
+        "dense_middle_0",
+    ]
     assert earlier.found(by_name["dense_middle_0"], tmp_path)["top1"] == 0.5
     assert earlier.found(by_name["dense_middle_1"], tmp_path) is None
     # Not here are its weights, which another begins with.
@@ -252,12 +255,12 @@ def test_published_runs_are_not_repeated(tmp_path):
     assert earlier.found(by_name["dense_middle_0"], tmp_path)["top1"] == 0.6
     assert [run.name for run in earlier.needed(asked, tmp_path)] == ["continued_0"]
     # Settings that changed since make it unknown again.
-    (tmp_path / "results.json").write_text(json.dumps({"runs": told[1:2]}))
-    earlier.restore(tmp_path / "results.json", every, tmp_path)
+    changed = {"runs": told[1:2]}
+    earlier.restore(changed, every, tmp_path)
     assert earlier.found(by_name["sparse_middle_0"], tmp_path) is None
     earlier.write_result(tmp_path / "dense_middle_1" / earlier.RESULT, told[1])
     with pytest.raises(ValueError, match=r"dense_middle_1/result\.json must be of the settings of now"):
-        earlier.restore(tmp_path / "results.json", every, tmp_path)
+        earlier.restore(changed, every, tmp_path)
 
 
 def test_a_fingerprint_tells_what_decides_a_result():
