@@ -156,6 +156,9 @@ def test_options_and_overrides_come_in_any_order(tmp_path, capsys):
         assert printed["data"]["name"] == "fashion_mnist"
     assert main(["train", "data.name=fashion_mnist", "--resume", "run.device=gpu"]) == 2
     assert "run.device must be" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["train", "data.name=fashion_mnist", f"run.output={tmp_path}/cuda", "run.device=cuda"]) == 2
+        assert "must be cpu or auto, as PyTorch sees no CUDA device, got cuda:0" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["train", "optim.lr=1", "--wings", "run.seed=1"])
     assert "unrecognized arguments: --wings" in capsys.readouterr().err

@@ -114,6 +114,18 @@ def routing(
     """`set_routing` for the length of a `with` block; what was set before comes back, also after an error.
 
     Whatever sets the routing inside the block is undone too, so without changes it guards `set_budget` and the like.
+
+    Args:
+        model: as `set_routing`.
+        layers: as `set_routing`.
+        data: as `set_routing`.
+        **changes: as `set_routing`; there may be none.
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError: as `set_routing`; then nothing has changed.
     """
     before = [(layer, layer.routing_state()) for layer in moe_layers(model).values()]
     set_routing(model, layers=layers, data=data, **changes)

@@ -93,6 +93,9 @@ def test_text_and_json(guarded, budget):
     }
     unlabelled = vmoe_torch.set_budget(model, flops=1.0, data=[batches[0][0]], settings=SETTINGS[:1], rounds=1)
     assert "agreement %" in str(unlabelled)
+    # One tensor is a batch.
+    whole = vmoe_torch.set_budget(model, flops=1.0, data=batches[0][0], settings=SETTINGS[:1], rounds=1)
+    assert whole.as_dict() == unlabelled.as_dict()
 
 
 def test_latency_budget_is_kept(guarded, monkeypatch):
@@ -144,6 +147,7 @@ def test_budget_that_nothing_keeps_names_the_least(guarded):
         ({"flops": 0.8, "latency": 0.8}, "one of flops and latency must be given"),
         ({"flops": 0.0}, "flops must be above 0, got 0.0"),
         ({"latency": -1.0}, "latency must be above 0, got -1.0"),
+        ({"flops": 80}, "flops must be a share of the present cost, at most 1 as 0.8 is, got 80"),
         ({"flops": 0.8, "rounds": 0}, "rounds must be at least 1, got 0"),
         ({"flops": 0.8, "settings": []}, "settings must hold at least one LayerSetting, got none"),
         ({"flops": 0.8, "settings": [LayerSetting(9, 1.0)]}, "num_selected_experts must be in 1..num_experts=4, got 9"),

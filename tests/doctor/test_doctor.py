@@ -13,6 +13,7 @@ import vmoe_kernels as kernels
 from tests.test_cli import fails
 from vmoe_kernels.common.impl import Choice
 from vmoe_torch.cli import main
+from vmoe_torch.commands.options import device
 from vmoe_torch.doctor import examination, machine, ops, speed
 from vmoe_torch.doctor.examination import Examination, examine, judge_choice
 from vmoe_torch.doctor.machine import chosen_device
@@ -240,7 +241,8 @@ def test_process_groups_that_fail_are_told(monkeypatch):
 def test_a_gpu_that_is_missing_is_told(capsys, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert chosen_device(None) == CPU
+    assert device("auto") == "cpu"
+    assert chosen_device("cpu") == CPU
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(machine, "driver_version", lambda: None)
     fails(capsys, ["doctor", "--device=cuda:0"], "--device must be cpu, got cuda:0: PyTorch sees no GPU, and no NVIDIA")
@@ -257,7 +259,8 @@ def test_auto_is_the_first_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert chosen_device(None) == chosen_device("cuda") == torch.device("cuda:0")
+    assert device("auto") == "cuda"
+    assert chosen_device("cuda") == torch.device("cuda:0")
     assert chosen_device("cuda:1") == torch.device("cuda:1")
     assert chosen_device("cpu") == CPU
     with pytest.raises(ValueError, match="--device must be one of 2 CUDA devices, got cuda:2"):
@@ -269,7 +272,7 @@ def test_device_auto_is_a_word(quick, monkeypatch, capsys):
     monkeypatch.setattr("vmoe_torch.commands.doctor.chosen_device", lambda name: asked.append(name) or CPU)
     for words in ([], ["--device", "auto"], ["--device=cuda:1"]):
         assert main(["doctor", "--seconds=0", *words]) == 0
-    assert asked == [None, None, "cuda:1"]
+    assert asked == [device("auto"), device("auto"), "cuda:1"]
 
 
 def test_a_card_that_does_not_run_the_kernels_is_a_problem():

@@ -38,6 +38,8 @@ def test_override_sets(assignment, section, name, value):
     ("assignment", "message"),
     [
         ("optim.lrate=1", r"unknown config key 'optim\.lrate'; did you mean .*optim\.lr"),
+        ("optim.learning_rate=1", r"unknown config key 'optim\.learning_rate'; did you mean optim\.lr"),
+        ("run.amp=bfloat16", r"unknown config key 'run\.amp'; did you mean run\.precision"),
         ("optim.zzzzzz=1", r"unknown config key 'optim\.zzzzzz'"),
         ("learning=1", "unknown config key 'learning'"),
         ("optim.lr.x=1", r"optim\.lr must be of type float"),

@@ -111,6 +111,12 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path):
     config = ModelConfig("vmoe_s32", checkpoint=prefix, kwargs={**RELEASED, "depth": 6})
     with pytest.raises(ValueError, match=r"must fit the model: blocks\.4"):
         build_starting_model(config, 3)
+    dense = timm.create_model("vit_tiny_patch16_224", num_classes=3, **DENSE).state_dict()
+    torch.save({"format": 1, "config": {}, "class_names": [], "model": dense, "ema": None}, tmp_path / "dense.pt")
+    sparse = {**DENSE, "moe_layers": [1], "num_experts": 4}
+    sparse = ModelConfig("vmoe_s32", checkpoint=str(tmp_path / "dense.pt"), kwargs=sparse)
+    with pytest.raises(ValueError, match=r"it has no router: of a dense model, vmoe_torch\.upcycle makes a V-MoE"):
+        build_starting_model(sparse, 3)
     with pytest.raises(ValueError, match=r"checkpoint .*nowhere does not exist"):
         build_starting_model(ModelConfig(checkpoint=f"{tmp_path}/nowhere"), 3)
     with pytest.raises(ValueError, match=r"model\.upcycle of resnet18: model must have blocks with an mlp each"):

@@ -54,14 +54,14 @@ def training_flops(found: Sequence[dict]) -> Figure | None:
             place = own[0]["training_flops"] / 1e12, height
             offset = (-6, 8) if prefix == "sparse" else (6, -14)
             training.annotate(size, place, offset, textcoords="offset points", color=colour, fontsize="small")
-    for kind, colour in (("sparse", ORANGE), ("dense", BLUE)):
+    for kind, colour, label in (("sparse", ORANGE, "V-MoE"), ("dense", BLUE, "dense ViT")):
         style = {"color": colour, "marker": "o", "fillstyle": "none", "linestyle": "none"}
         places = [
             (run["training_flops"] / 1e12, 100 * run["test"]["all"])
             for run in of(found, kind, "middle", f"{kind}_twice")
         ]
         if places:
-            training.plot(*zip(*places), **style, label="middle size for twice as long")
+            training.plot(*zip(*places), **style, label=f"{label}, middle, for twice as long")
     for run in (dense := [own[0] for own in lines["dense_flops"]]):
         inference.plot(run["forward_flops"] / 1e6, 100 * run["test"]["all"], color=BLUE, marker="o")
     inference.plot([r["forward_flops"] / 1e6 for r in dense], [100 * r["test"]["all"] for r in dense], color=BLUE)
@@ -78,6 +78,8 @@ def training_flops(found: Sequence[dict]) -> Figure | None:
             if points:
                 inference.plot(*zip(*points), color=colour, linestyle=style, marker=".", label=label if said else None)
         inference.plot(*trained[0], color=ORANGE, marker="o")
+        style = {"color": ORANGE, "fontsize": "small", "ha": "center"}
+        inference.annotate(run["size"], trained[0], (0, 8), textcoords="offset points", **style)
     inference.set_xlabel("MFLOPs of an image at inference")
     training.set_xlabel("TFLOPs of the training")
     training.set_ylabel("top-1 on unseen typefaces, %")
@@ -112,11 +114,12 @@ def _falling(run: dict, order: bool) -> list[tuple[float, float]]:
 def capacity(found: Sequence[dict]) -> Figure | None:
     """The middle V-MoE over its FLOPs as its capacity falls, vanilla and BPR, and the dense ViT as a point.
 
-    Of the first seed's V-MoE, which alone was asked for every setting.
+    Both of the first seed, whose V-MoE alone was asked for every setting.
     """
     sparse = of(found, "sparse", "middle", "sparse_middle")[:1]
-    dense = [run for run in found if run["name"].startswith("dense_middle")]
-    if not sparse or not dense:
+    seeds = [run["seed"] for run in sparse]
+    dense = [run for run in of(found, "dense", "middle", "dense_middle") if run["seed"] in seeds]
+    if not dense:
         return None
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()

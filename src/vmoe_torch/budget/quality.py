@@ -19,7 +19,7 @@ class Quality:
 
     Args:
         model: a classifier.
-        data: batches (images, labels), or images only.
+        data: batches (images, labels), or images only, or one tensor of images.
         present: how the layers are set.
 
     Attributes:
@@ -32,10 +32,11 @@ class Quality:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, data: Iterable, present: Assignment):
+    def __init__(self, model: nn.Module, data: Tensor | Iterable, present: Assignment):
         self.model = model
         device = next(model.parameters()).device
-        read = [batch if isinstance(batch, (tuple, list)) else (batch,) for batch in data]
+        batches = [data] if isinstance(data, Tensor) else data
+        read = [batch if isinstance(batch, (tuple, list)) else (batch,) for batch in batches]
         read = [tuple(torch.as_tensor(part).to(device) for part in batch[:2]) for batch in read if len(batch[0])]
         if not read:
             raise ValueError("data must give at least one image, got none")

@@ -29,7 +29,7 @@ def set_budget(
     *,
     flops: float | None = None,
     latency: float | None = None,
-    data: Iterable[tuple[Tensor, Tensor] | Tensor],
+    data: Tensor | Iterable[tuple[Tensor, Tensor] | Tensor],
     settings: Sequence[LayerSetting] | None = None,
     rounds: int = 2,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -45,8 +45,9 @@ def set_budget(
         flops: the budget, as a share of the FLOPs per image that the model has as it is set now, in eval mode and on
             the first batch: 0.8 is a fifth less. As `vmoe_torch.evaluate.count_flops` counts.
         latency: instead, a share of the time of a forward of the first batch, measured on the model's device now.
-        data: calibration set, some hundred images: batches (images (B, C, H, W), labels (B,)), or images only. Read
-            once and kept. B should be a whole number of routing groups and, above all for a latency, as in use.
+        data: calibration set, some hundred images: batches (images (B, C, H, W), labels (B,)), or images only, or one
+            tensor of images. Read once and kept. B should be a whole number of routing groups and, above all for a
+            latency, as in use.
         settings: what each layer may be set to; None is every K up to the present one, at capacity factors from the
             present one down to 0.1, with Batch Priority Routing; for a model that is set to a mean with the thresholds
             of its training also smaller means.
@@ -58,8 +59,8 @@ def set_budget(
         Budget; print it.
 
     Raises:
-        ValueError: if not one budget is given, it is below what the cheapest settings cost, there is no image, or the
-            model is not of this kind.
+        ValueError: if not one budget is given, it is below what the cheapest settings cost or above the present cost
+            (where no settings are given), there is no image, or the model is not of this kind.
     """
     if (flops is None) == (latency is None):
         raise ValueError(f"one of flops and latency must be given, got flops={flops} and latency={latency}")
@@ -67,6 +68,9 @@ def set_budget(
     name = "flops" if latency is None else "latency"
     if not share > 0:
         raise ValueError(f"{name} must be above 0, got {share}")
+    # Settings of one's own may cost more than the present ones.
+    if settings is None and share > 1:
+        raise ValueError(f"{name} must be a share of the present cost, at most 1 as 0.8 is, got {share}")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     for layer_name, layer in moe_layers(model).items():

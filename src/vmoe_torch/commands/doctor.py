@@ -20,7 +20,7 @@ def add(commands) -> None:
         "0 only if all is well.",
         epilog="example: vmoe doctor --device cuda:0 --json doctor.json",
     )
-    opt.add_device(parser, auto=True)
+    opt.add_device(parser)
     opt.add_number(parser, "--seconds", 0, 60, "seconds for measuring speed, 0 for none")
     parser.add_argument("--json", metavar="FILE", help="write all that was found, with tracebacks, for a report")
     parser.set_defaults(run=run)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -119,23 +120,17 @@ def wants_average(options: argparse.Namespace) -> bool | None:
     return None if options.weights is None else options.weights == "average"
 
 
-class _OrAuto(argparse.Action):
-    """Takes "auto" for what holds where the option is not given."""
+def device(text: str) -> str:
+    """A device as argparse wants it: "auto" is a GPU where there is one, else the CPU."""
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return text
 
-    def __call__(self, parser, namespace, value, option_string=None):
-        setattr(namespace, self.dest, None if value == "auto" else value)
 
-
-def add_device(parser: argparse.ArgumentParser, auto: bool = False) -> None:
-    """Adds the device that is computed on.
-
-    Args:
-        parser: of the command.
-        auto: whether it may be "auto" and is so by default, which gives None; else a CPU is the default.
-    """
-    action, default = (_OrAuto, None) if auto else ("store", "cpu")
-    shown = "auto, a GPU where there is one" if auto else default
-    add_option(parser, "--device", DEVICE, action=action, default=default, help=f"cpu or cuda (default: {shown})")
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds the device that is computed on."""
+    text = "cpu, cuda or auto, a GPU where there is one (default: auto)"
+    add_option(parser, "--device", DEVICE, type=device, default="auto", help=text)
 
 
 def add_routing(parser: argparse.ArgumentParser, several: bool = False, order: bool = True, **defaults: str) -> None:

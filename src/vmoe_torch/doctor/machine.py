@@ -35,14 +35,12 @@ CPU_FLAGS = (
 )
 
 
-def chosen_device(name: str | None) -> torch.device:
-    """The device to examine: "cpu", "cuda", "cuda:N", or None for the first GPU where there is one.
+def chosen_device(name: str) -> torch.device:
+    """The device of a name: "cpu", "cuda" (the first) or "cuda:N".
 
     Raises:
         ValueError: if there is no such GPU, saying why.
     """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cpu":
         return device

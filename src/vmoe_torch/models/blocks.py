@@ -34,8 +34,8 @@ def parse_moe_layers(moe_layers: MoeLayers, depth: int) -> tuple[int, ...]:
                 if number <= len(blocks):
                     return tuple(blocks[-number:])
         raise ValueError(
-            f"moe_layers must be 'everyN', 'lastN' with N odd blocks at most, or block numbers below {depth}, "
-            f"got {moe_layers!r}"
+            f"moe_layers must be 'everyN', 'lastN' with N of the odd-numbered blocks at most, or block numbers below "
+            f"{depth}, got {moe_layers!r}"
         )
     blocks = moe_layers if isinstance(moe_layers, Iterable) else [moe_layers]
     rule = f"block numbers in 0..{depth - 1}"

@@ -9,6 +9,8 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+# What keys are called elsewhere and do not look like.
+OTHER_NAMES = {"learning_rate": "lr", "amp": "precision", "dtype": "precision"}
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -82,7 +84,7 @@ def _near(key: str, cls: type, path: str, root: type) -> str:
         by_last.setdefault(known_key.rpartition(".")[2], []).append(known_key)
     last = key.rpartition(".")[2]
     close = [
-        *by_last.get(last, ()),
+        *by_last.get(OTHER_NAMES.get(last, last), ()),
         *difflib.get_close_matches(key, known, n=3),
         *(near for name in difflib.get_close_matches(last, by_last, n=3) for near in by_last[name]),
     ]

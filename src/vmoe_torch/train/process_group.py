@@ -86,8 +86,10 @@ def processes(device: str, timeout: float = 600.0, spread: bool = False) -> Iter
     place = torch.device(device)
     if place.type == "cuda":
         number = int(os.environ.get("LOCAL_RANK", 0)) if place.index is None else place.index
-        if number >= torch.cuda.device_count():
-            raise ValueError(f"run.device must be one of {torch.cuda.device_count()} CUDA devices, got cuda:{number}")
+        count = torch.cuda.device_count()
+        if number >= count:
+            rule = f"one of {count} CUDA devices" if count else "cpu or auto, as PyTorch sees no CUDA device"
+            raise ValueError(f"run.device must be {rule}, got cuda:{number}")
         place = torch.device("cuda", number)
         torch.cuda.set_device(place)
     joins = (world_size > 1 or spread) and not dist.is_initialized()

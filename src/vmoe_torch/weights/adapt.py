@@ -118,5 +118,8 @@ def load_adapted(
         if own[name].shape != state[name].shape
     ]
     if wrong:
-        raise ValueError(f"{source} must fit the model: " + "; ".join(wrong[:8]))
+        routers = [name for name in own if name.endswith(".router.weight")]
+        dense = routers and not any(name in state for name in routers)
+        hint = "; it has no router: of a dense model, vmoe_torch.upcycle makes a V-MoE" if dense else ""
+        raise ValueError(f"{source} must fit the model: " + "; ".join(wrong[:8]) + hint)
     model.load_state_dict(state)
