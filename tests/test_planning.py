@@ -179,6 +179,8 @@ def test_plan_command_prints_the_table(capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (PlannedRun(0, 1, 1024), "gpus must be at least 1, got 0"),
+        (PlannedRun(1.0, 1, 1024), r"gpus must be at least 1, got 1\.0"),
         (PlannedRun(64, 48, 1024), "ep must divide the number of GPUs, got ep=48 and gpus=64"),
         (PlannedRun(64, 64, 1024), "ep must divide num_experts=32, got ep=64"),
         (PlannedRun(64, 32, 1000), "batch must be a positive multiple of gpus=64, got 1000"),

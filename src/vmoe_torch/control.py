@@ -1,6 +1,7 @@
 """Routing control from outside: set or try another capacity, K or priority, and read what the routers did."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Unpack
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from vmoe_torch.layers.calibration import Images, find_thresholds
 from vmoe_torch.layers.moe_mlp import MoeMlp
 from vmoe_torch.layers.options import CapacityFactor, RoutingOptions
+from vmoe_torch.layers.routers.threshold import Threshold
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoeMlp]:
@@ -37,7 +39,7 @@ def capacity_text(capacity_factor: CapacityFactor) -> str:
 def set_routing(
     model: nn.Module,
     *,
-    layers: Iterable[str] | None = None,
+    layers: str | Iterable[str] | None = None,
     data: Images | None = None,
     **changes: Unpack[RoutingOptions],
 ) -> None:
@@ -47,7 +49,7 @@ def set_routing(
 
     Args:
         model: any module with MoE layers.
-        layers: names of the layers to change, as `moe_layers` has them; None is all.
+        layers: names of the layers to change, as `moe_layers` has them, or one; None is all.
         data: images to find each layer's gate_threshold on, for one mean_selected_experts: batches (B, C, H, W), alone
             or before labels, or one tensor. The model runs on them; no training is needed.
         **changes: num_selected_experts, K, in 1..E of every layer; capacity_factor, a number or "dropless", in training
@@ -61,6 +63,9 @@ def set_routing(
         TypeError: if there is no such setting.
         ValueError: if the model has no MoE layer, a name or a value is off, or there is no image; then nothing has
             changed.
+
+    Warns:
+        UserWarning: if a model in eval mode has no threshold for this mean, and so cuts nothing.
     """
     unknown = changes.keys() - RoutingOptions.__annotations__.keys()
     if unknown:
@@ -84,7 +89,7 @@ def set_routing(
     found = moe_layers(model)
     if not found:
         raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
-    names = list(found) if layers is None else list(layers)
+    names = list(found) if layers is None else [layers] if isinstance(layers, str) else list(layers)
     unknown = [name for name in names if name not in found]
     if unknown:
         raise ValueError(f"layers must be among {', '.join(found)}, got {', '.join(unknown)}")
@@ -101,13 +106,27 @@ def set_routing(
         for layer, state in before:
             layer.restore_routing(state)
         raise
+    if "mean_selected_experts" in given:
+        _warn_of_no_threshold({name: found[name] for name in names})
+
+
+def _warn_of_no_threshold(layers: Mapping[str, MoeMlp]) -> None:
+    routers = {name: layer.own_router() for name, layer in layers.items() if not layer.training}
+    lacking = [name for name, each in routers.items() if isinstance(each, Threshold) and each.lacks_threshold()]
+    if lacking:
+        mean = routers[lacking[0]].capacity_mean
+        warnings.warn(
+            f"no training has found a threshold for mean_selected_experts={mean:g} in {', '.join(lacking)}, which "
+            "therefore cut nothing: pass data=images to find it",
+            stacklevel=3,
+        )
 
 
 @contextmanager
 def routing(
     model: nn.Module,
     *,
-    layers: Iterable[str] | None = None,
+    layers: str | Iterable[str] | None = None,
     data: Images | None = None,
     **changes: Unpack[RoutingOptions],
 ) -> Iterator[nn.Module]:

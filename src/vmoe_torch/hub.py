@@ -119,6 +119,11 @@ def _routing_text(layer: nn.Module) -> str:
     routing, slots = layer.routing(), layer.own_router().slots_per_expert
     if slots is not None:
         return f"{layer.router_type}, {layer.num_experts} experts of {slots} slots, every image on its own"
+    if layer.router_type == "expert_choice":
+        factor = capacity_text(routing["eval_capacity_factor"])
+        return (
+            f"expert_choice, {layer.num_experts} experts, capacity factor {factor}, groups of {routing['group_size']}"
+        )
     order = f"BPR by {routing['priority']} gate" if routing["batch_priority"] else "position order"
     mean, threshold = routing.get("mean_selected_experts"), routing.get("gate_threshold")
     more = "" if mean is None else f", {mean} experts per token on average"

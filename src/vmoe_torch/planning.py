@@ -13,6 +13,7 @@ from math import prod
 from torch import Size, nn
 
 from vmoe_kernels import num_groups
+from vmoe_kernels.common.checks import check_integer
 from vmoe_kernels.common.flops import linear_flops, mlp_flops
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.layers.settings import DROPLESS, refuse_dropless
@@ -76,9 +77,11 @@ class PlannedRun:
         """Raises ValueError if the run cannot be set up."""
         if self.gpu not in GPUS:
             raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {self.gpu!r}")
-        if self.gpus < 1 or self.ep < 1 or self.gpus % self.ep:
+        for name in ("gpus", "ep", "batch"):
+            check_integer(name, getattr(self, name), 1)
+        if self.gpus % self.ep:
             raise ValueError(f"ep must divide the number of GPUs, got ep={self.ep} and gpus={self.gpus}")
-        if self.batch < 1 or self.batch % self.gpus:
+        if self.batch % self.gpus:
             raise ValueError(f"batch must be a positive multiple of gpus={self.gpus}, got {self.batch}")
         if not all(hasattr(model, part) for part in ("patch_embed", "blocks", "pre_logits")):
             raise ValueError(f"the model must be a VMoE, got {type(model).__name__}")

@@ -188,6 +188,8 @@ def test_model_says_what_clips_it_takes():
 def test_what_is_no_clip_is_refused():
     for wrong, said in (
         ({"frames": 0}, "frames must be at least 1, got 0"),
+        ({"frames": 1.5}, r"frames must be a whole number, got 1\.5"),
+        ({"frames": "a"}, "frames must be a whole number, got 'a'"),
         ({"frames": 2, "frame_stride": 0.0}, "frame_stride must be above 0, got 0.0"),
         ({"frames": 2, "frame_stride": float("nan")}, "frame_stride must be above 0, got nan"),
         ({"frames": 2, "fps": -1.0}, "fps must be above 0, got -1.0"),

@@ -59,7 +59,7 @@ def test_flops_are_those_of_the_slots():
     images = torch.randn(8, 1, 16, 16)
     model = dropping(capacity_factor=1.0, router="threshold", mean_selected_experts=2)
     full = count_flops(model, images)
-    vmoe_torch.set_routing(model, mean_selected_experts=0.5)
+    vmoe_torch.set_routing(model.train(), mean_selected_experts=0.5)
     quarter = count_flops(model, images)
     layer: MoeMlp = model.blocks[0].mlp
     per_row = 4 * layer.fc1.weight.shape[1] * layer.fc1.weight.shape[2]

@@ -274,6 +274,8 @@ def test_flops_are_those_of_the_choices():
     with vmoe_torch.routing(model, num_selected_experts=1):
         assert found.total - count_flops(model, images).total == 2 * 4 * tokens * width * hidden
     assert first.num_rows(68, 17) == 2 * 68
+    # Its plain twin has room for every token at every expert.
+    assert count_flops(dropping(capacity_factor="dropless", impl="reference"), images) == found
 
 
 def test_eval_shows_it_in_its_table():

@@ -126,6 +126,18 @@ def test_training_has_noise_and_gradients():
     assert all(p.grad.abs().sum() > 0 for p in layer.parameters())
 
 
+def test_k_and_priority_cannot_be_set():
+    layer = MoeMlp(16, 8, num_experts=4, router="expert_choice")
+    for changes in ({"num_selected_experts": 3}, {"batch_priority": False}, {"priority": "sum"}):
+        with pytest.raises(ValueError, match=r"capacity_factor, eval_capacity_factor.*experts choose their tokens"):
+            vmoe_torch.set_routing(layer, **changes)
+    vmoe_torch.set_routing(layer, capacity_factor=0.5)
+    assert layer.eval_capacity_factor == 0.5
+    # K, which it does not use, may be left out.
+    single = MoeMlp(16, 8, num_experts=1, router="expert_choice", capacity_factor=1.0)
+    assert single(torch.ones(1, 4, 16)).shape == (1, 4, 16)
+
+
 def test_capacity_above_the_group_is_an_error():
     layer = MoeMlp(16, 8, num_experts=4, router="expert_choice", capacity_factor=8.0)
     with pytest.raises(ValueError, match="capacity must be at most the 16 tokens of a group, got 32"):

@@ -13,6 +13,7 @@ from torch import nn
 
 import vmoe_torch
 from vmoe_torch.layers import ExpertLinear, ExpertSizes, MoeMlp, SizedLinear
+from vmoe_torch.layers.sizes import resolve_sizes
 
 # Interleaved, with a null expert.
 SIZES = (16, 48, 0, 16, 48, 32)
@@ -273,7 +274,8 @@ def test_places_are_a_permutation_with_the_same_mix_on_every_rank(ranks):
 
 BAD = [
     ([48, 16], r"have a width for each of num_experts=4, got 2"),
-    (48, r"have a width for each of num_experts=4, got 48"),
+    (True, r"have a width for each of num_experts=4, got True"),
+    (20, r"0, H=48 or multiples of 16, as ints or as floats that are shares of H, got 20"),
     ("4848", r"got '4848'"),
     ([48, 16, 20, 48], r"0, H=48 or multiples of 16, as ints or as floats that are shares of H, got 20"),
     ([48, 16, -16, 48], r"got -16"),
@@ -285,6 +287,11 @@ BAD = [
     ([48, 16, 1, 48], r"got 1$"),
     ([0, 0, 0.0, 0], r"leave hidden units to at least one expert, got 0 for all"),
 ]
+
+
+def test_one_width_is_that_of_all():
+    assert resolve_sizes(0.5, 4, 64).hidden == resolve_sizes(32, 4, 64).hidden == (32,) * 4
+    assert resolve_sizes(64, 4, 64).hidden == resolve_sizes(None, 4, 64).hidden
 
 
 @pytest.mark.parametrize(("given", "message"), BAD, ids=str)

@@ -1,8 +1,12 @@
-"""Threshold routing: as many experts for a token as it has gates above the layer's threshold."""
+"""Threshold routing: as many experts for a token as it has gates above the layer's threshold.
+
+Over 400 lines: what training keeps, what eval mode keeps and what the thresholds do between them are one definition.
+"""
 
 import copy
 import math
 import pickle
+import warnings
 from functools import partial
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import vmoe_torch
 from vmoe_torch.layers import ROUTERS, MoeMlp, Threshold
 from vmoe_torch.layers import thresholds as tables
 
@@ -216,8 +221,8 @@ def test_thresholds_are_moving_averages():
         found = np.zeros(800)
         for first, size in ((0, 10), (10, 5)):
             ordered = -np.sort(-gates[first : first + size].reshape(-1))
-            for point in range(800):
-                rank = min(max(round(size * (point + 1) / 100), 1), 2 * size)
+            for point in range(200):
+                rank = max(round(size * ((point + 1) / 100)), 1)
                 found[point] += ordered[rank - 1] * size / 15
         want = found if want is None else 0.99 * want + 0.01 * found
     np.testing.assert_allclose(layer.router.thresholds, want, rtol=1e-12)
@@ -225,6 +230,65 @@ def test_thresholds_are_moving_averages():
     layer(torch.full_like(batches[0], math.nan))
     layer.eval()(batches[0])
     assert torch.equal(layer.router.thresholds, before)
+
+
+@pytest.mark.parametrize("tokens", [41, 57, 69])
+def test_what_training_keeps_is_what_eval_mode_keeps_at_halves(tokens):
+    layer = _layer(mean_selected_experts=1.5, noise_std=0.0, group_size="image", capacity_factor=4.0)
+    x = torch.randn(1, tokens, D, dtype=torch.float64)
+    layer(x)
+    kept = int(layer.record.selected.sum())
+    assert kept == round(1.5 * tokens)
+    layer.eval()(x)
+    assert int(layer.record.selected.sum()) == kept
+
+
+def test_thresholds_keep_their_precision_and_the_empty_batch_teaches_nothing():
+    layer = _layer(mean_selected_experts=1.0).float()
+    layer(_tokens().float())
+    found = layer.router.thresholds.clone()
+    assert found.dtype == torch.float32
+    layer(_tokens()[:0].float())
+    assert torch.equal(layer.router.thresholds, found)
+    for half in (layer.bfloat16(), layer.half(), layer.to(torch.bfloat16)):
+        assert half.router.weight.dtype in (torch.bfloat16, torch.float16)
+        assert torch.equal(half.router.thresholds, found)
+    assert layer.double().router.thresholds.dtype == torch.float64
+
+
+def test_a_mean_that_no_training_found_a_threshold_for_is_told():
+    layer = _layer(num_selected_experts=2, num_experts=8, noise_std=0.0)
+    message = "no training has found a threshold for mean_selected_experts="
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vmoe_torch.set_routing(layer, mean_selected_experts=1.5)
+        layer(_tokens())
+        vmoe_torch.set_routing(layer.eval(), mean_selected_experts=1.2)
+        # All choices, whatever the thresholds.
+        vmoe_torch.set_routing(layer, mean_selected_experts=2.0)
+    # More than the training had choices.
+    with pytest.warns(UserWarning, match=message + "2.5 in .*cut nothing"):
+        vmoe_torch.set_routing(layer, num_selected_experts=4, mean_selected_experts=2.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vmoe_torch.set_routing(layer, num_selected_experts=4, mean_selected_experts=2.5, data=_tokens())
+    layer.router.reset_parameters()
+    with pytest.warns(UserWarning, match=message + "1.2"):
+        vmoe_torch.set_routing(layer, num_selected_experts=2, mean_selected_experts=1.2)
+    with pytest.raises(ValueError, match="mean_selected_experts must be at most 8 with router='threshold', got 9"):
+        MoeMlp(D, 32, num_experts=16, num_selected_experts=16, router="threshold", mean_selected_experts=9.0)
+
+
+@pytest.mark.parametrize("sizes", [None, (1.0, 1.0, 0.5, 0.5)])
+@pytest.mark.parametrize("router", ["top_experts", "threshold"])
+def test_groups_of_which_nothing_is_kept_have_a_loss(router, sizes):
+    layer = MoeMlp(16, 32, num_experts=4, gate_threshold=0.99, router=router, expert_hidden=sizes)
+    y = layer(torch.randn(2, 8, 16))
+    assert not layer.record.selected.any()
+    assert torch.equal(y, torch.zeros_like(y))
+    assert vmoe_torch.auxiliary_loss(layer).isfinite()
+    y.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_a_recomputed_forward_teaches_once():

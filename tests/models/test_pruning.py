@@ -13,11 +13,13 @@ from timm.utils import ModelEmaV3
 import vmoe_torch
 from tests.tiny import dropping, grey_images, randomized, tiny_model
 from vmoe_torch.checkpoints import read_weights
-from vmoe_torch.evaluate import expert_usage
+from vmoe_torch.evaluate import count_flops, expert_usage
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.models.architecture import open_weights, shape_arguments
+from vmoe_torch.models.description import model_arguments
 from vmoe_torch.models.pruning import kept_experts
 from vmoe_torch.parallel import export_safetensors
+from vmoe_torch.planning import PlannedRun, plan
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
@@ -53,6 +55,42 @@ def whole_numbers(**options):
     layer.router.weight[[1, 5]] = -20.0
     tokens = torch.randint(1, 5, (4, 25, 16), generator=generator).float()
     return torch.nn.ModuleDict({"mlp": layer}), tokens
+
+
+@pytest.mark.parametrize("keep", [[1, 3, 6, 7], {"blocks.1.mlp": [0]}])
+@pytest.mark.parametrize("changes", [{}, {"capacity_factor": "dropless"}, {"expert_hidden": (0.5,) * 8}])
+def test_a_pruned_model_is_as_one_made_with_so_many_experts(keep, changes):
+    model = trained(**changes)
+    pruned = vmoe_torch.prune_experts(model, keep)
+    made = timm.create_model(pruned.default_cfg["architecture"], **model_arguments(pruned)).eval()
+    made.load_state_dict(pruned.state_dict())
+    for own, fresh in zip(layers_of(pruned).values(), layers_of(made).values(), strict=True):
+        assert own.sizes.hidden == fresh.sizes.hidden == own.router.sizes.hidden == own.expert_hidden
+        assert len(own.expert_hidden) == own.num_experts
+        assert own.expert_flops(10) == fresh.expert_flops(10)
+    images = torch.randn(4, *IMAGES.shape[1:])
+    assert count_flops(pruned, images) == count_flops(made, images)
+    if not changes:
+        run = PlannedRun(1, 1, 8)
+        assert plan(pruned, run) == plan(made, run)
+        with pytest.raises(ValueError, match="ep must divide num_experts"):
+            plan(pruned, PlannedRun(8, 8, 8))
+    budget = vmoe_torch.set_budget(pruned, flops=0.97, data=images, rounds=1)
+    assert all(
+        setting.num_selected_experts <= layers_of(pruned)[name].num_experts
+        for name, setting in budget.chosen.settings.items()
+    )
+
+
+@pytest.mark.parametrize(("mean", "left"), [(0.8, 0.8), (1.5, 1.0)])
+def test_a_mean_of_more_experts_than_are_left_falls_and_c_stays(mean, left):
+    options = {"mean_selected_experts": mean, "gate_threshold": 0.1, "capacity_factor": 1.0, "capacity_multiple_of": 1}
+    model = trained(**{**options, "eval_capacity_factor": 1.0})
+    pruned = vmoe_torch.prune_experts(model, [0])
+    for before, after in zip(layers_of(model).values(), layers_of(pruned).values(), strict=True):
+        assert (after.num_selected_experts, after.mean_selected_experts) == (1, left)
+        wanted = [min(before.router.capacity(tokens), tokens) for tokens in (20, 40, 100)]
+        assert [after.router.capacity(tokens) for tokens in (20, 40, 100)] == wanted
 
 
 @pytest.mark.parametrize(

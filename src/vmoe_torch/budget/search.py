@@ -8,6 +8,7 @@ best single (K, capacity).
 """
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from vmoe_torch.budget.cost import Cost, FlopCost, LatencyCost
 from vmoe_torch.budget.knapsack import choose
 from vmoe_torch.budget.quality import Quality
 from vmoe_torch.budget.result import Budget, Candidate
-from vmoe_torch.budget.settings import Assignment, LayerSetting, assign, current_settings, default_settings
+from vmoe_torch.budget.settings import Assignment, LayerSetting, assign, current_settings, default_settings, fitted
 from vmoe_torch.control import moe_layers
 
 # A choice that turns out slower than predicted is made again for less time, so often.
@@ -66,11 +67,13 @@ def set_budget(
         raise ValueError(f"one of flops and latency must be given, got flops={flops} and latency={latency}")
     share = flops if latency is None else latency
     name = "flops" if latency is None else "latency"
-    if not share > 0:
-        raise ValueError(f"{name} must be above 0, got {share}")
+    if not (isinstance(share, numbers.Real) and 0 < share < math.inf):
+        raise ValueError(f"{name} must be above 0, got {share!r}")
     # Settings of one's own may cost more than the present ones.
-    if settings is None and share > 1:
-        raise ValueError(f"{name} must be a share of the present cost, at most 1 as 0.8 is, got {share}")
+    if settings is None and flops is not None and flops > 1:
+        raise ValueError(f"flops must be a share of the present cost, at most 1 as 0.8 is, got {flops}")
+    if not isinstance(rounds, numbers.Integral):
+        raise ValueError(f"rounds must be a whole number, got {rounds!r}")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     for layer_name, layer in moe_layers(model).items():
@@ -157,7 +160,7 @@ class _Search:
             limit *= self.limit / found.cost
 
     def _predicted(self, options: dict[str, int]) -> tuple[Assignment, float, float]:
-        settings = {name: self.options[option] for name, option in options.items()}
+        settings = fitted(self.model, {name: self.options[option] for name, option in options.items()})
         loss = self.base + sum(self.added[name][option] for name, option in options.items())
         return settings, self.cost.predict(options), loss
 

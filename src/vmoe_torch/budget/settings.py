@@ -60,10 +60,26 @@ def current_settings(model: nn.Module) -> Assignment:
     }
 
 
-def assign(model: nn.Module, settings: Mapping[str, LayerSetting]) -> None:
-    """Sets these layers for good."""
-    layers = moe_layers(model)
+def fitted(model: nn.Module, settings: Mapping[str, LayerSetting]) -> Assignment:
+    """The settings with K, and a mean, of no more than a layer's experts, where other layers have as many as that."""
+    numbers = {name: layer.num_experts for name, layer in moe_layers(model).items()}
+    most, fitting = max(numbers.values(), default=0), {}
     for name, setting in settings.items():
+        if numbers[name] < setting.num_selected_experts <= most:
+            means = setting.mean_selected_experts
+            if isinstance(means, Iterable):
+                means = tuple(min(mean, numbers[name]) for mean in means)
+            elif means is not None:
+                means = min(means, numbers[name])
+            setting = dataclasses.replace(setting, num_selected_experts=numbers[name], mean_selected_experts=means)
+        fitting[name] = setting
+    return fitting
+
+
+def assign(model: nn.Module, settings: Mapping[str, LayerSetting]) -> None:
+    """Sets these layers for good, as `fitted` has it."""
+    layers = moe_layers(model)
+    for name, setting in fitted(model, settings).items():
         now = layers[name].routing()
         # Of a layer without a mean and a threshold none is taken away.
         wanted = dataclasses.asdict(setting).items()

@@ -16,7 +16,7 @@ from vmoe_torch.control import moe_layers
 from vmoe_torch.evaluate import ExpertUsage, expert_usage
 from vmoe_torch.layers.options import MoeOptions
 from vmoe_torch.models.averaging import to_dense
-from vmoe_torch.models.pruning import kept_experts, prune_experts
+from vmoe_torch.models.pruning import hidden_width, kept_experts, prune_experts
 from vmoe_torch.train.rules import Number
 
 # What says nothing of a dense model.
@@ -113,6 +113,8 @@ def _become(source: Source, model: nn.Module) -> Source:
     for name in ("num_experts", "num_selected_experts") if layers else ():
         numbers = {layer_name: getattr(layer, name) for layer_name, layer in layers.items()}
         kwargs[name] = numbers if len(set(numbers.values())) > 1 else next(iter(numbers.values()))
+    if layers and kwargs.get("expert_hidden") is not None:
+        kwargs["expert_hidden"] = hidden_width(model)
     if not layers:
         kwargs["moe_layers"] = []
     own = dataclasses.replace(config.model, kwargs=kwargs)

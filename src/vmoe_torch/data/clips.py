@@ -3,6 +3,8 @@
 Dims: V views of a video, T frames of a clip.
 """
 
+import math
+import numbers
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,11 +32,14 @@ class ClipTiming:
     """Frames a second instead, whatever the video's rate; above 0."""
 
     def __post_init__(self) -> None:
-        for name, value, low in (("frames", self.frames, 1), ("frame_stride", self.frame_stride, 0)):
-            if not (value >= low and value > 0):
-                raise ValueError(f"{name} must be {'at least 1' if low else 'above 0'}, got {value}")
-        if self.fps is not None and not self.fps > 0:
-            raise ValueError(f"fps must be above 0, got {self.fps}")
+        if not isinstance(self.frames, numbers.Integral):
+            raise ValueError(f"frames must be a whole number, got {self.frames!r}")
+        if self.frames < 1:
+            raise ValueError(f"frames must be at least 1, got {self.frames}")
+        for name in ("frame_stride", "fps"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be above 0, got {value!r}")
 
     @classmethod
     def of(

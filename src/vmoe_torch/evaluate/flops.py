@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from vmoe_kernels.common.flops import mlp_flops
 from vmoe_torch.control import eval_mode, moe_layers
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.layers.settings import DROPLESS
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,13 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
     layers = {}
     for name, layer in moe_layers(model).items():
         layers[name] = sum(per_module[f"{type(model).__name__}.{name}"].values())
+        # Plain PyTorch leaves room for every token at every expert; what is counted are the choices.
+        if layer.eval_capacity_factor == DROPLESS and layer.own_router().implementation() == "reference":
+            slots = layer.record.num_slots(layer.num_experts)
+            counted = layer.dense_flops(layer.record.slots.shape[0]) + layer.expert_flops(slots)
+            more = counted - layers[name]
+            total, dense, layers[name] = total + more, dense + more, counted
+            filled = None if filled is None else filled + more
         dense -= layers[name]
         (_, in_features), (out_features, _) = (fc.linears()[0].weight.shape[-2:] for fc in (layer.fc1, layer.fc2))
         mlp = (layer.hidden_features, in_features), (out_features, layer.hidden_features)

@@ -18,7 +18,8 @@ def _wide(tensor: Tensor) -> Tensor:
 def cv_squared(per_expert: Tensor) -> Tensor:
     """Squared coefficient of variation over experts, (std / mean)^2 with the population std.
 
-    Written as variance over squared mean, so that the gradient at perfect balance is 0 and not 0/0.
+    Written as variance over squared mean, so that the gradient at perfect balance is 0 and not 0/0. Where no expert has
+    anything, which would be 0/0, it is 0.
 
     Args:
         per_expert: (..., E).
@@ -28,6 +29,8 @@ def cv_squared(per_expert: Tensor) -> Tensor:
     """
     per_expert = _wide(per_expert)
     mean = per_expert.mean(-1, keepdim=True)
+    absent = mean.detach().abs() < 1e-30
+    per_expert, mean = torch.where(absent, 1.0, per_expert), torch.where(absent, 1.0, mean)
     return ((per_expert - mean) / mean).square().mean(-1)
 
 
@@ -35,7 +38,7 @@ def cv_squared_by_size(per_expert: Tensor, sizes: ExpertSizes) -> Tensor:
     """`cv_squared` of the experts of each size among themselves, summed over sizes; of one size it is `cv_squared`.
 
     Args:
-        per_expert: (..., E), at least 0.
+        per_expert: (..., E).
         sizes: of the experts.
 
     Returns:
@@ -44,9 +47,7 @@ def cv_squared_by_size(per_expert: Tensor, sizes: ExpertSizes) -> Tensor:
     parts = sizes.parts(per_expert)
     if len(parts) == 1:
         return cv_squared(per_expert)
-    # A size that no token is near to, which would be 0 / 0, is balanced.
-    absent = [part.mean(-1, keepdim=True) < 1e-30 for part in parts]
-    return torch.stack([cv_squared(torch.where(none, 1.0, part)) for none, part in zip(absent, parts)]).sum(0)
+    return torch.stack([cv_squared(part) for part in parts]).sum(0)
 
 
 def size_loss(mean_gates: Tensor, sizes: ExpertSizes) -> Tensor:

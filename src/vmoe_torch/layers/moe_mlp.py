@@ -89,7 +89,7 @@ class MoeMlp(TravellingRouting):
         bias: bool = True,
         drop: float = 0.0,
         num_experts: int = 32,
-        expert_hidden: Sequence[int | float] | None = None,
+        expert_hidden: Sequence[int | float] | int | float | None = None,
         shared_expert_hidden: int | float | None = None,
         num_selected_experts: int = 2,
         capacity_factor: opt.CapacityFactor = 1.05,

@@ -47,11 +47,11 @@ class RoutingOptions(TypedDict, total=False):
 class ExpertOptions(RoutingOptions, total=False):
     """What a layer takes beside the number of its experts and the scaling of its gates."""
 
-    expert_hidden: Sequence[int | float] | None
-    """Hidden width of each of the E experts: an int is a number of units, a float a share of the layer's H (a model's
-    mlp_ratio * embed_dim), so (1.0, 1.0, 0.5, 0.0) is two whole experts, a half one and a null expert, which gives 0.
-    Each is 0, H or a multiple of 128 (of 16 where H is at most 1024). None, or H for all, is the layer of equal
-    experts. The importance and load losses balance the experts of each size among themselves."""
+    expert_hidden: Sequence[int | float] | int | float | None
+    """Hidden width of each of the E experts, or one for all: an int is a number of units, a float a share of the
+    layer's H (a model's mlp_ratio * embed_dim), so (1.0, 1.0, 0.5, 0.0) is two whole experts, a half one and a null
+    expert, which gives 0. Each is 0, H or a multiple of 128 (of 16 where H is at most 1024). None, or H, is the layer
+    of equal experts. The importance and load losses balance the experts of each size among themselves."""
     shared_expert_hidden: int | float | None
     """Hidden width of an MLP that every token passes beside the experts, whatever the router; its output is added to
     theirs. An int is a number of units, a float a share of the layer's H; None or 0 is none. An option without a

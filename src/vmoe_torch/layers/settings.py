@@ -47,7 +47,7 @@ def group_images(group_size: GroupSize) -> int:
 
 
 def check_means(means: MeanSelectedExperts, num_selected_experts: int) -> tuple[float, ...]:
-    """`mean_selected_experts` as a tuple, of each value once, each above 0 and at most K; none if it is None."""
+    """`mean_selected_experts` as a tuple, each above 0 and at most K, one if all are equal; none if it is None."""
     if means is None:
         return ()
     name, rule = "mean_selected_experts", f"above 0 and at most num_selected_experts={num_selected_experts}"
@@ -55,7 +55,8 @@ def check_means(means: MeanSelectedExperts, num_selected_experts: int) -> tuple[
     if not listed:
         raise ValueError(f"{name} must be {rule}, got none")
     below = math.nextafter(num_selected_experts, math.inf)
-    return tuple(dict.fromkeys(check_number(name, mean, rule, _TINY, below) for mean in listed))
+    found = tuple(check_number(name, mean, rule, _TINY, below) for mean in listed)
+    return found if len(set(found)) > 1 else found[:1]
 
 
 def check_threshold(threshold: float | None) -> float | None:

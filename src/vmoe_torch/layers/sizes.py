@@ -115,11 +115,13 @@ class ExpertSizes:
         return [part[0] if len(part) == 1 else torch.cat(part, -1) for part in runs]
 
 
-def resolve_sizes(expert_hidden: Sequence[int | float] | None, num_experts: int, hidden: int) -> ExpertSizes:
+def resolve_sizes(
+    expert_hidden: Sequence[int | float] | int | float | None, num_experts: int, hidden: int
+) -> ExpertSizes:
     """What `MoeOptions.expert_hidden` means in a layer.
 
     Args:
-        expert_hidden: E widths, an int for hidden units or a float for a share of H; None is H for every expert.
+        expert_hidden: E widths or one for all, an int for hidden units or a float for a share of H; None is H.
         num_experts: E.
         hidden: H.
 
@@ -127,22 +129,31 @@ def resolve_sizes(expert_hidden: Sequence[int | float] | None, num_experts: int,
         ValueError: if there are not E of them, none has hidden units, or one is neither 0 nor H nor a multiple of 128
             (of 16 where H is at most 1024).
     """
-    if expert_hidden is None:
+    widths = per_expert(expert_hidden, num_experts)
+    if widths is None:
         return ExpertSizes((hidden,) * num_experts)
-    check_length(expert_hidden, num_experts)
-    sizes = ExpertSizes([_width(value, hidden) for value in expert_hidden])
+    sizes = ExpertSizes([_width(value, hidden) for value in widths])
     if sizes.groups[0].hidden == 0:
         raise ValueError("expert_hidden must leave hidden units to at least one expert, got 0 for all")
     return sizes
 
 
-def check_length(expert_hidden: Sequence[Any], num_experts: int) -> None:
-    """Raises ValueError unless there is one value for each expert."""
-    rule = f"expert_hidden must be None or have a width for each of num_experts={num_experts}"
+def per_expert(expert_hidden: Any, num_experts: int) -> Sequence[Any] | None:
+    """The widths one by one, of one for all too; None stays.
+
+    Raises:
+        ValueError: unless there is one for each expert.
+    """
+    if expert_hidden is None:
+        return None
+    if isinstance(expert_hidden, numbers.Real) and not isinstance(expert_hidden, bool):
+        return (expert_hidden,) * num_experts
+    rule = f"expert_hidden must be None, one width, or have a width for each of num_experts={num_experts}"
     if isinstance(expert_hidden, str) or not isinstance(expert_hidden, Sequence):
         raise ValueError(f"{rule}, got {expert_hidden!r}")
     if len(expert_hidden) != num_experts:
         raise ValueError(f"{rule}, got {len(expert_hidden)}")
+    return expert_hidden
 
 
 def _width(value: float, hidden: int) -> int:

@@ -28,7 +28,7 @@ def ranked(gates: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         (T, K) int64 place of each choice in its group, from 0; and the (P,) thresholds at which 0.01, 0.02, ... experts
-        per token are kept: the round(S * mean)-th largest gate, past K the least, of several groups the mean by tokens.
+        per token are kept: the round(S * mean)-th largest gate, past K 0, of several groups the mean by tokens.
     """
     gates = gates.detach()
     places, table = [], gates.new_zeros(POINTS)
@@ -40,9 +40,11 @@ def ranked(gates: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         ordered, order = flat.sort(dim=1, descending=True, stable=True)
         place = torch.arange(flat.shape[1], device=gates.device).expand_as(order)
         places.append(torch.zeros_like(order).scatter(1, order, place).view(-1, gates.shape[1]))
-        points = torch.arange(1, POINTS + 1, device=gates.device, dtype=torch.float64) * (size / POINTS_PER_EXPERT)
-        rank = points.round().long().clamp(1, flat.shape[1]) - 1
-        table = table + ordered[:, rank].sum(0) * (size / gates.shape[0])
+        # Multiplied as `kept_number` does, so that both round alike.
+        means = torch.arange(1, POINTS + 1, device=gates.device, dtype=torch.float64) / POINTS_PER_EXPERT
+        rank = (size * means).round().long().clamp(1, flat.shape[1]) - 1
+        found = torch.where(means <= gates.shape[1], ordered[:, rank].sum(0), 0.0)
+        table = table + found * (size / gates.shape[0])
     return torch.cat(places) if places else gates.new_zeros(gates.shape, dtype=torch.int64), table
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vmoe_kernels.common.checks import check_integer
 from vmoe_torch.layers import MoeMlp
-from vmoe_torch.layers.sizes import check_length
+from vmoe_torch.layers.sizes import per_expert
 from vmoe_torch.models.blocks import parse_moe_layers
 from vmoe_torch.models.options import MoeLayers, VMoEOptions
 from vmoe_torch.models.vmoe import VMoE, create_vmoe, released_cfg
@@ -50,7 +50,7 @@ class EnsembleMoeMlp(nn.Module):
         *args: Any,
         ensemble_size: int,
         num_experts: int,
-        expert_hidden: Sequence[int | float] | None = None,
+        expert_hidden: Sequence[int | float] | int | float | None = None,
         importance_loss_weight: float,
         load_loss_weight: float,
         gshard_loss_weight: float,
@@ -63,8 +63,7 @@ class EnsembleMoeMlp(nn.Module):
         num_experts = check_integer("num_experts", num_experts, 1)
         if num_experts % ensemble_size:
             raise ValueError(f"num_experts must be a multiple of ensemble_size={ensemble_size}, got {num_experts}")
-        if expert_hidden is not None:
-            check_length(expert_hidden, num_experts)
+        widths = per_expert(expert_hidden, num_experts)
         own = num_experts // ensemble_size
         weights = {
             "importance_loss_weight": importance_loss_weight,
@@ -78,7 +77,7 @@ class EnsembleMoeMlp(nn.Module):
                 in_features,
                 *args,
                 num_experts=own,
-                expert_hidden=None if expert_hidden is None else expert_hidden[member * own : (member + 1) * own],
+                expert_hidden=None if widths is None else widths[member * own : (member + 1) * own],
                 **{name: weight / ensemble_size for name, weight in weights.items()},
                 **moe,
             )

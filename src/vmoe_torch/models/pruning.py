@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor
 from vmoe_kernels.common.checks import check_flag, check_integer
 from vmoe_torch.layers import ExpertChoice, ExpertLinear, MoeMlp, TopExperts
 from vmoe_torch.layers.int8_experts import refuse_int8
-from vmoe_torch.layers.settings import one_of
+from vmoe_torch.layers.routers.base import Router
+from vmoe_torch.layers.settings import DROPLESS, one_of
+from vmoe_torch.layers.sizes import ExpertSizes
 from vmoe_torch.layers.usage import ExpertUsage
 from vmoe_torch.models.description import remember
 from vmoe_torch.models.ensemble import EnsembleMoeMlp
@@ -85,7 +87,10 @@ def prune_experts(
         if isinstance(part, VMoE):
             numbers = {name: layer.num_experts for name, layer in _layers(part).items()}
             alike = len(set(numbers.values())) == 1
-            remember(part, {"num_experts": next(iter(numbers.values())) if alike else numbers})
+            made = {"num_experts": next(iter(numbers.values())) if alike else numbers}
+            if part.made_with is not None and part.made_with.get("expert_hidden") is not None:
+                made["expert_hidden"] = hidden_width(part)
+            remember(part, made)
     return model
 
 
@@ -241,25 +246,45 @@ def counts_of(name: str, layer: MoeMlp, usage: Mapping[str, ExpertUsage | Tensor
 
 def _drop(layer: MoeMlp, kept: tuple[int, ...], keep_capacity: bool) -> None:
     router, total = layer.router, layer.num_experts
-    choices = router.num_selected_experts
     index = torch.tensor(kept, device=router.weight.device)
     for module in (router, layer.fc1, layer.fc2):
         for key, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, key, nn.Parameter(parameter[index], requires_grad=parameter.requires_grad))
     layer.num_experts = router.num_experts = len(kept)
-    changes: dict[str, Any] = {}
-    left = min(choices, len(kept))
-    if left < choices:
-        changes["num_selected_experts"] = left
+    layer.sizes = router.sizes = ExpertSizes([layer.expert_hidden[expert] for expert in kept])
+    layer.expert_hidden = layer.sizes.hidden
+    changes, ways = _fewer_choices(router, len(kept))
     if keep_capacity:
-        # Expert choice has as many choices as experts, and C does not count them.
-        ways = (choices, left) if isinstance(router, TopExperts) else (1, 1)
         for key in ("capacity_factor", "eval_capacity_factor"):
-            changes[key] = _same_capacity(getattr(router, key), (total, len(kept)), ways, router.capacity_rounding)
+            factor = getattr(router, key)
+            if factor != DROPLESS:
+                changes[key] = _same_capacity(factor, (total, len(kept)), ways, router.capacity_rounding)
     layer.choose_routing(changes)
 
 
-def _same_capacity(factor: float, experts: tuple[int, int], choices: tuple[int, int], rounding: str) -> float:
+def _fewer_choices(router: Router, left: int) -> tuple[dict[str, Any], tuple[float, float]]:
+    """What has to change for a token to have no more choices than experts; and by how many C is counted, before, after.
+
+    Expert choice has as many choices as experts, and C does not count them.
+    """
+    if not isinstance(router, TopExperts):
+        return {}, (1, 1)
+    changes: dict[str, Any] = {}
+    if router.num_selected_experts > left:
+        changes["num_selected_experts"] = left
+    means = router.means()
+    if max(means, default=0) > left:
+        changes["mean_selected_experts"] = tuple(min(mean, left) for mean in means)
+    counted = router.capacity_mean or router.num_selected_experts
+    return changes, (counted, min(counted, left))
+
+
+def hidden_width(model: nn.Module) -> int:
+    """H of the experts of a model that can be pruned, which all are of one width."""
+    return next(iter(_layers(model).values())).expert_hidden[0]
+
+
+def _same_capacity(factor: float, experts: tuple[int, int], choices: tuple[float, float], rounding: str) -> float:
     """The factor that gives as many slots with fewer experts, in groups of as many sizes as floats allow."""
     tokens = np.arange(1, _GROUP + 1, dtype=np.float64)
     whole: Callable = np.ceil if rounding == "ceil" else np.rint

@@ -69,7 +69,7 @@ class VMoE(vit.VisionTransformer):
         *args: Any,
         moe_layers: MoeLayers = "every2",
         num_experts: int | dict[str, int] = 32,
-        expert_hidden: Sequence[int | float] | None = None,
+        expert_hidden: Sequence[int | float] | int | float | None = None,
         shared_expert_hidden: int | float | None = None,
         num_selected_experts: int | dict[str, int] = 2,
         capacity_factor: opt.CapacityFactor | dict[str, opt.CapacityFactor] = 1.05,

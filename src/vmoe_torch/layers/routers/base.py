@@ -274,17 +274,21 @@ class Router(nn.Module):
     ) -> None:
         """Checks and sets everything in `ROUTING`; on an error nothing changes."""
         num_selected_experts = check_selected(num_selected_experts, self.num_experts)
+        batch_priority = check_flag("batch_priority", batch_priority)
+        one_of("priority", priority, ("max", "sum"))
+        self.set_capacity(capacity_factor, eval_capacity_factor)
+        self.num_selected_experts = num_selected_experts
+        self.batch_priority = batch_priority
+        self.priority = priority
+
+    @torch.jit.unused
+    def set_capacity(self, capacity_factor: CapacityFactor, eval_capacity_factor: CapacityFactor | None) -> None:
+        """Checks and sets both factors; on an error nothing changes. None for eval mode is that of training."""
         if eval_capacity_factor is None:
             eval_capacity_factor = capacity_factor
         capacity_factor = self._capacity_factor("capacity_factor", capacity_factor)
         eval_capacity_factor = self._capacity_factor("eval_capacity_factor", eval_capacity_factor)
-        batch_priority = check_flag("batch_priority", batch_priority)
-        one_of("priority", priority, ("max", "sum"))
-        self.num_selected_experts = num_selected_experts
-        self.capacity_factor = capacity_factor
-        self.eval_capacity_factor = eval_capacity_factor
-        self.batch_priority = batch_priority
-        self.priority = priority
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
 
     @torch.jit.unused
     def _capacity_factor(self, name: str, value: CapacityFactor) -> CapacityFactor:

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmoe_kernels.common.checks import check_integer
 from vmoe_torch.layers.groups import Groups
+from vmoe_torch.layers.options import CapacityFactor
 from vmoe_torch.layers.recording import descending, static_sizes
 from vmoe_torch.layers.routers.base import Routed, Router
 from vmoe_torch.layers.scores import logits
@@ -14,8 +16,23 @@ from vmoe_torch.layers.scores import logits
 class ExpertChoice(Router):
     """Every expert takes its best C tokens of a group, with the raw gates; K and BPR have no meaning."""
 
-    def __init__(self, dim: int, num_experts: int, *args: Any, **options: Any):
+    ROUTING = ("capacity_factor", "eval_capacity_factor")
+    NOTE = " (K and priority do not apply: experts choose their tokens)"
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *args: Any,
+        num_selected_experts: int,
+        batch_priority: bool,
+        priority: str,
+        **options: Any,
+    ):
         super().__init__(dim, num_experts, *args, **options)
+        # For readers of any router.
+        self.num_selected_experts = check_integer("num_selected_experts", num_selected_experts, 1)
+        self.batch_priority, self.priority = batch_priority, priority
         if self.renormalize_gates:
             raise ValueError(
                 "renormalize_gates must be False unless router is 'top_experts', got router='expert_choice'"
@@ -24,6 +41,11 @@ class ExpertChoice(Router):
             raise ValueError(
                 f"size_loss_weight must be 0 for router='expert_choice', which has no loss, got {self.size_loss_weight}"
             )
+
+    @torch.jit.unused
+    def set_routing(self, *, capacity_factor: CapacityFactor, eval_capacity_factor: CapacityFactor | None) -> None:
+        """Checks and sets everything in `ROUTING`; on an error nothing changes."""
+        self.set_capacity(capacity_factor, eval_capacity_factor)
 
     def route(self, tokens: Tensor, weight: Tensor, groups: Groups, seed: Tensor | None) -> Routed:
         if torch.jit.is_scripting():

@@ -28,9 +28,10 @@ class Threshold(TopExperts):
     depend on each other: `gate_threshold` or, where that is None, what training found for this mean. No gate is
     scaled, Batch Priority Routing goes by the largest gate as ever, and a token that keeps no choice gets 0.
 
-    What training finds is in `thresholds`, a buffer of the state dict: moving averages of the thresholds for 0.01 to 8
-    experts per token, so another mean can be set without data. Weights that come without it leave it at 0, which cuts
-    nothing; `vmoe_torch.set_routing(..., data=images)` finds thresholds for such weights.
+    What training finds is in `thresholds`, a buffer of the state dict, float32 whatever the model: moving averages of
+    the thresholds for 0.01 to K experts per token, so another mean can be set without data (one below 0.01 has the
+    threshold of 0.01). What nothing was found for is 0, which cuts nothing: weights that come without it, and means
+    above the K of the training. `vmoe_torch.set_routing(..., data=images)` finds thresholds for those.
 
     Without a mean and a threshold it is `TopExperts`, bit for bit, and finds the thresholds as it trains.
     """
@@ -45,7 +46,18 @@ class Threshold(TopExperts):
 
     @torch.jit.unused
     def check_means(self, means: tuple[float, ...], gate_threshold: float | None) -> None:
-        """Any number of means will do, with and without a threshold for eval mode."""
+        """Any number of means will do, with and without a threshold for eval mode; the largest is in the table."""
+        most = thresholds.POINTS // thresholds.POINTS_PER_EXPERT
+        if max(means, default=0.0) > most:
+            raise ValueError(f"mean_selected_experts must be at most {most} with router='threshold', got {max(means)}")
+
+    @torch.jit.unused
+    def lacks_threshold(self) -> bool:
+        """Whether eval mode would go by a threshold that no training has found, and cut nothing."""
+        mean = self.capacity_mean
+        if mean is None or self.gate_threshold is not None or mean >= self.num_selected_experts:
+            return False
+        return not self.thresholds.is_meta and float(self._threshold()) == 0.0
 
     @torch.jit.unused
     def set_routing(self, **settings: Any) -> None:
@@ -68,7 +80,8 @@ class Threshold(TopExperts):
     @torch.jit.unused
     def _selected_in_training(self, gates: Tensor, groups: Groups) -> Tensor | None:
         places, table = thresholds.ranked(gates, groups.size)
-        self._learn(table)
+        if gates.shape[0] > 0:
+            self._learn(table)
         means = self.means()
         if not means:
             return self.above(gates)
@@ -84,8 +97,8 @@ class Threshold(TopExperts):
         if transformed():
             return
         table = table.to(self.thresholds.dtype)
-        # The largest gate of a forward is above 0.
-        moved = torch.where(self.thresholds[0] == 0, table, torch.lerp(table, self.thresholds, DECAY))
+        # What nothing was found for yet.
+        moved = torch.where(self.thresholds == 0, table, torch.lerp(table, self.thresholds, DECAY))
         self.thresholds.copy_(torch.where(table.isfinite().all(), moved, self.thresholds))
 
     def _threshold(self) -> Tensor:
@@ -94,6 +107,14 @@ class Threshold(TopExperts):
         if self.place == low:
             return self.thresholds[low]
         return torch.lerp(self.thresholds[low], self.thresholds[low + 1], self.place - low)
+
+    def _apply(self, *args: Any, **options: Any) -> "Threshold":
+        before = self.thresholds
+        super()._apply(*args, **options)
+        # A moving average of 16 bits stands still.
+        if torch.finfo(self.thresholds.dtype).bits < 32:
+            self.thresholds = before.to(self.thresholds.device)
+        return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
