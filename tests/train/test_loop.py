@@ -223,7 +223,7 @@ def test_resume_refuses_another_configuration(tiny):
         ("data.batch_size=15", "even number of images"),
         ("data.interpolation=guess", "data must describe timm's transforms"),
         ("optim.name=adamwww", r"optim\.name must be one of timm's optimisers"),
-        ("run.device=cuda:99", r"run\.device must be one of \d+ CUDA devices"),
+        ("run.device=cuda:99", r"run\.device must be .* CUDA device"),
         ("data.root=/nowhere", "/nowhere must hold train-images"),
     ],
 )
