@@ -54,8 +54,9 @@ def test_memory_of_an_hour_is_that_of_its_clips(hour, gop):
 
     assert _grown(clip_at_the_end) < MOST < WHOLE / 10
     assert told == [(HOUR - 17 + second) % 20 for second in range(16)]
-    # This can tell: an hour of frames, kept, is more.
-    assert _grown(lambda: np.ones(2 * MOST, np.uint8).sum()) > MOST
+    # This can tell: an hour of frames, kept, is more. Not every time: a kernel that takes idle pages away meanwhile
+    # lowers what is held.
+    assert any(_grown(lambda: np.ones(2 * MOST, np.uint8).sum()) > MOST for _ in range(10))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
