@@ -32,6 +32,7 @@ def ranked(gates: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """
     gates = gates.detach()
     places, table = [], gates.new_zeros(POINTS)
+    means = torch.arange(1, POINTS + 1, device=gates.device, dtype=torch.float64) / POINTS_PER_EXPERT
     for tokens, groups in split_groups(gates.shape[0], group_size):
         size = (tokens.stop - tokens.start) // groups if groups > 0 else 0
         if size == 0:
@@ -41,7 +42,6 @@ def ranked(gates: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         place = torch.arange(flat.shape[1], device=gates.device).expand_as(order)
         places.append(torch.zeros_like(order).scatter(1, order, place).view(-1, gates.shape[1]))
         # Multiplied as `kept_number` does, so that both round alike.
-        means = torch.arange(1, POINTS + 1, device=gates.device, dtype=torch.float64) / POINTS_PER_EXPERT
         rank = (size * means).round().long().clamp(1, flat.shape[1]) - 1
         found = torch.where(means <= gates.shape[1], ordered[:, rank].sum(0), 0.0)
         table = table + found * (size / gates.shape[0])
