@@ -28,6 +28,7 @@ import vmoe_kernels as kernels
 from vmoe_kernels.common import launch
 from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS
 from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
+from vmoe_kernels.testing import products_of_float32
 
 CAPABILITIES = (80, 90, 100)
 # Chips that take what sm_80 takes, but for tables with entries of its own.
@@ -182,16 +183,6 @@ def _move(dtype: torch.dtype, width: int, selected: int) -> None:
     _backward(kernels.combine(_leaf(dtype, 64, width), slots, gates))
 
 
-@contextmanager
-def _products_of_float32(precision: str) -> Iterator[None]:
-    products = torch.backends.cuda.matmul
-    before, products.fp32_precision = products.fp32_precision, precision
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
-
-
 def _experts(
     routed: bool,
     dtype: torch.dtype,
@@ -213,7 +204,7 @@ def _experts(
     weights = {"fc1_weight": leaf(2, hidden, width), "fc2_weight": leaf(2, width, hidden)}
     weights |= {"fc1_bias": leaf(2, hidden) if biased else None, "fc2_bias": leaf(2, width) if biased else None}
     settings = {"activation": activation, "drop": drop, "seed": _seed() if drop else None}
-    with torch.set_grad_enabled(train), _products_of_float32("tf32" if tf32 else "ieee"):
+    with torch.set_grad_enabled(train), products_of_float32("tf32" if tf32 else "ieee"):
         if routed:
             slots, gates = torch.empty(128, 2, dtype=torch.int32), _leaf(FP32, 128, 2)
             out = kernels.moe_mlp(leaf(128, width), slots, gates, **weights, rows_per_expert=rows, **settings)

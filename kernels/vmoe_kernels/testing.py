@@ -277,6 +277,17 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @contextmanager
+def products_of_float32(precision: str) -> Iterator[None]:
+    """Products of float32 on a GPU are "ieee" or "tf32" within the block, PyTorch's own and the kernels'."""
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, precision
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+@contextmanager
 def forbidden_synchronisation() -> Iterator[None]:
     """Raises where the host would wait for the GPU."""
     torch.cuda.synchronize()

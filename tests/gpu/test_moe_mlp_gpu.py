@@ -19,6 +19,7 @@ from vmoe_kernels.testing import (
     make_routed,
     outputs_and_gradients,
     poisoned_memory,
+    products_of_float32,
 )
 
 pytestmark = [
@@ -47,6 +48,17 @@ def _ops(shape, **options):
         partial(moe_mlp, impl="triton", rows_per_expert=shape[3], **options),
         partial(moe_mlp_reference, rows_per_expert=shape[3], **options),
     )
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 3, 8), ODD, (67, 2, 3, 70, 8), (230, 2, 3, 150, 208)], ids=str)
+def test_moe_mlp_in_tf32_is_as_near_as_its_11_bits_are(shape):
+    op, twin = _ops(shape)
+    inputs = _inputs("random", shape, torch.float32)
+    with products_of_float32("tf32"):
+        got = outputs_and_gradients(op, inputs)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    for name, want in outputs_and_gradients(twin, wide).items():
+        assert torch.linalg.norm(got[name] - want) <= 2**-9 * torch.linalg.norm(want), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vmoe_kernels as vk
-from tests.helpers.routing import check_slots, make_choices
+from tests.helpers.routing import check_rows, check_slots, make_choices
 from vmoe_kernels.common.launch import Config, override
 from vmoe_kernels.testing import forbidden_synchronisation
 
@@ -52,6 +52,17 @@ def test_slots_keep_the_choices_of_the_twin(size, design, kind, priority, batch_
     with override("slots", Config({"DESIGN": design}, num_warps=4)):
         first = check_slots(experts, gates, _assign, **options)
         assert torch.equal(first, _assign(experts, gates, **options))
+
+
+@pytest.mark.parametrize("batch_priority", [True, False])
+@pytest.mark.parametrize("kind", ["random", "one_expert", "ties"])
+@pytest.mark.parametrize(("size", "design"), _cases())
+def test_rows_hold_the_choices_whose_slots_they_are(size, design, kind, batch_priority):
+    tokens, group, num_experts, selected, capacity, last = size
+    experts, gates = make_choices(kind, tokens, num_experts, selected, "cuda")
+    sizes = {"num_experts": num_experts, "group_size": group, "capacity": capacity, "last_capacity": last}
+    with override("slots", Config({"DESIGN": design}, num_warps=4)):
+        check_rows(experts, gates, **sizes, batch_priority=batch_priority)
 
 
 def test_slots_never_synchronise():

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 import vmoe_kernels as vk
-from vmoe_kernels.testing import slots_fault
+from vmoe_kernels.common.groups import choices_of_rows
+from vmoe_kernels.testing import poisoned_memory, slots_fault
 
 # tokens, group size, width, experts, selected
 ROUTER_SIZES = [
@@ -96,3 +97,12 @@ def check_slots(experts: Tensor, gates: Tensor, assign: Callable, **options) -> 
     fault = slots_fault(slots, want, **{name: options[name] for name in ("group_size", "capacity", "last_capacity")})
     assert fault is None, fault
     return slots
+
+
+def check_rows(experts: Tensor, gates: Tensor, **options) -> None:
+    """With the slots comes the choice that every row of the buffer holds, or -1 in an empty one."""
+    with poisoned_memory():
+        slots, choices = vk.assign_rows(experts, gates, impl="triton", **options)
+        assert torch.equal(slots, vk.assign_slots(experts, gates, impl="triton", **options))
+    assert choices.dtype == torch.int32
+    assert torch.equal(choices, choices_of_rows(slots.unsqueeze(0), len(choices)).squeeze(0))

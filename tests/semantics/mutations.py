@@ -16,7 +16,8 @@ _EXPERTS = (
     "tests/gpu/test_expert_mlp_gpu.py::test_expert_mlp_matches_eager[(2, 300, 192, 160, 192)-relu-torch.bfloat16]",
 )
 _ODD = ("tests/gpu/test_expert_mlp_gpu.py::test_expert_mlp_matches_eager[(3, 13, 20, 70, 33)-relu-torch.bfloat16]",)
-_TILES = ("tests/semantics/test_configs.py::test_gemms_as_the_chip_has_them[routed]",)
+_TILES = ("tests/semantics/test_configs.py::test_gemms_as_the_chip_has_them[routed-(208, 336)]",)
+_WHOLE_TILES = ("tests/semantics/test_configs.py::test_gemms_as_the_chip_has_them[routed-(256, 512)]",)
 _DROPLESS = (
     "tests/gpu/test_dropless_gpu.py::test_slots_equal_eager[1-(13, 3, 5, 20)]",
     "tests/gpu/test_dropless_gpu.py::test_mlp_matches_eager[(13, 3, 5, 20)-False-torch.bfloat16]",
@@ -26,6 +27,7 @@ _ROUTER = (
     "tests/gpu/test_router_gpu.py::test_router_equals_reference[size2-0.0]",
 )
 _GROUPS = ("tests/gpu/test_router_gpu.py::test_router_equals_reference[size3-1.0]",)
+_ROWS = "tests/gpu/test_slots_gpu.py::test_rows_hold_the_choices_whose_slots_they_are[size{}-{}-{}-{}]"
 _SLOTS = "tests/gpu/test_slots_gpu.py::test_slots_keep_the_choices_of_the_twin[size{}-{}-{}-max-{}]"
 
 
@@ -340,6 +342,38 @@ MUTATIONS = (
         "limit = tl.where(size < group_size, last_capacity, capacity)",
         "limit = tl.where(size < group_size, capacity, capacity)",
         (_SLOTS.format(2, "sort", "random", "False"),),
+    ),
+    Mutation(
+        "boundary",
+        "the last row without a choice is left as it was",
+        _SELECT,
+        "mask=rows < end - start)",
+        "mask=rows < end - start - 1)",
+        (_ROWS.format(3, "select", "random", "True"),),
+    ),
+    Mutation(
+        "index",
+        "with batch priority a row holds a token in place of a choice",
+        _SELECT,
+        "tl.store(choices_ptr + row, choices.to(tl.int32), mask=kept > 0)",
+        "tl.store(choices_ptr + row, tokens.to(tl.int32), mask=kept > 0)",
+        (_ROWS.format(3, "select", "random", "True"),),
+    ),
+    Mutation(
+        "mask",
+        "in vanilla order a dropped choice is written before the first row",
+        _SELECT,
+        "tl.store(choices_ptr + row, choices.to(tl.int32), mask=match & (row >= 0))",
+        "tl.store(choices_ptr + row, choices.to(tl.int32), mask=match)",
+        (_ROWS.format(3, "select", "one_expert", "False"),),
+    ),
+    Mutation(
+        "index",
+        "whole tiles of weights are read from the expert before",
+        _GEMM,
+        "w = tl.load(weight_ptr + offsets)\n",
+        "w = tl.load(weight_ptr + offsets - tl.where(expert > 0, IN * OUT, 0))\n",
+        _WHOLE_TILES,
     ),
     Mutation(
         "sum",

@@ -26,7 +26,7 @@ LEFT_OUT = {
     r"test_doctor_gpu": "measures a GPU, and asks for NCCL",
     r"equal_in_two_runs": "programs run one after the other here: two runs cannot differ",
     r"library_gemms": "cuBLAS multiplies, at sizes that take a CPU too long",
-    r"25088|\(8, 412, |1576, 2, 32|test_slots_keep\w*\[size([4-7]|9|1\d)-": "takes an interpreter too long",
+    r"25088|\(8, 412, |1576, 2, 32|test_(slots_keep|rows_hold)\w*\[size([4-7]|9|1\d)-": "takes an interpreter too long",
 }
 # What `--part quick` keeps, by a pattern of the test's name.
 QUICK = (
@@ -35,7 +35,7 @@ QUICK = (
     r"(moe_mlp|dropless)_gpu.*(13|67, 2).*bfloat16|idle|drops_as.*bfloat16|test_slots_equal",
     r"test_expert_mlp_matches.*(relu|gelu_tanh)-torch.bfloat16",
     r"router_equals.*\[(size[123]-|dtype0-)|router_equals.*bfloat16.*size[123]",
-    r"test_slots_keep\w*\[size[0-3]-\w+-\w+-max",
+    r"test_(slots_keep\w*\[size[0-3]-\w+-\w+-max|rows_hold\w*\[size[23]-)",
 )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vmoe_kernels as vk
-from tests.helpers.routing import check_router, check_slots, eager_router, make_choices
+from tests.helpers.routing import check_router, check_rows, check_slots, eager_router, make_choices
 from vmoe_kernels.common import launch
 from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS
 from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
@@ -19,9 +19,9 @@ from vmoe_kernels.testing import assert_matches_eager, make_experts, make_routed
 
 BF16, FP32 = torch.bfloat16, torch.float32
 GEMMS = (*LINEAR_OPS, "expert_d_hidden", *WEIGHT_OPS)
-# (T, K, E, C, D): two tiles of rows an expert, the last one cut, and more steps than a pipeline is deep; rows of whole
-# 16-byte units, as TMA wants them.
-SHAPE, HIDDEN = (230, 2, 3, 150, 208), 336
+# (T, K, E, C): two tiles of rows an expert, the last one cut. (D, H): more steps than a pipeline is deep; rows of whole
+# 16-byte units, as TMA wants them; and what all tiles divide, as V-MoE's own widths: no masks, and the wide tiles.
+SHAPE, WIDTHS = (230, 2, 3, 150), ((208, 336), (256, 512))
 
 
 def _configs(op: str) -> list[launch.Config]:
@@ -34,12 +34,11 @@ def _rounds(*ops: str) -> list[dict[str, launch.Config]]:
     return [{op: _configs(op)[n % len(_configs(op))] for op in ops} for n in range(most)]
 
 
-def _inputs(dtype: torch.dtype) -> dict:
-    _, _, num_experts, _, width = SHAPE
-    routed = make_routed("random", SHAPE, dtype, device="cuda")
+def _inputs(dtype: torch.dtype, width: int, hidden: int) -> dict:
+    routed = make_routed("random", (*SHAPE, width), dtype, device="cuda")
     return {
         **{name: routed[name] for name in ("x", "slots", "gates")},
-        **make_experts((num_experts, width, HIDDEN, width), dtype, device="cuda"),
+        **make_experts((SHAPE[2], width, hidden, width), dtype, device="cuda"),
     }
 
 
@@ -50,9 +49,9 @@ def _dropless(op, impl: str, x, slots, gates, *weights):
     return op(x, slots, spans, gates, *weights)
 
 
-def _step(kind: str, dtype: torch.dtype, **options) -> None:
+def _step(kind: str, dtype: torch.dtype, widths: tuple[int, int] = WIDTHS[0], **options) -> None:
     """Forward and backward of experts against their twin."""
-    inputs = _inputs(dtype)
+    inputs = _inputs(dtype, *widths)
     if kind == "dropless":
         op, twin = partial(vk.dropless_mlp, impl="triton", **options), partial(vk.dropless_mlp_reference, **options)
         ops = partial(_dropless, op, "triton"), partial(_dropless, twin, "reference")
@@ -60,24 +59,26 @@ def _step(kind: str, dtype: torch.dtype, **options) -> None:
         options["rows_per_expert"] = SHAPE[3]
         ops = partial(vk.moe_mlp, impl="triton", **options), partial(vk.moe_mlp_reference, **options)
     else:
-        x = torch.randn(SHAPE[2], SHAPE[3], SHAPE[4], generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+        x = torch.randn(SHAPE[2], SHAPE[3], widths[0], generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
         inputs = {"x": x, **{name: value for name, value in inputs.items() if name.startswith("fc")}}
         ops = partial(vk.expert_mlp, impl="triton", **options), partial(vk.expert_mlp_reference, **options)
     assert_matches_eager(*ops, inputs, ulps=8)
 
 
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("kind", ["routed", "dropless", "unrouted"])
 @pytest.mark.parametrize("configs", _rounds(*GEMMS), ids=range(len(_rounds(*GEMMS))))
-def test_gemms(configs, kind):
+def test_gemms(configs, kind, widths):
     with ExitStack() as stack:
         for op, config in configs.items():
             stack.enter_context(launch.override(op, config))
-        _step(kind, BF16)
+        _step(kind, BF16, widths)
 
 
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("kind", ["routed", "dropless", "unrouted"])
-def test_gemms_as_the_chip_has_them(kind):
-    _step(kind, BF16)
+def test_gemms_as_the_chip_has_them(kind, widths):
+    _step(kind, BF16, widths)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
@@ -96,7 +97,7 @@ def test_epilogues_of_library_gemms(dtype):
 @pytest.mark.parametrize("width", [208, 48])
 @pytest.mark.parametrize("configs", _rounds("dispatch", "dispatch_backward", "combine", "combine_backward"), ids=str)
 def test_rows(configs, width):
-    routed = make_routed("random", (*SHAPE[:4], width), BF16, device="cuda")
+    routed = make_routed("random", (*SHAPE, width), BF16, device="cuda")
     rows = partial(vk.dispatch, num_rows=len(routed["buffer"])), partial(vk.dispatch_reference, num_rows=450)
     with ExitStack() as stack:
         for op, config in configs.items():
@@ -120,6 +121,7 @@ def test_router(dtypes, num_experts):
 def test_slots(design, batch_priority):
     experts, gates = make_choices("random", 300, 8, 2, "cuda")
     sizes = {"num_experts": 8, "group_size": 130, "capacity": 20, "last_capacity": 9}
+    options = {**sizes, "batch_priority": batch_priority, "priority": "max"}
     with launch.override("slots", launch.Config({"DESIGN": design}, num_warps=4)):
-        assign = partial(vk.assign_slots, impl="triton")
-        check_slots(experts, gates, assign, **sizes, batch_priority=batch_priority, priority="max")
+        check_slots(experts, gates, partial(vk.assign_slots, impl="triton"), **options)
+        check_rows(experts, gates, **options)

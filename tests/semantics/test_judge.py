@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.semantics import judge
 from tests.semantics.judge import compiled
@@ -52,6 +53,19 @@ def test_races_are_found():
     ):
         _last_wins[(2,)](torch.zeros(1, device="cuda", dtype=torch.int32))
     assert counts == {"launches": 1, "race": 1}
+
+
+@triton.jit
+def _second_matrix(matrices, out, ROWS: tl.constexpr, COLS: tl.constexpr):
+    tile = matrices.load([1, 0, 0]).reshape(ROWS, COLS).trans(1, 0)
+    tl.store(out + tl.arange(0, COLS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :], tile)
+
+
+def test_descriptors_are_loaded():
+    x = torch.arange(3 * 8 * 16, device="cuda", dtype=torch.float32).view(3, 8, 16)
+    out = torch.empty(16, 8, device="cuda")
+    _second_matrix[(1,)](TensorDescriptor.from_tensor(x, [1, 8, 16]), out, ROWS=8, COLS=16)
+    assert torch.equal(out, x[1].t())
 
 
 def test_memory_that_nobody_wrote_is_nan():
