@@ -229,6 +229,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "bf16xbf16/D768/E32/K2": partial(_route, BF16, BF16, 768, 32, 2, False),
     "bf16xfp32/D768/E32/K2/noise": partial(_route, BF16, FP32, 768, 32, 2, True),
     "bf16xfp32/D768/E8/K1/noise": partial(_route, BF16, FP32, 768, 8, 1, True),
+    "bf16xfp16/D768/E32/K2": partial(_route, BF16, FP16, 768, 32, 2, False),
     "fp16xfp32/D768/E32/K2/noise": partial(_route, FP16, FP32, 768, 32, 2, True),
     **{f"bf16xfp32/D1280/E{e}/K2/noise": partial(_route, BF16, FP32, 1280, e, 2, True) for e in (64, 128, 256)},
     **{f"fp32xfp32/D768/E{e}/K2/noise": partial(_route, FP32, FP32, 768, e, 2, True) for e in (32, 64, 128, 256)},

@@ -28,6 +28,14 @@ def test_router_equals_reference_in_16_bits(size, dtype, narrow_weight, noise_st
     check_router(size, dtype, weight_dtype, noise_std, "cuda", eager=eager_router)
 
 
+@pytest.mark.parametrize("size", SIZES[2:6])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str
+)
+def test_router_takes_each_16_bit_dtype_beside_the_other(dtype, weight_dtype, size):
+    check_router(size, dtype, weight_dtype, 1.0, "cuda", eager=eager_router)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_router_is_bitwise_equal_in_two_runs(dtype):
     size = (25_088, 1568, 768, 32, 2)

@@ -88,10 +88,11 @@ def dot_fp32(a, b, acc, PRECISION: tl.constexpr):
         acc = tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
     elif a.dtype == b.dtype:
         acc = tl.dot(a, b, acc)
-    elif a.dtype == tl.bfloat16 or b.dtype == tl.bfloat16:
+    elif (a.dtype == tl.float32 and b.dtype == tl.bfloat16) or (a.dtype == tl.bfloat16 and b.dtype == tl.float32):
         acc = dot_in_parts(a, b, acc, a.dtype == tl.float32)
     else:
-        # A 16-bit operand is exact in TF32, so the three TF32 products keep the other operand's float32 bits.
+        # 16 bits are exact in TF32, so that three TF32 products keep the bits of a float32 operand beside them, and
+        # those of bfloat16 beside float16.
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
     return acc
 
