@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 import vmoe_kernels as vk
+from vmoe_kernels.common.impl import warn_once
 from vmoe_kernels.testing import (
     assert_compiles_and_exports,
     assert_matches_eager,
     make_experts,
     poisoned_memory,
 )
+from vmoe_torch.layers import MoeMlp
 
 # (T, S, D, H, E, K, capacity factor): nothing, one token, a smaller last group, every token of 8 images in one group.
 SHAPES = (
@@ -135,3 +137,34 @@ def test_explicit_triton_is_refused_under_forward_mode():
     got, want = (torch.func.jvp(partial(run, impl=impl), values, values)[1] for impl in ("auto", "reference"))
     assert torch.equal(got, want)
     assert want.abs().max() > 0
+
+
+@pytest.fixture
+def unwarned():
+    """No warning was given yet, and none of these tests' is remembered."""
+    warn_once.cache_clear()
+    yield
+    warn_once.cache_clear()
+
+
+@pytest.mark.parametrize(("num_experts", "selected"), [(257, 2), (16, 9)])
+def test_more_than_the_kernels_hold_is_plain_pytorch(unwarned, num_experts, selected):
+    inputs = _inputs((13, 13, 48, 20, num_experts, selected, 1.0))
+    route = partial(vk.route, inputs["x"], inputs["router"], num_selected_experts=selected, capacity=2)
+    with pytest.warns(UserWarning, match=f"at most 256 experts and 8 of them for a token, got {num_experts} and"):
+        got = route()
+    want = route(impl="reference")
+    assert torch.equal(got.slots, want.slots)
+    assert torch.equal(got.gates, want.gates)
+    spans = vk.assign_dropless_slots(want.experts, num_experts=num_experts).spans
+    assert spans[1].sub(spans[0]).sum() == want.experts.numel()
+    with pytest.raises(ValueError, match="for the Triton"):
+        route(impl="triton")
+
+
+def test_a_threshold_among_256_experts_is_plain_pytorch_too(unwarned):
+    layer = MoeMlp(8, num_experts=256, gate_threshold=0.004).eval()
+    with pytest.warns(UserWarning, match=r"got 257 and 2 \(choices below a threshold count as one expert more\)"):
+        y = layer(torch.randn(2, 5, 8))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert compiled(torch.randn(2, 5, 8)).shape == y.shape

@@ -14,6 +14,7 @@ import vmoe_kernels as vk
 from tests.conftest import relative_error
 from vmoe_kernels.common.groups import dropless_rows
 from vmoe_kernels.common.impl import row_tile
+from vmoe_kernels.routing import dropless_slots
 from vmoe_kernels.testing import (
     assert_compiles_and_exports,
     assert_matches_eager,
@@ -281,9 +282,21 @@ def test_autocast_does_not_narrow_it():
             assert torch.equal(vk.dropless_mlp(**inputs, impl=impl), want)
 
 
-def test_a_cpu_needs_no_padding():
+def test_slots_lie_the_same_on_every_device():
     assert row_tile(torch.device("cpu")) == 1
     assert row_tile(torch.device("cuda")) == 128
+    experts = make_choices(40, 2, 4)
+    slots, spans = vk.assign_dropless_slots(experts, num_experts=4)
+    assert torch.equal(slots, vk.assign_dropless_slots(experts, num_experts=4, tile=128).slots)
+    assert not (spans[0] % 128).any()
+
+
+def test_a_gpu_refuses_tiles_that_its_products_would_share(monkeypatch):
+    monkeypatch.setattr(dropless_slots, "row_tile", lambda device: 128)
+    experts = make_choices(40, 2, 4)
+    with pytest.raises(ValueError, match="tile must be a multiple of 128 on cpu, got 64"):
+        vk.assign_dropless_slots(experts, num_experts=4, tile=64)
+    assert vk.assign_dropless_slots(experts, num_experts=4, tile=256).slots.shape == (40, 2)
 
 
 @pytest.mark.parametrize(

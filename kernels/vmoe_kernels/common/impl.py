@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vmoe_kernels.common.card import IMPORT_FAULT, first_line, refusal
-from vmoe_kernels.common.checks import check_choices
+from vmoe_kernels.common.checks import MAX_EXPERTS, MAX_SELECTED, check_choices
 from vmoe_kernels.common.transforms import carries_tangent, differentiating
 
 IMPLS = ("auto", "triton", "reference")
@@ -20,7 +20,7 @@ HAS_TRITON = IMPORT_FAULT is None
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# Rows of the buffer that the Triton GEMMs take at once: in a dropless one, none may hold rows of two experts.
+# Rows of the buffer that the Triton GEMMs take at once: in a dropless one, no tile may hold rows of two experts.
 ROW_TILE = 128
 
 
@@ -30,7 +30,7 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def row_tile(device: torch.device) -> int:
-    """Rows at whose multiples an expert's part of a dropless buffer begins on a device: CPU loops need no padding."""
+    """Rows at whose multiples an expert's part of a dropless buffer must begin on a device: a CPU's loops take any."""
     return ROW_TILE if has_kernels(device) else 1
 
 
@@ -71,6 +71,21 @@ def takes_twin(device: torch.device, dtype: torch.dtype) -> bool:
 takes_twin._dynamo_marked_constant = True
 
 
+def _is_too_wide(device: torch.device, num_experts: int, num_choices: int) -> bool:
+    """Whether a routing is more than the Triton kernels hold in registers; then a warning says so once."""
+    if num_experts <= MAX_EXPERTS and num_choices <= MAX_SELECTED:
+        return False
+    warn_once(
+        device,
+        f"the routing kernels take at most {MAX_EXPERTS} experts and {MAX_SELECTED} of them for a token, got "
+        f"{num_experts} and {num_choices} (choices below a threshold count as one expert more)",
+    )
+    return True
+
+
+_is_too_wide._dynamo_marked_constant = True
+
+
 @functools.cache
 def warn_once(device: torch.device, reason: str) -> None:
     """Says for what reason a device has plain PyTorch."""
@@ -102,10 +117,11 @@ def register_triton(op, launcher: Callable) -> None:
         op.register_kernel("cpu")(launcher)
 
 
-def use_reference(impl: str, x: Tensor, *others: Tensor | None) -> bool:
+def use_reference(impl: str, x: Tensor, *others: Tensor | None, routing: tuple[int, int] | None = None) -> bool:
     """Decides whether a call on `x` runs the eager twin; an explicit request never falls back in silence.
 
     `others` are the remaining inputs that may be differentiated: what the registered ops cannot do is the twin's.
+    `routing` is E and K of an op that routes: the twin has no limit for them.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
@@ -128,7 +144,9 @@ def use_reference(impl: str, x: Tensor, *others: Tensor | None) -> bool:
             "dtype must be float16 or float32 under TRITON_INTERPRET=1, got bfloat16, with whose bits Triton's "
             "interpreter computes as with integers; impl='reference' takes it"
         )
-    return impl != "triton" and takes_twin(x.device, x.dtype)
+    if impl == "triton":
+        return False
+    return takes_twin(x.device, x.dtype) or (on_triton and routing is not None and _is_too_wide(x.device, *routing))
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -97,7 +97,7 @@ def assign_rows(
     options = checked_options(
         experts, gates, num_experts, group_size, capacity, last_capacity, batch_priority, priority
     )
-    if use_reference(impl, gates):
+    if use_reference(impl, gates, routing=(num_experts, experts.shape[1])):
         return AssignedRows(*_with_choices(experts, gates, *options))
     return AssignedRows(*torch.ops.vmoe.assign_rows(experts, gates.detach(), *options))
 

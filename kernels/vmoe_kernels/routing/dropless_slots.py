@@ -14,7 +14,7 @@ from torch import Tensor
 from vmoe_kernels import vmap
 from vmoe_kernels.common.checks import check_integer, check_rows
 from vmoe_kernels.common.groups import dropless_rows, split_groups
-from vmoe_kernels.common.impl import HAS_TRITON, register_triton, row_tile, use_reference
+from vmoe_kernels.common.impl import HAS_TRITON, ROW_TILE, register_triton, row_tile, use_reference
 from vmoe_kernels.routing.slots import queue_places
 
 
@@ -81,24 +81,27 @@ def assign_dropless_slots(
         num_experts: E.
         group_size: S, whose choices lie together, first ones first; None is one group of all tokens. It decides the
             order of an expert's rows, nothing else.
-        tile: rows at whose multiples an expert's part begins; None is what `dropless_mlp` needs on this device: 1 on a
-            CPU, 128 on a GPU.
+        tile: rows at whose multiples an expert's part begins; None is 128, which `dropless_mlp` needs on a GPU and
+            takes on a CPU. A CPU takes any.
         impl: "auto", "triton" or "reference".
 
     Returns:
         DroplessSlots.
 
     Raises:
-        ValueError: if a shape, a dtype or a number is off, or there may be 2**31 rows or more.
+        ValueError: if a shape, a dtype or a number is off, or there may be 2**31 rows or more; on a GPU, if tile is no
+            multiple of 128.
     """
     if experts.ndim != 2 or experts.dtype != torch.int32:
         raise ValueError(f"experts must be (T, K) int32, got {tuple(experts.shape)} {experts.dtype}")
     num_experts = check_integer("num_experts", num_experts, 1)
     group_size = max(experts.shape[0], 1) if group_size is None else group_size
     group_size = check_integer("group_size", group_size, 1, "at least 1 token")
-    tile = check_integer("tile", row_tile(experts.device) if tile is None else tile, 1, "at least 1 row")
+    tile = check_integer("tile", ROW_TILE if tile is None else tile, 1, "at least 1 row")
+    if tile % row_tile(experts.device):
+        raise ValueError(f"tile must be a multiple of {ROW_TILE} on {experts.device}, got {tile}")
     check_rows(dropless_rows(experts.numel(), num_experts, tile))
-    if use_reference(impl, experts):
+    if use_reference(impl, experts, routing=(num_experts, experts.shape[1])):
         return DroplessSlots(*assign_dropless_slots_reference(experts, num_experts, group_size, tile))
     return DroplessSlots(*torch.ops.vmoe.assign_dropless_slots(experts, num_experts, group_size, tile))
 

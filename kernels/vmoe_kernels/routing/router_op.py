@@ -306,7 +306,7 @@ def router(
         check_seed(seed, x.device, "noise_std > 0")
         check_draws("tokens times experts", x.shape[0] * num_experts)
     options = (num_selected_experts, group_size, noise_std, seed)
-    if use_reference(impl, x, weight):
+    if use_reference(impl, x, weight, routing=(num_experts, num_selected_experts)):
         return router_reference(x, weight, *options)
     noise = None
     if noise_std > 0 and x.device.type == "cpu" and not INTERPRET:

@@ -167,7 +167,7 @@ def assign_slots(
         experts, gates, num_experts, group_size, capacity, last_capacity, batch_priority, priority
     )
     # The gates name the dtype: float64 ones are the reference's.
-    if use_reference(impl, gates):
+    if use_reference(impl, gates, routing=(num_experts, experts.shape[1])):
         return assign_slots_reference(experts, gates, *options)
     return torch.ops.vmoe.assign_slots(experts, gates.detach(), *options)
 
