@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a session with a GPU runs from the repository's root, nothing installed:
 #   benchmarks/gpu_session.sh [STEP ...] [-- FOLDER]
-# Steps: tests, sanitize, report, tune; default: tests sanitize report. Results go to FOLDER (default: benchmarks/results).
+# Steps: doctor, tests, sanitize, report, tune; default: doctor tests sanitize report. Results go to FOLDER (default: benchmarks/results).
 # Each step runs whatever the one before it did; the exit code is that of the worst.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -18,7 +18,7 @@ while (($#)); do
   steps+=("$1")
   shift
 done
-((${#steps[@]})) || steps=(tests sanitize report)
+((${#steps[@]})) || steps=(doctor tests sanitize report)
 
 worst=0
 run() {
@@ -31,6 +31,7 @@ run() {
 
 for step in "${steps[@]}"; do
   case $step in
+    doctor) run python3 -m vmoe_torch.cli doctor ;;
     tests)
       # No plugin or option of pyproject.toml that a bare machine may lack.
       run python3 -m pytest -o addopts= -q --maxfail=20 -m gpu tests/gpu
@@ -46,7 +47,7 @@ for step in "${steps[@]}"; do
     report) run python3 -m benchmarks.report --out "$folder" ;;
     tune) run python3 -m benchmarks.compile.tune --out "$folder" ;;
     *)
-      echo "STEP must be tests, sanitize, report or tune, got $step" >&2
+      echo "STEP must be doctor, tests, sanitize, report or tune, got $step" >&2
       exit 2
       ;;
   esac

@@ -1,17 +1,22 @@
 """A small MoE layer, forward and backward, for compute-sanitizer to watch: odd sizes, a smaller last group, drops.
 
+Every op is called, and every layer a second time with the tiles that large layers have on the card.
+
 compute-sanitizer --tool memcheck python -m benchmarks.compile.sanitize
 """
 
 import sys
+from contextlib import ExitStack
 
 import torch
 
 import vmoe_kernels as kernels
 from benchmarks.harness.protocol import with_gradients
+from vmoe_kernels.common import launch
+from vmoe_kernels.experts.triton_gemm import LINEAR_OPS
 
-# T, S, D, H, E, K: sizes that are no multiple of a block, and one expert more than tokens select.
-SHAPES = ((13, 5, 48, 40, 5, 3), (197, 197, 64, 136, 8, 2), (1, 1, 16, 16, 1, 1))
+# T, S, D, H, E, K: sizes that are no multiple of a block, one expert more than tokens select, whole blocks.
+SHAPES = ((13, 5, 48, 40, 5, 3), (197, 197, 64, 136, 8, 2), (1, 1, 16, 16, 1, 1), (150, 150, 256, 512, 3, 2))
 
 
 def layer(tokens: int, group: int, width: int, hidden: int, experts: int, selected: int, device: torch.device) -> None:
@@ -33,23 +38,22 @@ def layer(tokens: int, group: int, width: int, hidden: int, experts: int, select
         }
 
         def step(x, router, batch_priority=batch_priority, **weights) -> torch.Tensor:
-            routing = kernels.route(
-                x,
-                router,
-                num_selected_experts=selected,
-                capacity=2,
-                group_size=group,
-                last_capacity=1,
-                batch_priority=batch_priority,
-                noise_std=1.0,
-                seed=seed,
-            )
+            groups, noise = {"group_size": group}, {"noise_std": 1.0, "seed": seed}
+            scored = kernels.router(x, router, num_selected_experts=selected, **groups, **noise)
+            chosen, gates = scored.experts, scored.gates
+            places = {**groups, "capacity": 2, "last_capacity": 1, "batch_priority": batch_priority}
+            slots = kernels.assign_slots(chosen, gates, num_experts=experts, **places)
+            with_rows = kernels.assign_rows(chosen, gates, num_experts=experts, **places)
             rows = kernels.rows_per_expert(tokens, group, 2, 1)
             settings = {"drop": 0.1, "seed": seed}
-            fused = kernels.moe_mlp(x, routing.slots, routing.gates, **weights, rows_per_expert=rows, **settings)
-            buffer = kernels.dispatch(x, routing.slots, experts * rows).view(experts, rows, width)
+            fused = kernels.moe_mlp(
+                x, with_rows.slots, gates, **weights, rows_per_expert=rows, choices=with_rows.choices, **settings
+            )
+            buffer = kernels.dispatch(x, slots, experts * rows).view(experts, rows, width)
             out = kernels.expert_mlp(buffer, **weights, **settings).flatten(0, 1)
-            return fused + kernels.combine(out, routing.slots, routing.gates) + routing.importance.sum()
+            dropless = kernels.assign_dropless_slots(chosen, num_experts=experts, **groups)
+            everything = kernels.dropless_mlp(x, *dropless, gates, **weights)
+            return fused + kernels.combine(out, slots, gates) + everything + scored.importance.sum()
 
         leaves = {**inputs, **weights}
         with_gradients(lambda step=step, leaves=leaves: step(**leaves), leaves, torch.ones_like(inputs["x"]))
@@ -58,6 +62,10 @@ def layer(tokens: int, group: int, width: int, hidden: int, experts: int, select
 def main(device: torch.device) -> int:
     for shape in SHAPES:
         layer(*shape, device)
+        with ExitStack() as stack:
+            for op in LINEAR_OPS:
+                stack.enter_context(launch.override(op, launch.look_up(op, device, "wide")))
+            layer(*shape, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     print(f"{len(SHAPES)} layers ran")

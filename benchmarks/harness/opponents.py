@@ -12,6 +12,7 @@ from torch import Tensor
 
 import vmoe_kernels as kernels
 from benchmarks.harness.cases import Case, Layer
+from vmoe_kernels.common.impl import has_kernels
 from vmoe_kernels.rows.dispatch_op import choice_of_row
 
 Compiler = Callable[[Callable], Callable]
@@ -118,29 +119,28 @@ def layer_variants(
     case: Case, compiler: Compiler, mlps: Mapping[str, Callable[..., Tensor]]
 ) -> dict[str, Callable[..., Tensor]]:
     """Routing and one of `mlp_variants` each; opponents route by the compiled eager reference."""
-    settings = {
-        "num_selected_experts": case.num_selected,
-        "capacity": case.capacity,
-        "group_size": case.group_size,
-        "last_capacity": case.capacity,
-        "batch_priority": True,
-    }
+    selected = {"num_selected_experts": case.num_selected, "group_size": case.group_size}
+    places = {"capacity": case.capacity, "last_capacity": case.capacity, "batch_priority": True}
 
-    def route_eager(x, router) -> tuple[Tensor, Tensor]:
-        routing = kernels.route_reference(x, router, **settings)
-        return routing.slots, routing.gates
+    def route_eager(x, router) -> dict[str, Tensor]:
+        routing = kernels.route_reference(x, router, **selected, **places)
+        return {"slots": routing.slots, "gates": routing.gates}
 
-    def route_ours(x, router) -> tuple[Tensor, Tensor]:
-        routing = kernels.route(x, router, **settings)
-        return routing.slots, routing.gates
+    def route_ours(x, router) -> dict[str, Tensor]:
+        """As `MoeMlp` does: on a GPU the choices of the rows come with the slots."""
+        scored = kernels.router(x, router, **selected)
+        choices = scored.experts, scored.gates
+        settings = {"num_experts": case.num_experts, "group_size": case.group_size, **places}
+        if has_kernels(x.device):
+            return {**kernels.assign_rows(*choices, **settings)._asdict(), "gates": scored.gates}
+        return {"slots": kernels.assign_slots(*choices, **settings), "gates": scored.gates}
 
     route_compiled = compiler(route_eager)
     routes = {"ours": route_ours, "eager": route_eager}
 
     def chain(route, mlp) -> Callable[..., Tensor]:
         def call(x, router, **weights) -> Tensor:
-            slots, gates = route(x, router)
-            return mlp(x=x, slots=slots, gates=gates, **weights)
+            return mlp(x=x, **route(x, router), **weights)
 
         return call
 

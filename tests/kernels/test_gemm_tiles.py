@@ -1,5 +1,7 @@
 """Which tiles the experts' products take: wide ones where a chip, a shape and the rows allow, else the chip's own."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,7 +9,9 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import vmoe_kernels as kernels
 from benchmarks.compile.launches import CALLS, HEADLINE, record
+from vmoe_kernels.experts import triton_gemm
 from vmoe_kernels.experts.triton_buffer import Buffer
+from vmoe_torch.doctor.ops import SIZES
 
 LINEAR = {"expert_up", "expert_down", "expert_d_rows"}
 BF16 = torch.bfloat16
@@ -58,6 +62,23 @@ def test_tiles_are_wide_where_they_may_be(chip, arguments, wide):
         if each.name.partition("/")[0] in wide:
             assert each.constexprs["PERSISTENT"]
             assert each.constexprs["TMA"]
+
+
+@pytest.mark.parametrize(("chip", "multiprocessors"), [(90, 132), (100, 148)])
+def test_the_doctor_checks_wide_tiles_where_a_card_has_them(chip, multiprocessors, monkeypatch):
+    monkeypatch.setattr(triton_gemm, "_multiprocessors", lambda device: multiprocessors)
+    found = set()
+    for sizes in SIZES["cuda"]:
+        leaf = partial(torch.empty, dtype=BF16, requires_grad=True)
+        slots, gates = torch.empty(sizes.tokens, sizes.selected, dtype=torch.int32), leaf(sizes.tokens, sizes.selected)
+        up, down = (sizes.experts, sizes.hidden, sizes.width), (sizes.experts, sizes.width, sizes.hidden)
+        with record(chip) as launches:
+            weights = leaf(*up), None, leaf(*down), None
+            x = leaf(sizes.tokens, sizes.width)
+            y = kernels.moe_mlp(x, slots, gates.float(), *weights, rows_per_expert=sizes.capacity)
+            y.backward(torch.empty_like(y))
+        found |= _wide(launches)
+    assert found == LINEAR
 
 
 def test_products_of_float32_have_tables_by_their_precision():

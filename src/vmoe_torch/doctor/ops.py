@@ -49,9 +49,13 @@ class Sizes:
         return f"T={self.tokens} D={self.width} H={self.hidden} E={self.experts} K={self.selected} C={self.capacity}"
 
 
-# Sizes that no tile divides; then two blocks of rows for a CPU's cache, and on a GPU four images through V-MoE-B.
+# Sizes that no tile divides; then two blocks of rows for a CPU's cache, and on a GPU four images through V-MoE-B and 64
+# through two of its experts, which are work enough for the widest tiles of an H100 or B200.
 ODD = Sizes(13, 3, 5, 4, 20, 24)
-SIZES = {"cpu": (ODD, Sizes(400, 2, 2, 400, 16, 3072)), "cuda": (ODD, Sizes(788, 2, 8, 208, 768, 3072))}
+SIZES = {
+    "cpu": (ODD, Sizes(400, 2, 2, 400, 16, 3072)),
+    "cuda": (ODD, Sizes(788, 2, 8, 208, 768, 3072), Sizes(12_608, 1, 2, 6400, 768, 3072)),
+}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import vmoe_kernels as kernels
+from vmoe_kernels.common.impl import has_kernels
 from vmoe_kernels.testing import make_experts
 from vmoe_torch.doctor.ops import DTYPES, Sizes
 
@@ -98,11 +99,17 @@ def _calls(device: torch.device, dtype: torch.dtype, train: bool, sizes: Sizes) 
     leaves += [each.requires_grad_(train) for each in experts.values() if each is not None]
 
     def layer(impl: str) -> Callable[[], object]:
+        # As MoeMlp does: on a GPU the choices of the rows come with the slots.
+        with_rows = impl == "auto" and has_kernels(device)
+        assign = kernels.assign_rows if with_rows else kernels.assign_slots
+        places = {"num_experts": sizes.experts, "capacity": sizes.capacity, "impl": impl}
+        settings = {"rows_per_expert": sizes.capacity, "activation": "gelu", "impl": impl}
+
         def call() -> object:
-            routing = kernels.route(x, router, num_selected_experts=sizes.selected, capacity=sizes.capacity, impl=impl)
-            y = kernels.moe_mlp(
-                x, routing.slots, routing.gates, **experts, rows_per_expert=sizes.capacity, activation="gelu", impl=impl
-            )
+            scored = kernels.router(x, router, num_selected_experts=sizes.selected, impl=impl)
+            assigned = assign(scored.experts, scored.gates, **places)
+            slots, choices = assigned if with_rows else (assigned, None)
+            y = kernels.moe_mlp(x, slots, scored.gates, **experts, choices=choices, **settings)
             return torch.autograd.grad(y, leaves, d_y) if train else y
 
         return call
