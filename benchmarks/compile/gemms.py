@@ -16,7 +16,6 @@ import math
 from pathlib import Path
 
 from benchmarks.compile.launches import CALLS, HEADLINE, Launch, record
-from benchmarks.compile.predicted import moe_mlp_costs
 from benchmarks.compile.report import compile_case, versions
 from benchmarks.harness import work
 from benchmarks.harness.cases import LAYERS, Case
@@ -87,7 +86,7 @@ def costs(case: Case, op: str, launch: Launch, step: int, rest: int) -> tuple[in
     tiles = case.num_experts * math.ceil(rows / block_rows) * math.ceil(cols / block_cols)
     l2 = tiles * (block_rows + block_cols) * inner * 2
     layer = (case.num_tokens, case.num_selected, case.num_rows, case.num_experts, case.width, case.hidden)
-    flops, least = moe_mlp_costs(*layer, itemsize=2)[op]
+    flops, least = work.moe_mlp_costs(*layer, itemsize=2)[op]
     issued = tiles * launch.num_warps * (step * math.ceil(inner / block_inner) + rest)
     times = (flops / work.H200_MATMUL, least / work.H200_COPY, l2 / L2_READ, issued / ISSUE)
     bounds = dict(zip(("products", "memory", "L2", "issue"), (1e6 * each for each in times)))

@@ -13,7 +13,6 @@ from benchmarks.harness import bars, work
 from benchmarks.harness.cases import LAYERS, Case
 from benchmarks.harness.results import RESULTS, environment, heading, write
 from benchmarks.harness.session import Session
-from vmoe_kernels.common.flops import linear_flops
 
 # The Triton that the measured machines have.
 COMPILE_REPORT = RESULTS / "compile_report" / "triton-3.6.json"
@@ -63,39 +62,6 @@ def predictions(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
     return found
 
 
-def moe_mlp_costs(
-    num_tokens: int, num_choices: int, num_rows: int, num_experts: int, width: int, hidden: int, itemsize: int
-) -> dict[str, tuple[int, int]]:
-    """What each kernel of a layer's experts must do at least, at full capacity.
-
-    Args:
-        num_tokens: T.
-        num_choices: K.
-        num_rows: N, rows of all experts.
-        num_experts: E.
-        width: D, in and out.
-        hidden: H.
-        itemsize: bytes of an element of the data and weights.
-
-    Returns:
-        Kernel to (FLOPs, bytes), each operand and result counted once, forward kernels first.
-    """
-    gemm = linear_flops(num_rows, (hidden, width))
-    tokens, rows, acts = num_tokens * width, num_rows * width, num_rows * hidden
-    weight = num_experts * width * hidden
-    return {
-        "expert_up": (gemm, (tokens + weight + 2 * acts) * itemsize),
-        "expert_down": (gemm, (acts + weight + rows) * itemsize),
-        "combine": (0, work.combine_bytes(num_tokens, num_choices, width, itemsize)),
-        "expert_d_hidden": (gemm, (tokens + weight + 3 * acts) * itemsize),
-        "output_bias": (0, tokens * itemsize),
-        "expert_d_fc2": (gemm, (tokens + acts + weight) * itemsize),
-        "expert_d_fc1": (gemm, (tokens + acts + weight) * itemsize),
-        "expert_d_rows": (gemm, (acts + weight + rows) * itemsize),
-        "dispatch_backward": (0, work.dispatch_backward_bytes(num_tokens, num_choices, width, itemsize)),
-    }
-
-
 def layer_kernels(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
     """Least time of every kernel of the layer's experts, bfloat16, and how many of its programs a multiprocessor holds.
 
@@ -109,7 +75,7 @@ def layer_kernels(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
     found = []
     for case in cases:
         shape = (case.num_tokens, case.num_selected, case.num_rows, case.num_experts, case.width, case.hidden)
-        for kernel, (flops, num_bytes) in moe_mlp_costs(*shape, itemsize=2).items():
+        for kernel, (flops, num_bytes) in work.moe_mlp_costs(*shape, itemsize=2).items():
             found.append(
                 {
                     "kernel": kernel,

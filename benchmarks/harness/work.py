@@ -121,3 +121,36 @@ OPS = {
     "expert_mlp": expert_mlp,
     "moe_layer": moe_layer,
 }
+
+
+def moe_mlp_costs(
+    num_tokens: int, num_choices: int, num_rows: int, num_experts: int, width: int, hidden: int, itemsize: int
+) -> dict[str, tuple[int, int]]:
+    """What each kernel of a layer's experts must do at least, at full capacity.
+
+    Args:
+        num_tokens: T.
+        num_choices: K.
+        num_rows: N, rows of all experts.
+        num_experts: E.
+        width: D, in and out.
+        hidden: H.
+        itemsize: bytes of an element of the data and weights.
+
+    Returns:
+        Kernel to (FLOPs, bytes), each operand and result counted once, forward kernels first.
+    """
+    gemm = linear_flops(num_rows, (hidden, width))
+    tokens, rows, acts = num_tokens * width, num_rows * width, num_rows * hidden
+    weight = num_experts * width * hidden
+    return {
+        "expert_up": (gemm, (tokens + weight + 2 * acts) * itemsize),
+        "expert_down": (gemm, (acts + weight + rows) * itemsize),
+        "combine": (0, combine_bytes(num_tokens, num_choices, width, itemsize)),
+        "expert_d_hidden": (gemm, (tokens + weight + 3 * acts) * itemsize),
+        "output_bias": (0, tokens * itemsize),
+        "expert_d_fc2": (gemm, (tokens + acts + weight) * itemsize),
+        "expert_d_fc1": (gemm, (tokens + acts + weight) * itemsize),
+        "expert_d_rows": (gemm, (acts + weight + rows) * itemsize),
+        "dispatch_backward": (0, dispatch_backward_bytes(num_tokens, num_choices, width, itemsize)),
+    }
