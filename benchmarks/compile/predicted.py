@@ -1,23 +1,17 @@
 """What an H200 should need for each op and kernel, from counted work over measured ceilings, beside empty columns.
 
 Written where there is no GPU, so that the first measurement is a comparison. A quantity has one prediction: what is
-bound by copies or products by these, the slots and the noise by latency.
+bound by copies or products by these, the slots and the noise by latency; the tiles of products are gemms.py's.
 """
 
-import json
 from pathlib import Path
 
 import torch
 
 from benchmarks.harness import bars, work
 from benchmarks.harness.cases import LAYERS, Case
-from benchmarks.harness.results import RESULTS, environment, heading, write
+from benchmarks.harness.results import environment, heading, write
 from benchmarks.harness.session import Session
-
-# The Triton that the measured machines have.
-COMPILE_REPORT = RESULTS / "compile_report" / "triton-3.6.json"
-# The calls of capture.py that have the headline shape.
-HEADLINE_CALLS = ("routed/bf16/gelu_tanh/768x3072", "bf16/D768/K2")
 
 # Launches, MB read and written, and us of assigning slots at T=25,088, E=32, S=1,568, and of what noise adds. A launch
 # takes 3 us (5 us each for the two kernels of PyTorch's sort), memory moves 4.3 TB/s and L2 about 8 TB/s. By selection:
@@ -63,51 +57,31 @@ def predictions(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
 
 
 def layer_kernels(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
-    """Least time of every kernel of the layer's experts, bfloat16, and how many of its programs a multiprocessor holds.
-
-    Costs are counted at full capacity; the occupancy is the compile report's.
-    """
-    resident = {}
-    for row in occupancy():
-        kernel, _, call = row["name"].partition("/")
-        if call in HEADLINE_CALLS:
-            resident[kernel] = row["blocks_per_sm"]
+    """Least time of a layer's kernels beside the products of its experts, bfloat16, at full capacity: all are copies."""
     found = []
     for case in cases:
         shape = (case.num_tokens, case.num_selected, case.num_rows, case.num_experts, case.width, case.hidden)
         for kernel, (flops, num_bytes) in work.moe_mlp_costs(*shape, itemsize=2).items():
-            found.append(
-                {
-                    "kernel": kernel,
-                    "case": case.name,
-                    "bytes": num_bytes,
-                    "flops": flops,
-                    "blocks_per_sm": resident.get(kernel),
-                    "predicted_us": work.Work(num_bytes, flops).seconds() * 1e6,
-                    "measured_us": None,
-                }
-            )
+            if not flops:
+                microseconds = work.Work(num_bytes).seconds() * 1e6
+                each = {"kernel": kernel, "case": case.name, "bytes": num_bytes, "predicted_us": microseconds}
+                found.append({**each, "measured_us": None})
     return found
 
 
-def occupancy(capability: int = 90) -> list[dict]:
-    """Registers, shared memory and resident blocks of every shipped config, from the compile report."""
-    if not COMPILE_REPORT.exists():
-        return []
-    fields = ("name", "num_warps", "registers", "shared", "blocks_per_sm")
-    rows = json.loads(COMPILE_REPORT.read_text())["rows"]
-    return [{field: row[field] for field in fields} for row in rows if row["capability"] == capability]
+def latencies() -> list[dict]:
+    """Kernels that wait, for launches and for each other."""
+    return [
+        {"kernel": name, "launches": launches, "megabytes": size, "predicted_us": time, "measured_us": None}
+        for name, (launches, size, time) in LATENCIES.items()
+    ]
 
 
 def write_predicted(folder: Path) -> Path:
     """Writes the bars with an empty measured column, and the predictions beside an empty one."""
     made = environment(torch.device("cpu"))
     results = [bar.result(Session(torch.device("cpu"))) for bar in bars.BARS]
-    least, kernels, resident = predictions(), layer_kernels(), occupancy()
-    own = [
-        {"kernel": name, "launches": launches, "megabytes": size, "predicted_us": time, "measured_us": None}
-        for name, (launches, size, time) in LATENCIES.items()
-    ]
+    least, kernels, own = predictions(), layer_kernels(), latencies()
     ceiling_text = f"{work.H200_MATMUL * 1e-12:.0f} TFLOP/s in bf16 and {work.H200_COPY * 1e-12:.1f} TB/s"
     lines = [
         *heading("Kernels, predicted: nothing here was measured on a GPU", made),
@@ -116,7 +90,8 @@ def write_predicted(folder: Path) -> Path:
         *bars.lines(results),
         "",
         f"Predicted is the least time on an H200: the larger of FLOPs and bytes over {ceiling_text}, inputs read once",
-        "and outputs written once; launches come on top. Slots wait for latency, launches included.",
+        "and outputs written once; launches come on top. Slots wait for latency, launches included. What the tiles of",
+        "the experts' products need beyond that, of L2 and of the schedulers, is in pipelines/gemms.md.",
         "",
         "| op | direction | case | MB | GFLOP | bound by | predicted us | measured us |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -128,14 +103,11 @@ def write_predicted(folder: Path) -> Path:
     ]
     lines += [
         "",
-        "The kernels of the layer's experts, forward and backward, with the programs that a multiprocessor holds:",
-        "",
-        "| kernel | case | MB | GFLOP | blocks/SM | predicted us | measured us |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| kernel of the layer's experts | case | MB | predicted us | measured us |",
+        "| --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {each['kernel']} | {each['case']} | {each['bytes'] * 1e-6:.1f} | {each['flops'] * 1e-9:.1f} "
-        f"| {each['blocks_per_sm']} | {each['predicted_us']:.1f} | |"
+        f"| {each['kernel']} | {each['case']} | {each['bytes'] * 1e-6:.1f} | {each['predicted_us']:.1f} | |"
         for each in kernels
     ]
     lines += ["", "| bound by latency | launches | MB | predicted us | measured us |", "| --- " * 5 + "|"]
@@ -143,25 +115,11 @@ def write_predicted(folder: Path) -> Path:
         f"| {each['kernel']} | {each['launches']} | {each['megabytes']:.1f} | {each['predicted_us']:.1f} | |"
         for each in own
     ]
-    if resident:
-        lines += [
-            "",
-            "Occupancy on sm_90, from the compile report:",
-            "",
-            "| config | warps | registers | shared | blocks/SM | warps/SM |",
-            "| --- | --- | --- | --- | --- | --- |",
-        ]
-        lines += [
-            f"| {each['name']} | {each['num_warps']} | {each['registers']} | {each['shared']} "
-            f"| {each['blocks_per_sm']} | {each['blocks_per_sm'] * each['num_warps']} |"
-            for each in resident
-        ]
     content = {
         "environment": made,
         "bars": results,
         "predictions": least,
         "layer_kernels": kernels,
         "kernel_predictions": own,
-        "occupancy": resident,
     }
     return write(folder, "report", content, lines)

@@ -9,7 +9,7 @@ import torch
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.compile.predicted import moe_mlp_costs
+from benchmarks.harness.work import moe_mlp_costs
 from vmoe_kernels import moe_mlp, moe_mlp_reference
 from vmoe_kernels.common import launch
 from vmoe_kernels.common.philox import philox_bits, uniform

@@ -49,6 +49,21 @@ def test_costs_count_what_tiles_read_and_issue(launches):
     assert gemms.costs(SMALL, "expert_down", narrow, 100, 1000)[0] == 2 * 5 * 2 * (128 + 128) * 512 * 2
 
 
+@pytest.mark.parametrize("chip", gemms.CHIPS)
+def test_what_is_committed_is_of_todays_tiles(chip):
+    """Tiles, traffic and predicted times; registers and instructions are the compile report's to hold."""
+    with record(chip) as found:
+        CALLS[HEADLINE]()
+    for row in json.loads(gemms.FILE.read_text())["after"]:
+        if row["chip"] == chip:
+            launch = next(each for each in found if each.name == row["kernel"])
+            rest = row["instructions"] - row["step"]
+            l2, bounds = gemms.costs(gemms.CASE, row["kernel"], launch, row["step"], rest)
+            assert row["tile"] == gemms.tile(launch)
+            assert row["l2_megabytes"] == round(l2 * 1e-6)
+            assert row["bounds_us"] == (bounds if chip == 90 else None)
+
+
 def test_what_is_committed_got_no_worse():
     content = json.loads(gemms.FILE.read_text())
     before = {(row["kernel"], row["chip"]): row for row in content["before"]}
