@@ -57,7 +57,7 @@ def predictions(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
 
 
 def layer_kernels(cases: tuple[Case, ...] = LAYERS) -> list[dict]:
-    """Least time of a layer's kernels beside the products of its experts, bfloat16, at full capacity: all are copies."""
+    """Least time of a layer's kernels beside its experts' products, bfloat16, at full capacity: all are copies."""
     found = []
     for case in cases:
         shape = (case.num_tokens, case.num_selected, case.num_rows, case.num_experts, case.width, case.hidden)

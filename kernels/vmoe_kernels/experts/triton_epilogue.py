@@ -1,7 +1,7 @@
 """What happens to a tile between the GEMMs of an expert, for Triton kernels: bias, activation, dropout, and backward.
 
-The same code runs in the epilogue of our GEMMs (`triton_expert_gemm`, `triton_expert_gradient`) and, where cuBLAS was
-chosen for the GEMM, in a kernel of its own (`triton_expert_activation`).
+The same code runs in the epilogue of our GEMMs (`triton_gemm`, `triton_gradient`) and, where cuBLAS was chosen for the
+GEMM, in a kernel of its own (`triton_activation`).
 
 Dims: E experts, R rows per expert, W columns.
 """
