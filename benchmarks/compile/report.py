@@ -5,6 +5,7 @@ Of sm_86, sm_89 and sm_120 it compiles the launches that sm_80 does not share wi
     python -m benchmarks.compile.report            writes benchmarks/results/compile_report/triton-<version>.{json,md}
     python -m benchmarks.compile.report --check    writes nothing; exit code 1 on any defect, if a report is stale, or
                                                    if a number is worse than the report of this Triton has it
+                                                   (it compiles what is made from other things than in that report)
 
 A defect is stack use, local-memory instructions (spills), more shared memory than the chip has, a matrix product
 without tensor-core instructions (a float32 product in full precision, "ieee", has none to use and is excepted), an
@@ -14,6 +15,9 @@ version has a report of its own.
 
 import argparse
 import dataclasses
+import functools
+import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -21,6 +25,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +33,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 
 from benchmarks.compile import hazards, pipelines
 from benchmarks.compile.launches import CAPABILITIES, SIBLINGS, Launch, capture
@@ -98,6 +103,7 @@ class Compiled:
     instructions: int = 0  # machine instructions in all, of a kernel with products
     register_operands: int = 0  # products on sm_90 that read an operand from registers
     overwritten: int = 0  # instructions that write to such an operand while its product may run
+    made_from: str = ""  # digest of what decides all of this
 
     def problems(self) -> list[str]:
         """Why this config must not ship; empty if it may."""
@@ -159,6 +165,19 @@ def build(case: Launch, capability: int) -> CompiledKernel:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def made_from(case: Launch, capability: int) -> str:
+    """Digest of what decides what a launch becomes: kernels, arguments, chip, compiler, and how the result is read."""
+    compiler = triton.__version__, make_backend(GPUTarget("cuda", capability, 32)).hash()
+    parts = case.function.cache_key, case.content, capability, compiler, _reading()
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@functools.cache
+def _reading() -> list[str]:
+    sources = pipelines, hazards, build, compile_case, machine_code, blocks_per_sm
+    return [inspect.getsource(each) for each in sources]
+
+
 def compile_case(case: Launch, capability: int) -> Compiled:
     """What a launch becomes on a chip; raises what `build` raises."""
     binary = build(case, capability)
@@ -196,6 +215,7 @@ def compile_case(case: Launch, capability: int) -> Compiled:
         instructions=len(pipelines.instructions(sass)),
         register_operands=operands.products,
         overwritten=len(operands.overwritten),
+        made_from=made_from(case, capability),
     )
 
 
@@ -227,11 +247,21 @@ def blocks_per_sm(capability: int, registers: int, shared: int, num_warps: int) 
     return min(by_registers, by_shared, WARPS_PER_SM[capability] // num_warps, BLOCKS_PER_SM[capability])
 
 
-def compile_all(modules: list[str], processes: int) -> list[Compiled]:
-    """Compiles all captured launches, or those of the kernels of some modules."""
+def compile_all(modules: list[str], processes: int, known: Mapping[str, Compiled] | None = None) -> list[Compiled]:
+    """Compiles all captured launches, or those of the kernels of some modules, but for those that are known.
+
+    Args:
+        known: rows by what they were made from. The same is not made twice.
+    """
+    jobs = collect(modules)
+    before = [(known or {}).get(made_from(*job)) for job in jobs]
+    new = [job for job, row in zip(jobs, before) if row is None]
     # Spawned, so that no worker inherits the threads of the parent's torch.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(compile_case, *zip(*collect(modules))))
+        made = pool.map(compile_case, *zip(*new))
+        rows = [next(made) if row is None else row for row in before]
+    # What a launch is called is no part of what it is made from.
+    return [dataclasses.replace(row, name=case.name) for (case, _), row in zip(jobs, rows)]
 
 
 def versions() -> dict[str, str]:
@@ -285,6 +315,13 @@ def staleness(rows: list[Compiled], folder: Path = REPORTS) -> list[str]:
     return found
 
 
+def reported(folder: Path = REPORTS) -> dict[str, Compiled]:
+    """Rows of the installed Triton's report, by what they were made from; empty without a report."""
+    file = folder / f"triton-{triton_version()}.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    return {row["made_from"]: Compiled(**row) for row in rows if "made_from" in row}
+
+
 def worse(rows: list[Compiled], folder: Path = REPORTS) -> list[str]:
     """Numbers that are worse, by more than their slack, than the committed report of the very same Triton has them."""
     file = folder / f"triton-{triton_version()}.json"
@@ -314,7 +351,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("modules", nargs="*", help="modules whose kernels are compiled (default: all)")
     options = parser.parse_args(arguments)
-    rows = compile_all(options.modules, options.processes)
+    known = reported() if options.check else {}
+    rows = compile_all(options.modules, options.processes, known)
     problems = [problem for row in rows for problem in row.problems()]
     if options.check:
         problems += worse(rows)
@@ -329,7 +367,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"sm_90: {sum(row.register_operands for row in rows)} products read an operand from registers, "
         f"{sum(row.overwritten for row in rows)} instructions overwrite one while it is read"
     )
-    print(f"{len(rows)} compilations of {len({row.name for row in rows})} configs, {len(problems)} defects")
+    compiled = sum(row.made_from not in known for row in rows)
+    configs = len({row.name for row in rows})
+    print(f"{len(rows)} compilations of {configs} configs, {compiled} made now, {len(problems)} defects")
     return 1 if problems else 0
 
 

@@ -89,6 +89,47 @@ def test_collect_keeps_to_the_modules_asked_for(monkeypatch):
         compile_report.collect(["vmoe_kernels.common.launch"])
 
 
+def _compiled(case):
+    row = compile_case(case, 90)
+    assert row.made_from == compile_report.made_from(case, 90)
+    return row
+
+
+def test_what_was_made_from_the_same_is_not_made_again(tmp_path, monkeypatch):
+    sums = sums_case("running_sums/1024", 1024, 4)
+    monkeypatch.setattr(compile_report, "collect", lambda modules: [(sums, 90)])
+    # A row of numbers that no compiler gives, to see where rows come from.
+    row = dataclasses.replace(CLEAN, made_from=compile_report.made_from(sums, 90), instructions=12_345)
+    compile_report.write([row], tmp_path)
+    known = compile_report.reported(tmp_path)
+    assert known == {row.made_from: row}
+    renamed = dataclasses.replace(row, name=sums.name)
+    assert compile_report.compile_all([], 1, known) == [renamed]
+    assert compile_report.compile_all([], 1) == compile_report.compile_all([], 1, {"else": row}) == [_compiled(sums)]
+    assert compile_report.reported(tmp_path / "none") == {}
+
+
+def test_all_that_decides_what_a_launch_becomes_is_in_its_digest(monkeypatch):
+    sums = sums_case("running_sums/1024", 1024, 4)
+    digest = compile_report.made_from(sums, 90)
+    assert compile_report.made_from(dataclasses.replace(sums, name="another", grid=(9,)), 90) == digest
+    others = [
+        dataclasses.replace(sums, num_warps=8),
+        dataclasses.replace(sums, num_stages=7),
+        dataclasses.replace(sums, max_registers=64),
+        dataclasses.replace(sums, divisible=()),
+        sums_case("running_sums/1024", 2048, 4),
+        PRODUCT,
+    ]
+    digests = {compile_report.made_from(other, 90) for other in others} | {compile_report.made_from(sums, 80), digest}
+    assert len(digests) == len(others) + 2
+    monkeypatch.setattr(compile_report.triton, "__version__", "0.1")
+    assert compile_report.made_from(sums, 90) not in digests
+    monkeypatch.undo()
+    monkeypatch.setattr(compile_report, "_reading", lambda: ["count otherwise"])
+    assert compile_report.made_from(sums, 90) not in digests
+
+
 @pytest.mark.parametrize(
     ("registers", "shared", "num_warps", "blocks"),
     [(32, 0, 4, 16), (128, 0, 8, 2), (168, 0, 4, 3), (32, 100_000, 4, 2), (16, 0, 1, 32)],
@@ -144,8 +185,8 @@ def test_an_instruction_more_is_as_it_may_be_on_another_machine(tmp_path):
 
 def test_check_fails_on_a_defect(capsys, monkeypatch):
     spilling = dataclasses.replace(CLEAN, stack=16)
-    monkeypatch.setattr(compile_report, "compile_all", lambda modules, processes: [spilling])
+    monkeypatch.setattr(compile_report, "compile_all", lambda modules, processes, known: [spilling])
     assert compile_report.main(["--check", "some.module"]) == 1
     assert "16 bytes of stack" in capsys.readouterr().err
-    monkeypatch.setattr(compile_report, "compile_all", lambda modules, processes: [CLEAN])
+    monkeypatch.setattr(compile_report, "compile_all", lambda modules, processes, known: [CLEAN])
     assert compile_report.main(["--check", "some.module"]) == 0
