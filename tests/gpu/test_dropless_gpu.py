@@ -51,8 +51,9 @@ OPS = (
 )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tile", [1, 128])
+# In the last, experts fill their tiles.
+@pytest.mark.parametrize("shape", [*SHAPES, (128, 2, 2, 8)], ids=str)
+@pytest.mark.parametrize("tile", [128, 256])
 def test_slots_equal_eager(shape, tile):
     inputs = _inputs(shape, torch.float32)
     settings = {"num_experts": shape[2], "group_size": 7, "tile": tile}
