@@ -196,11 +196,11 @@ def test_train_names_the_key_that_is_wrong(tmp_path, capsys, change, message):
 def test_commands_refuse_options_out_of_their_range(trained, image, capsys):
     data = ["--data", "fashion_mnist"]
     for command in (["eval", trained, *data], ["analyze", trained, *data, "--out=o"], ["budget", trained, *data]):
-        fails(capsys, [*command, "--device=gpu"], "--device must be cpu, cuda or cuda:N, got gpu")
+        fails(capsys, [*command, "--device=gpu"], "--device must be auto, cpu, cuda or cuda:N, got gpu")
         fails(capsys, [*command, "--workers=-1"], "--workers must be at least 0, got -1")
         fails(capsys, [*command, "--batch-size=0"], "must be at least 1")
-    fails(capsys, ["fewshot", trained, *data, "--device=gpu"], "--device must be cpu, cuda or cuda:N, got gpu")
-    fails(capsys, ["predict", trained, image, "--device=tpu"], "--device must be cpu, cuda or cuda:N")
+    fails(capsys, ["fewshot", trained, *data, "--device=gpu"], "--device must be auto, cpu, cuda or cuda:N, got gpu")
+    fails(capsys, ["predict", trained, image, "--device=tpu"], "--device must be auto, cpu, cuda or cuda:N")
     fails(capsys, ["budget", trained, *data, "--flops=nan"], "--flops must be above 0 and finite, got nan")
     fails(capsys, ["convert", "a", "b.safetensors", "--shards=0"], "--shards must be at least 1, got 0")
     fails(capsys, ["plan", "test_vmoe", "--gpus=0", "--ep=1", "--batch-size=1"], "--gpus must be at least 1, got 0")

@@ -88,7 +88,7 @@ def test_what_is_no_model_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"weights of vmoe_b16_e8 cannot be had: .*must be in the cache"):
         open_model("vmoe_b16_e8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device must be cpu on a machine without CUDA, got cuda:0"):
+    with pytest.raises(ValueError, match="--device must be cpu or auto, as PyTorch sees no CUDA device, got cuda:0"):
         open_model("vmoe_s32", "cuda:0")
 
 

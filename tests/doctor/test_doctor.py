@@ -13,10 +13,9 @@ import vmoe_kernels as kernels
 from tests.test_cli import fails
 from vmoe_kernels.common.impl import Choice
 from vmoe_torch.cli import main
-from vmoe_torch.commands.options import device
 from vmoe_torch.doctor import examination, machine, ops, speed
 from vmoe_torch.doctor.examination import Examination, examine, judge_choice
-from vmoe_torch.doctor.machine import chosen_device
+from vmoe_torch.doctor.machine import device_or_reason
 from vmoe_torch.doctor.ops import DTYPES, ODD, OPS, Sizes
 from vmoe_torch.doctor.problems import Problem
 from vmoe_torch.doctor.text import describe
@@ -241,16 +240,15 @@ def test_process_groups_that_fail_are_told(monkeypatch):
 def test_a_gpu_that_is_missing_is_told(capsys, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert device("auto") == "cpu"
-    assert chosen_device("cpu") == CPU
+    assert device_or_reason("auto") == device_or_reason("cpu") == CPU
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(machine, "driver_version", lambda: None)
-    fails(capsys, ["doctor", "--device=cuda:0"], "--device must be cpu, got cuda:0: PyTorch sees no GPU, and no NVIDIA")
+    fails(capsys, ["doctor", "--device=cuda:0"], "sees no CUDA device, got cuda:0: no NVIDIA driver was")
     monkeypatch.setattr(machine, "driver_version", lambda: "580.1")
-    fails(capsys, ["doctor", "--device=cuda"], "PyTorch sees no GPU, and the driver is 580.1")
+    fails(capsys, ["doctor", "--device=cuda"], "sees no CUDA device, got cuda:0: the driver is 580.1")
     monkeypatch.setattr(torch.version, "cuda", None)
     fails(capsys, ["doctor", "--device=cuda"], "this PyTorch", "is built without CUDA")
-    fails(capsys, ["doctor", "--device=tpu"], "--device must be cpu, cuda or cuda:N, got tpu")
+    fails(capsys, ["doctor", "--device=tpu"], "--device must be auto, cpu, cuda or cuda:N, got tpu")
     fails(capsys, ["doctor", "--seconds=-1"], "--seconds must be at least 0, got -1")
     fails(capsys, ["doctor", "--json=/nowhere/doctor.json"], "--json must be a file in a folder that exists")
 
@@ -258,21 +256,19 @@ def test_a_gpu_that_is_missing_is_told(capsys, monkeypatch):
 def test_auto_is_the_first_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert device("auto") == "cuda"
-    assert chosen_device("cuda") == torch.device("cuda:0")
-    assert chosen_device("cuda:1") == torch.device("cuda:1")
-    assert chosen_device("cpu") == CPU
-    with pytest.raises(ValueError, match="--device must be one of 2 CUDA devices, got cuda:2"):
-        chosen_device("cuda:2")
+    assert device_or_reason("auto") == device_or_reason("cuda") == torch.device("cuda:0")
+    assert device_or_reason("cuda:1") == torch.device("cuda:1")
+    assert device_or_reason("cpu") == CPU
+    with pytest.raises(ValueError, match=r"--device must be one of 2 CUDA devices, got cuda:2$"):
+        device_or_reason("cuda:2")
 
 
 def test_device_auto_is_a_word(quick, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("vmoe_torch.commands.doctor.chosen_device", lambda name: asked.append(name) or CPU)
+    monkeypatch.setattr("vmoe_torch.commands.doctor.device_or_reason", lambda name: asked.append(name) or CPU)
     for words in ([], ["--device", "auto"], ["--device=cuda:1"]):
         assert main(["doctor", "--seconds=0", *words]) == 0
-    assert asked == [device("auto"), device("auto"), "cuda:1"]
+    assert asked == ["auto", "auto", "cuda:1"]
 
 
 def test_a_card_that_does_not_run_the_kernels_is_a_problem():

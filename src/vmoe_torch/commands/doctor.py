@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vmoe_torch.commands import options as opt
 from vmoe_torch.doctor.examination import Examination, examine
-from vmoe_torch.doctor.machine import chosen_device
+from vmoe_torch.doctor.machine import device_or_reason
 from vmoe_torch.doctor.text import describe
 
 
@@ -29,7 +29,7 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     opt.writable(options.json, "--json")
-    device = chosen_device(options.device)
+    device = device_or_reason(options.device)
 
     def write(found: Examination) -> None:
         if options.json is not None:

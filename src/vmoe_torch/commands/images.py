@@ -106,7 +106,7 @@ def batches(source: Source, images: Dataset, options: argparse.Namespace) -> Dat
     A forward has `options.batch_size` images or views of videos, or the views of one video where these are more.
     """
     views = getattr(source.transform, "num_views", 1)
-    pin = options.device.startswith("cuda")
+    pin = source.device.type == "cuda"
     loader = evaluation_loader(
         images,
         source.transform,

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -120,17 +119,10 @@ def wants_average(options: argparse.Namespace) -> bool | None:
     return None if options.weights is None else options.weights == "average"
 
 
-def device(text: str) -> str:
-    """A device as argparse wants it: "auto" is a GPU where there is one, else the CPU."""
-    if text == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return text
-
-
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds the device that is computed on."""
     text = "cpu, cuda or auto, a GPU where there is one (default: auto)"
-    add_option(parser, "--device", DEVICE, type=device, default="auto", help=text)
+    add_option(parser, "--device", DEVICE, default="auto", help=text)
 
 
 def add_routing(parser: argparse.ArgumentParser, several: bool = False, order: bool = True, **defaults: str) -> None:

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     for path, image in zip(options.images, images):
         # The views of a video, or one image or clip.
         views = image if image.ndim == 5 else image[None]
-        probabilities, classes = model(views.to(options.device)).float().softmax(1).mean(0).topk(count)
+        probabilities, classes = model(views.to(source.device)).float().softmax(1).mean(0).topk(count)
         names = [shown(class_names[label]) for label in classes.tolist()]
         width = max(map(len, names))
         print(shown(path))

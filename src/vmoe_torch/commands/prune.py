@@ -93,7 +93,7 @@ def _usage(source: Source, options: argparse.Namespace) -> dict[str, ExpertUsage
 
     def loaded() -> Iterator[Tensor]:
         for batch, _ in opt.progress("batches")(batches(source, taken, options)):
-            yield batch.to(options.device)
+            yield batch.to(source.device)
 
     usage = expert_usage(source.model, loaded())
     tell("data", images)

@@ -18,6 +18,7 @@ from vmoe_torch.models.architecture import open_weights
 from vmoe_torch.train import Config, build_transforms
 from vmoe_torch.train.build import image_mode
 from vmoe_torch.train.checkpoint import FORMAT, model_of, write_atomically
+from vmoe_torch.train.device import chosen_device
 from vmoe_torch.weights.sources import is_weights, pretrained_model, read_weights
 
 
@@ -38,6 +39,11 @@ class Source:
     about: str = ""
     """In a few words, which weights were taken and what told the model."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
 
 def open_model(
     name: str | Path,
@@ -51,7 +57,7 @@ def open_model(
     Args:
         name: what `vmoe_torch.checkpoints.read_weights` reads; a checkpoint of the original has the routing that `VMoE`
             has by default.
-        device: where to put the model.
+        device: where to put the model: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is one.
         average: whether to take the moving average of the weights; None takes it where there is one.
         views: clips, and crops of each, of a video; None is one clip in the middle, cropped there.
 
@@ -59,8 +65,7 @@ def open_model(
         ValueError: if it is none of these, cannot be read or fetched, has no moving average where one is wanted, or
             there is no such device; if views are wanted of a model that takes no videos.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be cpu on a machine without CUDA, got {device}")
+    place = chosen_device("--device", str(device))
     text = str(name)
     config = class_names = None
     data, about, averaged = {}, text, False
@@ -109,7 +114,7 @@ def open_model(
         if not isinstance(transform, ClipTransform):
             raise ValueError(f"--views needs a model of videos, got {text}")
         transform = transform.views(*views)
-    return Source(model.to(device).eval(), transform, mode, class_names, config, about)
+    return Source(model.to(place).eval(), transform, mode, class_names, config, about)
 
 
 def save_source(source: Source, path: str | Path) -> None:

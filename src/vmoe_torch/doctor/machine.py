@@ -16,6 +16,7 @@ import vmoe_torch
 from vmoe_kernels.common.card import c_compiler, python_headers
 from vmoe_torch import cores
 from vmoe_torch.doctor.problems import Problem, of_error
+from vmoe_torch.train.device import chosen_device
 from vmoe_torch.train.record.logs import environment
 
 # Seconds after which a process group of one counts as hanging.
@@ -35,26 +36,26 @@ CPU_FLAGS = (
 )
 
 
-def chosen_device(name: str) -> torch.device:
-    """The device of a name: "cpu", "cuda" (the first) or "cuda:N".
+def device_or_reason(name: str) -> torch.device:
+    """The device of a name, as all commands take it.
 
     Raises:
         ValueError: if there is no such GPU, saying why.
     """
-    device = torch.device(name)
-    if device.type == "cpu":
-        return device
-    number = device.index or 0
+    try:
+        return chosen_device("--device", name)
+    except ValueError as error:
+        if torch.cuda.is_available():
+            raise
+        raise ValueError(f"{error}: {_reason()}") from None
+
+
+def _reason() -> str:
+    """Why PyTorch sees no CUDA device."""
     if torch.version.cuda is None and torch.version.hip is None:
-        raise ValueError(f"--device must be cpu, got {name}: this PyTorch ({torch.__version__}) is built without CUDA")
-    count = torch.cuda.device_count()
-    if not torch.cuda.is_available() or count == 0:
-        driver = driver_version()
-        found = "no NVIDIA driver was found" if driver is None else f"the driver is {driver}"
-        raise ValueError(f"--device must be cpu, got {name}: PyTorch sees no GPU, and {found}")
-    if number >= count:
-        raise ValueError(f"--device must be one of {count} CUDA devices, got {name}")
-    return torch.device("cuda", number)
+        return f"this PyTorch ({torch.__version__}) is built without CUDA"
+    driver = driver_version()
+    return "no NVIDIA driver was found" if driver is None else f"the driver is {driver}"
 
 
 def driver_version() -> str | None:

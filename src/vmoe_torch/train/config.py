@@ -23,7 +23,6 @@ from vmoe_torch.train.rules import (
     DEVICE,
     SOMETHING,
     Each,
-    Matches,
     Number,
     OneOf,
     check,
@@ -251,7 +250,7 @@ class RunConfig:
     """Folder that everything is written to."""
     seed: Annotated[int, count(0)] = 0
     """Of weights, order of images, augmentations and the router's noise; at least 0."""
-    device: Annotated[str, Matches(f"auto|{DEVICE.pattern}", f"auto, {DEVICE}")] = "auto"
+    device: Annotated[str, DEVICE] = "auto"
     """As "cpu", "cuda" or "cuda:N"; "auto" is CUDA where there is one."""
     precision: Annotated[str, OneOf(tuple(PRECISIONS))] = "float32"
     """dtype that autocast computes in: "float32" (none), "bfloat16" or "float16"."""

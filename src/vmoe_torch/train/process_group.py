@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vmoe_torch.parallel import join, on_first, require_same, share_thresholds, shared_errors
 from vmoe_torch.parallel.mesh import timeout_of_all
+from vmoe_torch.train.device import chosen_device
 
 T = TypeVar("T")
 
@@ -81,16 +82,8 @@ def processes(device: str, timeout: float = 600.0, spread: bool = False) -> Iter
         RankError: if another process has failed or does not answer.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(device)
+    place = chosen_device("run.device", device, int(os.environ.get("LOCAL_RANK", 0)))
     if place.type == "cuda":
-        number = int(os.environ.get("LOCAL_RANK", 0)) if place.index is None else place.index
-        count = torch.cuda.device_count()
-        if number >= count:
-            rule = f"one of {count} CUDA devices" if count else "cpu or auto, as PyTorch sees no CUDA device"
-            raise ValueError(f"run.device must be {rule}, got cuda:{number}")
-        place = torch.device("cuda", number)
         torch.cuda.set_device(place)
     joins = (world_size > 1 or spread) and not dist.is_initialized()
     if joins and spread and "MASTER_ADDR" not in os.environ:

@@ -103,7 +103,7 @@ class Matches:
 # A name, a path: something.
 SOMETHING = Matches(r"(?s).*\S.*", "text that is not empty")
 # The accelerators that the kernels and the commands know.
-DEVICE = Matches(r"cpu|cuda(:\d+)?", "cpu, cuda or cuda:N")
+DEVICE = Matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")
 
 
 def check(name: str, rule: Rule, value: Any) -> None:
