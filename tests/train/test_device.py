@@ -62,3 +62,10 @@ def test_training_takes_the_gpu_of_its_rank(two_gpus, monkeypatch):
         with processes(name) as group:
             assert [group.device] == taken[-1:]
     assert list(map(str, taken)) == ["cuda:1", "cuda:1", "cuda:0"]
+
+
+def test_processes_of_a_machine_share_no_gpu(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    message = "run.device must be cuda under torchrun, which gives each process its own, got cuda:0"
+    with pytest.raises(ValueError, match=message), processes("cuda:0"):
+        pass

@@ -78,10 +78,13 @@ def processes(device: str, timeout: float = 600.0, spread: bool = False) -> Iter
         spread: whether the model is spread over the processes, which takes a group even of one.
 
     Raises:
-        ValueError: if there is no such device, or a spread model has no torchrun.
+        ValueError: if there is no such device, several processes of a machine would share it, or a spread model has no
+            torchrun.
         RankError: if another process has failed or does not answer.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"run.device must be cuda under torchrun, which gives each process its own, got {device}")
     place = chosen_device("run.device", device, int(os.environ.get("LOCAL_RANK", 0)))
     if place.type == "cuda":
         torch.cuda.set_device(place)
