@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 from collections.abc import Iterator
-from typing import get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,9 @@ from vmoe_torch.commands.images import batches, open_images, tell
 from vmoe_torch.commands.sources import Source, open_model, save_source
 from vmoe_torch.control import moe_layers
 from vmoe_torch.evaluate import ExpertUsage, expert_usage
-from vmoe_torch.layers.options import MoeOptions
 from vmoe_torch.models.averaging import to_dense
-from vmoe_torch.models.pruning import hidden_width, kept_experts, prune_experts
+from vmoe_torch.models.pruning import kept_experts, new_arguments, prune_experts
 from vmoe_torch.train.rules import Number
-
-# What says nothing of a dense model.
-_MOE = get_type_hints(MoeOptions)
 
 
 def add(commands) -> None:
@@ -107,15 +102,6 @@ def _become(source: Source, model: nn.Module) -> Source:
         return dataclasses.replace(source, model=model)
     if config.model.upcycle:
         raise ValueError("MODEL must not be of a run that upcycled: its configuration cannot say what it has become")
-    layers = moe_layers(model)
-    kwargs = {name: value for name, value in config.model.kwargs.items() if layers or name not in _MOE}
     # All other routing that was chosen is told by the weights.
-    for name in ("num_experts", "num_selected_experts") if layers else ():
-        numbers = {layer_name: getattr(layer, name) for layer_name, layer in layers.items()}
-        kwargs[name] = numbers if len(set(numbers.values())) > 1 else next(iter(numbers.values()))
-    if layers and kwargs.get("expert_hidden") is not None:
-        kwargs["expert_hidden"] = hidden_width(model)
-    if not layers:
-        kwargs["moe_layers"] = []
-    own = dataclasses.replace(config.model, kwargs=kwargs)
+    own = dataclasses.replace(config.model, kwargs=new_arguments(model, config.model.kwargs))
     return dataclasses.replace(source, model=model, config=dataclasses.replace(config, model=own))

@@ -6,7 +6,6 @@ random; those of a V-MoE have parted, and their average computes something else.
 
 import copy
 from collections.abc import Mapping
-from typing import get_type_hints
 
 import torch
 from timm.layers import Mlp
@@ -14,12 +13,9 @@ from torch import Tensor, nn
 
 from vmoe_kernels.common.checks import check_flag
 from vmoe_torch.layers import ExpertLinear, MoeMlp
-from vmoe_torch.layers.options import MoeOptions
 from vmoe_torch.layers.shared import ACTIVATIONS
 from vmoe_torch.layers.usage import ExpertUsage
-from vmoe_torch.models.description import remember
-from vmoe_torch.models.pruning import check_experts, counts_of, refuse_ensembles
-from vmoe_torch.models.vmoe import VMoE
+from vmoe_torch.models.pruning import check_experts, counts_of, refuse_ensembles, remember_arguments
 
 
 @torch.no_grad()
@@ -66,9 +62,7 @@ def to_dense(
         averages[name] = _average(layer, *_weighed(name, layer, usage, scale_gates))
     # Not the experts, of which there are many: the copies of their layers are the averages.
     model = copy.deepcopy(model, {id(layer): averages[name] for name, layer in layers.items()})
-    for part in model.modules():
-        if isinstance(part, VMoE):
-            remember(part, {"moe_layers": ()}, forgotten=get_type_hints(MoeOptions))
+    remember_arguments(model)
     return model
 
 

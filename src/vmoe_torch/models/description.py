@@ -48,23 +48,6 @@ def constructor_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in _FACTORY and not name.endswith("drop_rate")}
 
 
-def remember(model: nn.Module, arguments: Mapping[str, Any], forgotten: Iterable[str] = ()) -> None:
-    """Notes that a model has become what other arguments of `timm.create_model` make.
-
-    Args:
-        model: a `VMoE`; nothing is known of one that timm has not made.
-        arguments: that take the place of those that it was made with.
-        forgotten: names of arguments that mean nothing now.
-    """
-    if model.made_with is None:
-        return
-    gone = set(forgotten)
-    model.made_with = {name: value for name, value in model.made_with.items() if name not in gone} | dict(arguments)
-    # timm's own record, since 1.0.31.
-    record = {name: value for name, value in getattr(model, "_model_args", {}).items() if name not in gone}
-    model._model_args = record | dict(arguments)
-
-
 def experts_by_block(numbers: Mapping[str, int], blocks: Iterable[int]) -> dict[int, int]:
     """Numbers of experts by the blocks' numbers, of those by the layers' names.
 

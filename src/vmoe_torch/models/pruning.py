@@ -10,7 +10,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from vmoe_kernels.common.checks import check_flag, check_integer
 from vmoe_torch.layers import ExpertChoice, ExpertLinear, MoeMlp, TopExperts
 from vmoe_torch.layers.int8_experts import refuse_int8
+from vmoe_torch.layers.options import MoeOptions
 from vmoe_torch.layers.routers.base import Router
 from vmoe_torch.layers.settings import DROPLESS, one_of
 from vmoe_torch.layers.sizes import ExpertSizes
 from vmoe_torch.layers.usage import ExpertUsage
-from vmoe_torch.models.description import remember
 from vmoe_torch.models.ensemble import EnsembleMoeMlp
 from vmoe_torch.models.vmoe import VMoE
 from vmoe_torch.weights.sources import read_weights
@@ -33,6 +33,8 @@ Keep = int | float | Sequence[int]
 Criterion = Literal["movement", "norm"]
 # Whose layers can lose experts: what another kind keeps for each expert is not known here.
 ROUTERS = (TopExperts, ExpertChoice)
+# What says nothing of a dense model.
+_MOE = get_type_hints(MoeOptions)
 _PARAMETERS = {"router.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
 # Tokens of a group up to which the capacity is held as it was.
 _GROUP = 1 << 13
@@ -83,14 +85,7 @@ def prune_experts(
     for name, layer in _layers(model).items():
         if len(kept[name]) < layer.num_experts:
             _drop(layer, kept[name], keep_capacity)
-    for part in model.modules():
-        if isinstance(part, VMoE):
-            numbers = {name: layer.num_experts for name, layer in _layers(part).items()}
-            alike = len(set(numbers.values())) == 1
-            made = {"num_experts": next(iter(numbers.values())) if alike else numbers}
-            if part.made_with is not None and part.made_with.get("expert_hidden") is not None:
-                made["expert_hidden"] = hidden_width(part)
-            remember(part, made)
+    remember_arguments(model)
     return model
 
 
@@ -152,6 +147,35 @@ def kept_experts(
             chosen = tuple(sorted(order[:chosen].tolist()))
         kept[name] = chosen
     return kept
+
+
+def new_arguments(model: nn.Module, made: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `timm.create_model` for a model that has lost experts, some or all of them.
+
+    Args:
+        model: as it is now.
+        made: the arguments that it was made with.
+    """
+    layers = _layers(model)
+    if not layers:
+        return {name: value for name, value in made.items() if name not in _MOE} | {"moe_layers": []}
+    new = dict(made)
+    for name in ("num_experts", "num_selected_experts"):
+        numbers = {layer_name: getattr(layer, name) for layer_name, layer in layers.items()}
+        new[name] = numbers if len(set(numbers.values())) > 1 else next(iter(numbers.values()))
+    if made.get("expert_hidden") is not None:
+        # Only experts of one width can be dropped.
+        new["expert_hidden"] = next(iter(layers.values())).expert_hidden[0]
+    return new
+
+
+def remember_arguments(model: nn.Module) -> None:
+    """Notes in every `VMoE` that timm made which arguments would make what it has become."""
+    for part in model.modules():
+        if isinstance(part, VMoE) and part.made_with is not None:
+            part.made_with = new_arguments(part, part.made_with)
+            # timm's own record, since 1.0.31.
+            part._model_args = new_arguments(part, getattr(part, "_model_args", {}))
 
 
 def _layers(model: nn.Module) -> dict[str, MoeMlp]:
@@ -277,11 +301,6 @@ def _fewer_choices(router: Router, left: int) -> tuple[dict[str, Any], tuple[flo
         changes["mean_selected_experts"] = tuple(min(mean, left) for mean in means)
     counted = router.capacity_mean or router.num_selected_experts
     return changes, (counted, min(counted, left))
-
-
-def hidden_width(model: nn.Module) -> int:
-    """H of the experts of a model that can be pruned, which all are of one width."""
-    return next(iter(_layers(model).values())).expert_hidden[0]
 
 
 def _same_capacity(factor: float, experts: tuple[int, int], choices: tuple[float, float], rounding: str) -> float:
