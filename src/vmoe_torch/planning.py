@@ -247,7 +247,7 @@ def forward_flops(model: nn.Module, images: int) -> int:
         flops += 2 * linear_flops(tokens, (length, model.embed_dim))  # scores, and what they weigh
         mlp = block.mlp
         if isinstance(mlp, MoeMlp):
-            flops += mlp.dense_flops(tokens) + mlp.expert_flops(_rows(mlp, images, tokens))
+            flops += mlp.flops(tokens, _rows(mlp, images, tokens))
         else:
             flops += mlp_flops(tokens, mlp.fc1.weight.shape, mlp.fc2.weight.shape)
     return flops

@@ -123,7 +123,7 @@ def test_flops():
     layer = model.blocks[1].mlp
     with counter:
         layer(torch.zeros(8, 17, 16))
-    assert counter.get_total_flops() == layer.dense_flops(8 * 17) + layer.expert_flops(layer.num_rows(8 * 17, 17))
+    assert counter.get_total_flops() == layer.flops(8 * 17, layer.num_rows(8 * 17, 17))
 
 
 def test_upcycling_begins_without_it():

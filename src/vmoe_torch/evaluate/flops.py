@@ -74,8 +74,7 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
         layers[name] = sum(per_module[f"{type(model).__name__}.{name}"].values())
         # Plain PyTorch leaves room for every token at every expert; what is counted are the choices.
         if layer.eval_capacity_factor == DROPLESS and layer.own_router().implementation() == "reference":
-            slots = layer.record.num_slots(layer.num_experts)
-            counted = layer.dense_flops(layer.record.slots.shape[0]) + layer.expert_flops(slots)
+            counted = layer.flops(layer.record.slots.shape[0], layer.record.num_slots(layer.num_experts))
             more = counted - layers[name]
             total, dense, layers[name] = total + more, dense + more, counted
             filled = None if filled is None else filled + more
@@ -107,6 +106,4 @@ def _count_layer(layer: MoeMlp, inputs: tuple[Tensor], _: Tensor) -> None:
     """ptflops' hook on a module, which adds to an attribute that ptflops has made."""
     sizes = inputs[0].shape[:-1]
     tokens = sizes.numel()
-    flops = layer.dense_flops(tokens)
-    flops += layer.expert_flops(layer.num_rows(tokens, sizes[1:].numel()))
-    layer.__flops__ += flops // 2
+    layer.__flops__ += layer.flops(tokens, layer.num_rows(tokens, sizes[1:].numel())) // 2

@@ -183,14 +183,15 @@ class MoeMlp(TravellingRouting):
         return self.own_router().capacity(group_tokens)
 
     @torch.jit.unused
+    def flops(self, tokens: int, rows: int) -> int:
+        """FLOPs of so many tokens in so many rows of all experts together: router, shared expert and experts."""
+        flops = self.own_router().flops(tokens) + shared_flops(self.shared_expert, tokens)
+        return flops + self.expert_flops(rows)
+
+    @torch.jit.unused
     def expert_flops(self, rows: int) -> int:
         """FLOPs of so many rows of all experts together, as many of each, 2 * (D + O) * rows * mean(H_e)."""
         return experts_by_size.flops(self.sizes, self.fc1, self.fc2, [rows] * self.num_experts) // self.num_experts
-
-    @torch.jit.unused
-    def dense_flops(self, tokens: int) -> int:
-        """FLOPs that so many tokens cost whatever their slots: of the router, and of the shared expert."""
-        return self.own_router().flops(tokens) + shared_flops(self.shared_expert, tokens)
 
     @torch.jit.unused
     def filled_flops(self) -> int:
