@@ -56,7 +56,11 @@ def test_eval_of_a_dense_model(tmp_path, image_folder, capsys):
     assert capsys.readouterr().out.splitlines()[2].split()[2] == "-"
     (row,) = json.loads((tmp_path / "x.json").read_text())
     assert (row["actual_capacity_factor"], row["dropped"], row["relative_flops"]) == (None, 0, 1)
-    fails(capsys, ["eval", tmp_path / "run", "--data", image_folder, "--k=1"], "need a model with MoE layers")
+    fails(capsys, ["eval", tmp_path / "run", "--data", image_folder, "--k=1"], "MODEL must have MoE layers for --k")
+    dense, out = tmp_path / "run", tmp_path / "x.pt2"
+    fails(capsys, ["prune", dense, tmp_path / "x.pt", "--average"], "MODEL must have MoE layers to be pruned, got a")
+    fails(capsys, ["export", dense, out, "--budget=x.json"], "MODEL must have MoE layers for --budget, got a dense")
+    fails(capsys, ["export", dense, out, "--group-size=image"], "MODEL must have MoE layers for --group-size, got a")
 
 
 def test_fewshot_on_two_data_sets(run_folder, image_folder, tmp_path, capsys):

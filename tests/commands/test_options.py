@@ -84,7 +84,6 @@ def test_old_names_name_the_new_one(capsys, old):
 def test_one_routing_for_every_command(capsys):
     """And the same error where there is none to set."""
     dense = "vmoe_dense_s32"
-    for command in (["plan", dense, "--gpus=1", "--ep=1", "--batch-size=1"],):
-        fails(
-            capsys, [*command, "--k=1"], "--capacity, --k and --order need a model with MoE layers, got vmoe_dense_s32"
-        )
+    plan = ["plan", dense, "--gpus=1", "--ep=1", "--batch-size=1"]
+    fails(capsys, [*plan, "--k=1"], "MODEL must have MoE layers for --k, got a dense one: vmoe_dense_s32")
+    fails(capsys, [*plan, "--k=1", "--capacity=1"], "MODEL must have MoE layers for --capacity and --k, got a dense")

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     if options.budget is not None and fixed:
         raise ValueError(f"--budget sets capacity, K and order of each layer, got --{' --'.join(fixed)} as well")
     if options.budget is not None:
-        opt.check_sparse(model, options)
+        opt.check_sparse(model, options, "for --budget")
         assign(model, _chosen(options.budget))
     opt.route(model, options, group_size=options.group_size)
     dynamic = options.batch_size == "dynamic"

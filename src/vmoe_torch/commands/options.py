@@ -27,6 +27,8 @@ DATA_HELP = (
 )
 # Who claims slots first, as options call it, to batch_priority.
 ORDERS = {"vanilla": False, "bpr": True}
+# The options that ask for a routing, as their values are called.
+_ROUTING = ("capacity", "k", "order", "mean", "threshold", "group_size")
 # What options were called in earlier versions, and what says the same now.
 RENAMED = {
     "--batch": "--batch-size",
@@ -173,10 +175,12 @@ def route(model: nn.Module, options: argparse.Namespace, **more: object) -> None
         set_routing(model, **changes)
 
 
-def check_sparse(model: nn.Module, options: argparse.Namespace) -> None:
-    """Raises ValueError if the model has no routing to set."""
+def check_sparse(model: nn.Module, options: argparse.Namespace, purpose: str = "") -> None:
+    """Raises ValueError if the model has no MoE layers, saying what needs them: a purpose, or the routing given."""
     if not moe_layers(model):
-        raise ValueError(f"--capacity, --k and --order need a model with MoE layers, got {options.model}")
+        given = (f"--{name.replace('_', '-')}" for name in _ROUTING if getattr(options, name, None) is not None)
+        purpose = purpose or f"for {' and '.join(given)}"
+        raise ValueError(f"MODEL must have MoE layers {purpose}, got a dense one: {options.model}")
 
 
 def add_data(parser: argparse.ArgumentParser, split: str | None = None, several: bool = False) -> None:

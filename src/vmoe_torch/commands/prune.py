@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.average and (options.before is None) == (options.data is None):
         raise ValueError(f"one of --before and --data must be given, got {'both' if options.data else 'neither'}")
     source = open_model(options.model, options.device, average=opt.wants_average(options))
-    opt.check_sparse(source.model, options)
+    opt.check_sparse(source.model, options, "to be pruned")
     opt.route(source.model, options)
     usage = None if options.data is None else _usage(source, options)
     before = moe_layers(source.model)
