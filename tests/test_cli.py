@@ -257,12 +257,22 @@ def test_traceback_is_shown_where_it_is_asked_for(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("Traceback")
 
 
-def test_package_that_is_not_there_is_named(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("onnx", ": pip install -e '.[export]' from a clone of vmoe-torch\n"),
+        ("av.video", ": pip install -e '.[video]' "),
+        ("x", "\n"),
+    ],
+)
+def test_package_that_is_not_there_is_named(monkeypatch, capsys, name, advice):
     def ends(*args, **kwargs):
-        raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(eval_command, "open_model", ends)
-    fails(capsys, ["eval", "model", "--data=fashion_mnist"], "needs the package onnx, which is not installed")
+    fails(
+        capsys, ["eval", "model", "--data=fashion_mnist"], f"needs the package {name}, which is not installed{advice}"
+    )
 
 
 def test_interrupted_command_says_so_in_one_line(trained):

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "vmoe_kernels": set(),
     "cores": set(),
-    "data": set(),
+    "extras": set(),
+    "data": {"extras"},
     "layers": {"vmoe_kernels"},
     "weights": {"layers"},
     "models": {"vmoe_kernels", "layers", "weights"},
@@ -28,7 +29,7 @@ MAY_IMPORT = {
     "parallel": {"vmoe_kernels", "layers", "weights", "planning"},
     "evaluate": {"vmoe_kernels", "data", "layers", "control"},
     "budget": {"control", "evaluate"},
-    "export": {"layers", "control", "evaluate"},
+    "export": {"extras", "layers", "control", "evaluate"},
     "report": {"data"},
     "analyze": {"data", "layers", "control", "evaluate", "report"},
     "trainers": {"layers"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "doctor": {"vmoe_kernels", "cores", "train", "vmoe_torch"},
     "commands": {"cores", "data", "layers", "weights", "models", "control", "parallel", "evaluate", "budget", "export"}
     | {"analyze", "train", "recipes", "doctor", "vmoe_torch"},
-    "cli": {"cores", "parallel", "commands", "vmoe_torch"},
+    "cli": {"cores", "extras", "parallel", "commands", "vmoe_torch"},
     "demo": {"cores", "data", "evaluate", "analyze", "train", "recipes"},
     "run": {"vmoe_torch"},
     "timm_train": {"vmoe_torch"},

@@ -14,6 +14,7 @@ import pytest
 from packaging.metadata import Metadata
 
 import vmoe_torch
+from vmoe_torch.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 BUILD = "from setuptools import build_meta as b; print([b.build_wheel('w'), b.build_sdist('s'), b.build_editable('e')])"
@@ -119,6 +120,17 @@ def test_index_page_has_no_relative_link(metadata):
     assert len(pictures) == (ROOT / "README.md").read_text(encoding="utf-8").count("![") > 0
     for target in pictures:
         assert (ROOT / target.removeprefix(f"{repository}/raw/HEAD/")).is_file(), target
+
+
+def test_extras_are_what_an_error_advises():
+    """All but those that only develop the package."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    modules = {"open_clip_torch": "open_clip"}
+    wanted = {"fontTools": "train"}
+    for extra in extras.keys() - {"docs", "dev"}:
+        names = (re.match(r"[\w-]+", each)[0] for each in extras[extra] if not each.startswith("vmoe-torch["))
+        wanted |= {modules.get(name, name): extra for name in names}
+    assert wanted == EXTRAS
 
 
 def test_constraints_pin_every_tool_of_the_extra_interop():

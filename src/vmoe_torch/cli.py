@@ -89,13 +89,16 @@ def _told(error: Exception) -> str | None:
     """An error in one line, if it is one that a user causes or can do something about; None for a fault of ours."""
     import torch
 
+    from vmoe_torch.extras import EXTRAS, how_to_install
     from vmoe_torch.parallel import RankError
 
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: {text}"
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(("vmoe_torch", "vmoe_kernels")):
-        return f"this needs the package {error.name}, which is not installed: pip install 'vmoe-torch[train,export]'"
+        name = (error.name or "").partition(".")[0]
+        advice = f": {how_to_install(name)}" if name in EXTRAS else ""
+        return f"this needs the package {error.name}, which is not installed{advice}"
     if isinstance(error, ValueError | FloatingPointError | OSError | RankError):
         return text or type(error).__name__
     return None

@@ -179,7 +179,7 @@ def test_missing_pyav_is_named(tmp_path, monkeypatch):
     def fail():
         raise ImportError
 
-    with pytest.raises(ValueError, match=r"pip install 'vmoe-torch\[video\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[video\]' from a clone"):
         VideoFolder(tmp_path)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from vmoe_torch.data.image import BrokenImageError
 from vmoe_torch.data.names import shown
+from vmoe_torch.extras import how_to_install
 
 if TYPE_CHECKING:
     import av
@@ -76,7 +77,7 @@ def import_av():
     try:
         import av
     except ImportError:
-        raise ValueError("videos are read by PyAV: pip install 'vmoe-torch[video]'") from None
+        raise ValueError(f"videos are read by PyAV: {how_to_install('av')}") from None
     return av
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from vmoe_torch.control import moe_layers
+from vmoe_torch.extras import how_to_install
 from vmoe_torch.layers.int8_experts import int8_layers
 from vmoe_torch.layers.quantised import plain
 
@@ -137,7 +138,7 @@ def _of_onnx(path: Path | str) -> tuple[set[str], set]:
     try:
         import onnx
     except ImportError as error:
-        raise ValueError(f"ONNX needs pip install 'vmoe-torch[export]', got {error}") from error
+        raise ValueError(f"ONNX needs {how_to_install('onnx')}, got {error}") from error
     model = onnx.load(str(path))
     graphs = [model.graph, *model.functions]
     dependent = {node.op_type for graph in graphs for node in graph.node} & ONNX_DEPENDENT

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe_torch.control import eval_mode, moe_layers
+from vmoe_torch.extras import how_to_install
 
 # Largest difference, relative to the largest logit: some hundred times the rounding of float32 over a model's depth.
 TOLERANCE = 1e-4
@@ -45,7 +46,7 @@ def _onnx(path: Path | str) -> Callable[[Tensor], Tensor]:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ValueError(f"ONNX needs pip install 'vmoe-torch[export]', got {error}") from error
+        raise ValueError(f"ONNX needs {how_to_install('onnxruntime')}, got {error}") from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.cpu().numpy()})[0])
 

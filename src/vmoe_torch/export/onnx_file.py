@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
+from vmoe_torch.extras import how_to_install
+
 # Old enough for any runtime in use, and every operator that we need is there.
 OPSET = 18
 
@@ -45,7 +47,7 @@ def _stable_sort() -> Callable:
     try:
         from onnxscript import opset18 as op
     except ImportError as error:
-        raise ValueError(f"ONNX needs pip install 'vmoe-torch[export]', got {error}") from error
+        raise ValueError(f"ONNX needs {how_to_install('onnxscript')}, got {error}") from error
 
     def stable_sort(values, *, stable=False, dim=-1, descending=False):
         # By its definition, TopK puts the lower index first where values are equal: that is a stable sort.
