@@ -10,13 +10,9 @@ from torch import Tensor, nn
 
 from vmoe_torch.layers.calibration import Images, find_thresholds
 from vmoe_torch.layers.moe_mlp import MoeMlp
+from vmoe_torch.layers.of_model import moe_layers
 from vmoe_torch.layers.options import CapacityFactor, RoutingOptions
 from vmoe_torch.layers.routers.threshold import Threshold
-
-
-def moe_layers(model: nn.Module) -> dict[str, MoeMlp]:
-    """The MoE layers of a model by their qualified name, in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
 
 
 @contextmanager
