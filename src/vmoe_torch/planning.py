@@ -16,6 +16,7 @@ from vmoe_kernels import num_groups
 from vmoe_kernels.common.checks import check_integer
 from vmoe_kernels.common.flops import linear_flops, mlp_flops
 from vmoe_torch.layers import MoeMlp
+from vmoe_torch.layers.of_model import moe_layers
 from vmoe_torch.layers.settings import DROPLESS, refuse_dropless
 
 MASTER = 4  # bytes of a parameter, of its gradient, and of each of AdamW's two moments: float32
@@ -334,7 +335,7 @@ def _part(shape: Size, dim: int, ranks: int) -> int:
 
 def _local_parameters(model: nn.Module, settings: PlannedRun) -> int:
     """Numbers of all parameters that the first rank keeps, as `parallelize` shards them."""
-    layers = [module for module in model.modules() if isinstance(module, MoeMlp)]
+    layers = moe_layers(model).values()
     in_layers = {id(p) for layer in layers for part in (layer.router, layer.fc1, layer.fc2) for p in part.parameters()}
     total = sum(_part(p.shape or Size([1]), 0, settings.gpus) for p in model.parameters() if id(p) not in in_layers)
     for layer in layers:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vmoe_kernels.common.checks import check_flag
 from vmoe_torch.layers import ExpertLinear, MoeMlp
+from vmoe_torch.layers.of_model import moe_layers
 from vmoe_torch.layers.shared import ACTIVATIONS
 from vmoe_torch.layers.usage import ExpertUsage
 from vmoe_torch.models.pruning import check_experts, counts_of, refuse_ensembles, remember_arguments
@@ -46,7 +47,7 @@ def to_dense(
     """
     scale_gates = check_flag("scale_gates", scale_gates)
     refuse_ensembles(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
+    layers = moe_layers(model)
     if not layers:
         raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
     if "" in layers:

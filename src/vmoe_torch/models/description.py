@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from vmoe_torch.layers import MoeMlp
+from vmoe_torch.layers.of_model import moe_layers
 
 # Of timm's factories, not of the model.
 _FACTORY = ("device", "dtype", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir")
@@ -19,7 +19,7 @@ _FACTORY += ("features_only", "feature_cls", "out_indices", "pruned", "scriptabl
 
 def routing_arguments(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The arguments that give a new model the routing that was chosen for this one; empty if none was."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
+    layers = moe_layers(model)
     chosen = {name for layer in layers.values() for name in layer.chosen_routing()}
     now = {name: layer.routing() for name, layer in layers.items()}
     names = dict.fromkeys(name for routing in now.values() for name in routing if name in chosen)
@@ -32,7 +32,7 @@ def choose_per_layer(model: nn.Module, arguments: Mapping[str, Mapping[str, Any]
     Raises:
         ValueError: if an argument does not name exactly the MoE layers, or a value is off.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
+    layers = moe_layers(model)
     for name, values in arguments.items():
         if values.keys() != layers.keys():
             raise ValueError(
@@ -74,7 +74,7 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     if model.patch_embed.img_size is not None:
         now["img_size"] = tuple(model.patch_embed.img_size)
     # Left open, it would be another number for other images.
-    slots = {layer.own_router().slots_per_expert for layer in model.modules() if isinstance(layer, MoeMlp)} - {None}
+    slots = {layer.own_router().slots_per_expert for layer in moe_layers(model).values()} - {None}
     made = dict(model.made_with)
     if slots:
         now["slots_per_expert"] = slots.pop()

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from vmoe_kernels.common.checks import check_flag, check_integer
 from vmoe_torch.layers import ExpertChoice, ExpertLinear, MoeMlp, TopExperts
 from vmoe_torch.layers.int8_experts import refuse_int8
+from vmoe_torch.layers.of_model import moe_layers
 from vmoe_torch.layers.options import MoeOptions
 from vmoe_torch.layers.routers.base import Router
 from vmoe_torch.layers.settings import DROPLESS, one_of
@@ -82,7 +83,7 @@ def prune_experts(
     keep_capacity = check_flag("keep_capacity", keep_capacity)
     kept = kept_experts(model, keep, before=before, usage=usage, criterion=criterion)
     model = copy.deepcopy(model)
-    for name, layer in _layers(model).items():
+    for name, layer in moe_layers(model).items():
         if len(kept[name]) < layer.num_experts:
             _drop(layer, kept[name], keep_capacity)
     remember_arguments(model)
@@ -120,7 +121,7 @@ def kept_experts(
     Raises:
         ValueError: if an argument is off, or a layer is of a kind whose experts cannot be dropped.
     """
-    layers = _layers(model)
+    layers = moe_layers(model)
     refuse_ensembles(model)
     if not layers:
         raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
@@ -156,7 +157,7 @@ def new_arguments(model: nn.Module, made: Mapping[str, Any]) -> dict[str, Any]:
         model: as it is now.
         made: the arguments that it was made with.
     """
-    layers = _layers(model)
+    layers = moe_layers(model)
     if not layers:
         return {name: value for name, value in made.items() if name not in _MOE} | {"moe_layers": []}
     new = dict(made)
@@ -176,10 +177,6 @@ def remember_arguments(model: nn.Module) -> None:
             part.made_with = new_arguments(part, part.made_with)
             # timm's own record, since 1.0.31.
             part._model_args = new_arguments(part, getattr(part, "_model_args", {}))
-
-
-def _layers(model: nn.Module) -> dict[str, MoeMlp]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
 
 
 def check_experts(name: str, layer: MoeMlp, routers: tuple[type, ...] | None = None) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.layers.int8_experts import refuse_int8
+from vmoe_torch.layers.of_model import moe_layers
 from vmoe_torch.layers.settings import DROPLESS, refuse_dropless
 from vmoe_torch.parallel.exchange import ExpertExchange
 from vmoe_torch.parallel.forwards import Forwards, routing_settings
@@ -87,7 +88,7 @@ def parallelize(
     _take_from_first(tensors.values(), mesh.device_type)
     ep = mesh["ep"].size()
     layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoeMlp)]
-    if len(layers) != sum(isinstance(module, MoeMlp) for module in model.modules()):
+    if len(layers) != len(moe_layers(model)):
         raise ValueError("every MoeMlp of the model must be the mlp of a block, got one elsewhere")
     for layer in layers:
         layer.sizes.check_ranks(ep)
@@ -156,8 +157,7 @@ def _replicate_router(router: nn.Module, mesh: DeviceMesh) -> None:
 def _shard_parameters(
     model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None, reshard_after_forward: bool
 ) -> None:
-    layers = [module for module in model.modules() if isinstance(module, MoeMlp)]
-    routers = {parameter for layer in layers for parameter in layer.router.parameters()}
+    routers = {parameter for layer in moe_layers(model).values() for parameter in layer.router.parameters()}
     options = {"reshard_after_forward": reshard_after_forward, "ignored_params": routers}
     if param_dtype is not None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vmoe_torch.layers import MoeMlp
+from vmoe_torch.layers.of_model import moe_layers
 from vmoe_torch.parallel.averages import average_thresholds
 from vmoe_torch.parallel.mesh import group_timeout
 from vmoe_torch.parallel.ranks.agreement import begin_same
@@ -21,10 +21,9 @@ _SETTINGS = ("capacity_rounding", "capacity_multiple_of", "noise_std", "router_t
 def routing_settings(model: nn.Module) -> dict[str, Any]:
     """Settings of all MoE layers by qualified name."""
     found = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, MoeMlp):
-            settings = {**layer.routing(), **{setting: getattr(layer, setting) for setting in _SETTINGS}}
-            found |= {f"{name}.{setting}": value for setting, value in settings.items()}
+    for name, layer in moe_layers(model).items():
+        settings = {**layer.routing(), **{setting: getattr(layer, setting) for setting in _SETTINGS}}
+        found |= {f"{name}.{setting}": value for setting, value in settings.items()}
     return found
 
 
@@ -79,7 +78,7 @@ class Forwards:
 
 def _tie_losses(model: nn.Module, output: Any) -> Any:
     """Makes the backward of an auxiliary loss alone begin at the model's output, where FSDP gathers its parameters."""
-    records = [module.record for module in model.modules() if isinstance(module, MoeMlp)]
+    records = [layer.record for layer in moe_layers(model).values()]
     records = [record for record in records if record.loss is not None and record.loss.requires_grad]
     if not records or not isinstance(output, Tensor) or not output.requires_grad:
         return output
