@@ -1,7 +1,7 @@
 """What the routers of a V-MoE do: statistics, ablations, figures and a report. The figures need matplotlib."""
 
 from vmoe_torch.analyze.ablation import Ablation, ablate_routers, random_routers
-from vmoe_torch.analyze.analysis import CAPACITY_FACTORS, Analysis, analyze, describe_model, describe_routing, sample
+from vmoe_torch.analyze.analysis import CAPACITY_FACTORS, Analysis, analyze, describe_model, describe_routing
 from vmoe_torch.analyze.clips import kept_clips_animation
 from vmoe_torch.analyze.curves import capacity_curve, router_ablation, selected_experts_curve
 from vmoe_torch.analyze.heatmaps import expert_by_class, expert_by_position
@@ -18,6 +18,7 @@ from vmoe_torch.analyze.share_figures import experts_that_took, patch_shares
 from vmoe_torch.analyze.share_report import ShareAnalysis
 from vmoe_torch.analyze.shares import ExpertsPerToken, Mixtures, Spread, collect_shares, shares_of_patches
 from vmoe_torch.analyze.statistics import LayerRouting, collect_routing, kept_choices_per_patch
+from vmoe_torch.data.sampling import sample
 from vmoe_torch.report import Figure, Report, Section, Table, write_report
 
 __all__ = [

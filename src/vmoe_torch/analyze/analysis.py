@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from vmoe_torch.analyze import accuracy_sections, routing_sections
 from vmoe_torch.analyze.ablation import Ablation, ablate_routers
@@ -164,25 +163,6 @@ def _layer_dict(routing: LayerRouting) -> dict:
         "positions": None if routing.positions is None else routing.positions.tolist(),
         "position_dependence": None if routing.positions is None else routing.position_dependence,
     }
-
-
-def sample(dataset: Dataset, images: int | None, seed: int = 0) -> Subset:
-    """Images of a data set in random order: groups share slots, and should show different classes.
-
-    Args:
-        dataset: with numbered items.
-        images: how many, at most; None is all.
-        seed: of the order.
-
-    Raises:
-        ValueError: if `images` is below 1, or the data set has none.
-    """
-    if images is not None and images < 1:
-        raise ValueError(f"images must be at least 1, got {images}")
-    if len(dataset) == 0:
-        raise ValueError("dataset must hold at least one image, got none")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    return Subset(dataset, order[:images].tolist())
 
 
 def analyze(
