@@ -4,13 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-from torch.utils.data import Subset
-
 from vmoe_torch.budget import set_budget
 from vmoe_torch.commands import options as opt
 from vmoe_torch.commands.images import batches, open_images, tell
 from vmoe_torch.commands.sources import open_model, save_source
+from vmoe_torch.data.sampling import sample
 from vmoe_torch.train.rules import Number
 
 # Of what the model costs as it is set.
@@ -49,9 +47,7 @@ def run(options: argparse.Namespace) -> int:
     source = open_model(options.model, options.device, average=opt.wants_average(options))
     opt.route(source.model, options)
     images = open_images(source, options.data, options.split, own_labels=options.no_labels)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))
-    taken = Subset(images, order[: options.images].tolist())
-    loader = batches(source, taken, options)
+    loader = batches(source, sample(images, options.images, options.seed), options)
     data = ([batch] if options.no_labels else [batch, labels] for batch, labels in loader)
     budget = set_budget(
         source.model,

@@ -2,13 +2,11 @@
 
 import argparse
 
-import torch
-from torch.utils.data import Subset
-
 from vmoe_torch.commands import options as opt
 from vmoe_torch.commands.images import batches, open_images, tell
 from vmoe_torch.commands.sources import open_model
 from vmoe_torch.control import moe_layers
+from vmoe_torch.data.sampling import sample
 from vmoe_torch.evaluate import RoutingSetting, evaluate, format_table, setting_grid, write_csv, write_json
 
 # Drawn from the data to find thresholds on, for a model that was not trained by threshold.
@@ -50,9 +48,7 @@ def run(options: argparse.Namespace) -> int:
         )
     images = open_images(source, options.data, options.split)
     if options.mean and any(layer.router_type != "threshold" for layer in moe_layers(source.model).values()):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        some = Subset(images, order[:CALIBRATION_IMAGES].tolist())
-        calibration = [batch for batch, _ in batches(source, some, options)]
+        calibration = [batch for batch, _ in batches(source, sample(images, CALIBRATION_IMAGES), options)]
     wrap = opt.progress(f"{len(settings)} settings on {images.described()}")
     results = evaluate(source.model, batches(source, images, options), settings, calibration=calibration, progress=wrap)
     tell("data", images)

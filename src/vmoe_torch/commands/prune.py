@@ -4,14 +4,13 @@ import argparse
 import dataclasses
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from vmoe_torch.commands import options as opt
 from vmoe_torch.commands.images import batches, open_images, tell
 from vmoe_torch.commands.sources import Source, open_model, save_source
 from vmoe_torch.control import moe_layers
+from vmoe_torch.data.sampling import sample
 from vmoe_torch.evaluate import ExpertUsage, expert_usage
 from vmoe_torch.models.averaging import to_dense
 from vmoe_torch.models.pruning import kept_experts, new_arguments, prune_experts
@@ -83,8 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _usage(source: Source, options: argparse.Namespace) -> dict[str, ExpertUsage]:
     images = open_images(source, options.data, options.split, own_labels=True)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))
-    taken = Subset(images, order[: options.images].tolist())
+    taken = sample(images, options.images, options.seed)
 
     def loaded() -> Iterator[Tensor]:
         for batch, _ in opt.progress("batches")(batches(source, taken, options)):
