@@ -183,16 +183,19 @@ def check_sparse(model: nn.Module, options: argparse.Namespace, purpose: str = "
         raise ValueError(f"MODEL must have MoE layers {purpose}, got a dense one: {options.model}")
 
 
-def add_data(parser: argparse.ArgumentParser, split: str | None = None, several: bool = False) -> None:
+def add_data(
+    parser: argparse.ArgumentParser, split: str | None = None, several: bool = False, required: bool = True
+) -> None:
     """Adds the images to use and how they are read.
 
     Args:
         parser: of the command.
         split: that is taken by default; None is one to measure on.
         several: whether there may be more than one data set.
+        required: whether there must be one.
     """
     action, more = ("append", "; may be repeated") if several else ("store", "")
-    parser.add_argument("--data", required=True, action=action, metavar="DATA", help=DATA_HELP + more)
+    parser.add_argument("--data", required=required, action=action, metavar="DATA", help=DATA_HELP + more)
     default = split or "val, valid, validation or test"
     parser.add_argument("--split", default=split, metavar="NAME", help=f"part of the data (default: {default})")
     add_number(parser, "--batch-size", 1, 128, "images per forward")

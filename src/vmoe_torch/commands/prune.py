@@ -33,13 +33,7 @@ def add(commands) -> None:
     opt.add_option(parser, "--keep", Number(0, open_low=True), type=_number, metavar="N", help=text)
     parser.add_argument("--average", action="store_true", help="average the experts instead, by use with --data")
     parser.add_argument("--before", metavar="MODEL", help="the same model before it was fine-tuned")
-    parser.add_argument("--data", metavar="DATA", help=opt.DATA_HELP)
-    parser.add_argument("--split", default="train", metavar="NAME", help="part of the data (default: train)")
-    opt.add_number(parser, "--batch-size", 1, 128, "images per forward")
-    opt.add_number(parser, "--workers", 0, 0, "processes that read images")
-    opt.add_number(
-        parser, "--max-broken", 0, 0, "images that cannot be read and are left out; more are an error that names them"
-    )
+    opt.add_data(parser, split="train", required=False)
     opt.add_sample(parser, 1000)
     opt.add_routing(parser)
     opt.add_device(parser)
