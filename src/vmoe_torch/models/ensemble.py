@@ -18,6 +18,7 @@ from vmoe_torch.layers import MoeMlp
 from vmoe_torch.layers.sizes import per_expert
 from vmoe_torch.models.blocks import parse_moe_layers
 from vmoe_torch.models.options import MoeLayers, VMoEOptions
+from vmoe_torch.models.variants import merged
 from vmoe_torch.models.vmoe import VMoE, create_vmoe, released_cfg
 
 EnsembleOutput = Literal["probabilities", "log_probabilities", "members"]
@@ -193,7 +194,7 @@ def _create_eee(variant: str, pretrained: bool, **kwargs: Any) -> VMoEEnsemble:
         "dispatch_dtype": "bfloat16",
         "representation_size": True,
     }
-    return create_vmoe(variant, pretrained, VMoEEnsemble, **{**args, **kwargs})
+    return create_vmoe(variant, pretrained, VMoEEnsemble, **merged(args, kwargs))
 
 
 @register_model

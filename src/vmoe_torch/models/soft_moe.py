@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
+from vmoe_torch.models.variants import merged
 from vmoe_torch.models.vmoe import VMoE, create_vmoe, vmoe_cfg
 
 _PAPER = {"origin_url": "https://github.com/google-research/vmoe", "paper_ids": "arXiv:2308.00951"}
@@ -50,7 +51,7 @@ _EXPERT_CHOICE = {
 def _create(
     variant: str, pretrained: bool, size: dict[str, Any], layer: dict[str, Any], kwargs: dict[str, Any]
 ) -> VMoE:
-    args = {"class_token": False, "global_pool": "avg", "qk_norm": True, **size, **layer, **kwargs}
+    args = merged({"class_token": False, "global_pool": "avg", "qk_norm": True, **size, **layer}, kwargs)
     args.setdefault("moe_layers", tuple(range(args["depth"] // 2, args["depth"])))
     return create_vmoe(variant, pretrained, **args)
 

@@ -32,6 +32,7 @@ from vmoe_torch.models.blocks import MoeBlock, parse_moe_layers
 from vmoe_torch.models.initialisation import init_module
 from vmoe_torch.models.options import Layer, MoeLayers, PositionEmbedding, VisionTransformerOptions, WeightInit
 from vmoe_torch.models.position import TEMPERATURE, sincos2d
+from vmoe_torch.models.variants import merged
 from vmoe_torch.weights.adapt import checkpoint_filter_fn
 
 __all__ = ["VMoE"]
@@ -469,27 +470,27 @@ def vmoe_15b(pretrained: bool = False, **kwargs: Any) -> VMoE:
 def vmoe_s32_last2_e8(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """The released V-MoE-S/32, last 2, E=8: trained at capacity 1.05, evaluated at 4.0, tanh layer before the head."""
     args = {"patch_size": 32, "moe_layers": "last2", "eval_capacity_factor": 4.0, "representation_size": True}
-    return create_vmoe("vmoe_s32_last2_e8", pretrained, **{**_S, **_RELEASED, **args, **kwargs})
+    return create_vmoe("vmoe_s32_last2_e8", pretrained, **merged({**_S, **_RELEASED, **args}, kwargs))
 
 
 @register_model
 def vmoe_b16_e8(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """The released V-MoE-B/16, every 2, E=8."""
-    return create_vmoe("vmoe_b16_e8", pretrained, **{**_B, **_RELEASED, "patch_size": 16, **kwargs})
+    return create_vmoe("vmoe_b16_e8", pretrained, **merged({**_B, **_RELEASED, "patch_size": 16}, kwargs))
 
 
 @register_model
 def vmoe_s32_last2_e8_384(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """The released V-MoE-S/32, last 2, E=8, fine-tuned at 384 px: capacity 1.5, no tanh layer."""
     args = {"patch_size": 32, "img_size": 384, "moe_layers": "last2", "capacity_factor": 1.5}
-    return create_vmoe("vmoe_s32_last2_e8_384", pretrained, **{**_S, **_RELEASED, **args, **kwargs})
+    return create_vmoe("vmoe_s32_last2_e8_384", pretrained, **merged({**_S, **_RELEASED, **args}, kwargs))
 
 
 @register_model
 def vmoe_b16_e8_384(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """The released V-MoE-B/16, every 2, E=8, fine-tuned at 384 px: capacity 1.5."""
     args = {"patch_size": 16, "img_size": 384, "capacity_factor": 1.5}
-    return create_vmoe("vmoe_b16_e8_384", pretrained, **{**_B, **_RELEASED, **args, **kwargs})
+    return create_vmoe("vmoe_b16_e8_384", pretrained, **merged({**_B, **_RELEASED, **args}, kwargs))
 
 
 @register_model
@@ -516,4 +517,4 @@ def test_vmoe2(pretrained: bool = False, **kwargs: Any) -> VMoE:
         "init_values": 1e-5,
         "num_selected_experts": 1,
     }
-    return create_vmoe("test_vmoe2", pretrained, **{**_TINY, **args, **kwargs})
+    return create_vmoe("test_vmoe2", pretrained, **merged({**_TINY, **args}, kwargs))
