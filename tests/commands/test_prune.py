@@ -68,6 +68,19 @@ def test_models_of_no_run(tmp_path, capsys):
     assert experts_of(open_model(out).model) == [2, 2]
 
 
+def test_a_run_with_a_mean_of_more_experts_than_are_left(tmp_path):
+    kwargs = {"img_size": 32, "mean_selected_experts": 1.5, "gate_threshold": 0.1}
+    model = randomized(timm.create_model("test_vmoe", num_classes=2, **kwargs))
+    config = {"model": {"name": "test_vmoe", "kwargs": kwargs}, "data": {"name": "fashion_mnist"}}
+    run = {"format": 1, "config": config, "class_names": ["a", "b"], "model": model.state_dict(), "ema": None}
+    torch.save(run, tmp_path / "run.pt")
+    torch.save(randomized(timm.create_model("test_vmoe")).state_dict(), tmp_path / "before.pt")
+    out = tmp_path / "small.pt"
+    assert main(["prune", str(tmp_path / "run.pt"), str(out), "--keep=1", f"--before={tmp_path / 'before.pt'}"]) == 0
+    layers = vmoe_torch.moe_layers(open_model(out).model)
+    assert [(layer.num_experts, layer.mean_selected_experts) for layer in layers.values()] == [(1, 1.0)] * 3
+
+
 def test_what_a_user_gets_wrong(run_folder, tmp_path, capsys):
     start = ["prune", run_folder, tmp_path / "x.pt"]
     fails(capsys, [*start[:2], tmp_path / "x.onnx", "--average"], "OUT must end in .pt, got")

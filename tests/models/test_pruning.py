@@ -1,6 +1,7 @@
 """Experts that a trained model can do without are dropped, and the model goes on wherever models go."""
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -242,6 +243,35 @@ def test_a_pruned_model_is_made_again(tmp_path, way, keep):
     again = vmoe_torch.prune_experts(other, {"blocks.3.mlp": [0]})
     third = reopened(again, way, tmp_path).eval()
     assert torch.equal(third(IMAGES), again(IMAGES))
+
+
+@pytest.mark.parametrize("way", ["state dict", "timm's own", "save_for_hf"])
+@pytest.mark.parametrize("keep", [{"blocks.1.mlp": [6]}, {"blocks.3.mlp": [6]}], ids=["first", "last"])
+@pytest.mark.parametrize("when", ["made", "set"])
+def test_so_is_one_with_a_mean(tmp_path, way, keep, when):
+    mean = {"mean_selected_experts": 1.5, "gate_threshold": 0.1}
+    model = trained(**(mean if when == "made" else {}))
+    if when == "set":
+        vmoe_torch.set_routing(model, **mean)
+    pruned = vmoe_torch.prune_experts(model, keep)
+    other = reopened(pruned, way, tmp_path).eval()
+    assert sorted(layer.mean_selected_experts for layer in layers_of(other).values()) == [1.0, 1.5]
+    assert torch.equal(other(IMAGES), pruned(IMAGES))
+
+
+def test_numbers_of_each_layer_are_checked_against_its_own():
+    """One value for all, or one for each layer, of K, the mean and the threshold, in any mixture."""
+    names = ("blocks.1.mlp", "blocks.3.mlp")
+    one = {"num_selected_experts": 2, "mean_selected_experts": 1.0, "gate_threshold": 0.1}
+    each = {"num_selected_experts": (1, 2), "mean_selected_experts": (0.5, 2.0), "gate_threshold": (0.1, 0.0)}
+    for chosen in itertools.product((False, True), repeat=3):
+        given = {name: each[name] if apart else (one[name],) * 2 for name, apart in zip(one, chosen)}
+        as_dicts = {name: dict(zip(names, given[name])) if apart else one[name] for name, apart in zip(one, chosen)}
+        model = tiny_model(num_experts=dict(zip(names, (2, 3))), **as_dicts)
+        for place, layer in enumerate(layers_of(model).values()):
+            assert {name: layer.routing()[name] for name in one} == {name: given[name][place] for name in one}
+    with pytest.raises(ValueError, match=r"mean_selected_experts must be above 0 and at most num_selected_experts=1"):
+        tiny_model(num_selected_experts=dict(zip(names, (1, 2))), mean_selected_experts=1.5, gate_threshold=0.1)
 
 
 def test_shapes_alone_tell_uneven_layers():

@@ -16,6 +16,9 @@ from vmoe_torch.layers.of_model import moe_layers
 _FACTORY = ("device", "dtype", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir")
 _FACTORY += ("features_only", "feature_cls", "out_indices", "pruned", "scriptable", "exportable", "no_jit")
 
+# Checked against K and each other.
+_OF_K = ("mean_selected_experts", "gate_threshold")
+
 
 def routing_arguments(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The arguments that give a new model the routing that was chosen for this one; empty if none was."""
@@ -24,6 +27,41 @@ def routing_arguments(model: nn.Module) -> dict[str, dict[str, Any]]:
     now = {name: layer.routing() for name, layer in layers.items()}
     names = dict.fromkeys(name for routing in now.values() for name in routing if name in chosen)
     return {name: {layer: now[layer][name] for layer in layers} for name in names}
+
+
+def by_layer(moe: Mapping[str, Any], blocks: Iterable[int]) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
+    """Arguments that every MoE layer can be made with, and those of `choose_per_layer` that each gets afterwards.
+
+    Args:
+        moe: arguments of `VMoE`, each one value or one for each layer.
+        blocks: numbers of the blocks with a MoE layer.
+    """
+    per_layer = {name: value for name, value in moe.items() if isinstance(value, Mapping)}
+    experts = per_layer.pop("num_experts", None)
+    # Until then any of the values.
+    first = {name: next(iter(values.values()), None) for name, values in per_layer.items()}
+    if experts is not None:
+        first["num_experts"] = experts_by_block(experts, blocks)
+        # Any layer may have one.
+        first |= {"num_selected_experts": 1} if "num_selected_experts" in per_layer else {}
+    apart = [per_layer[name] for name in ("num_selected_experts", *_OF_K) if name in per_layer]
+    if apart:
+        # Only those of one layer must agree.
+        alike = [name for name in _OF_K if name not in per_layer and moe[name] is not None]
+        per_layer |= {name: dict.fromkeys(apart[0], moe[name]) for name in alike}
+        first |= dict.fromkeys(_OF_K)
+    return {**moe, **first}, per_layer
+
+
+def as_it_is(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with the routing that was chosen for a model, and the slots that it has."""
+    found = {**arguments, **routing_arguments(model)}
+    slots = {layer.own_router().slots_per_expert for layer in moe_layers(model).values()} - {None}
+    if slots:
+        # Left to the capacity factor, it would be another number for other images.
+        found["slots_per_expert"] = slots.pop()
+        found.pop("capacity_factor", None)
+    return found
 
 
 def choose_per_layer(model: nn.Module, arguments: Mapping[str, Mapping[str, Any]]) -> None:
@@ -73,15 +111,9 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     now["global_pool"] = model.global_pool
     if model.patch_embed.img_size is not None:
         now["img_size"] = tuple(model.patch_embed.img_size)
-    # Left open, it would be another number for other images.
-    slots = {layer.own_router().slots_per_expert for layer in moe_layers(model).values()} - {None}
-    made = dict(model.made_with)
-    if slots:
-        now["slots_per_expert"] = slots.pop()
-        made.pop("capacity_factor", None)
     if hasattr(model, "num_frames"):
         now["num_frames"] = model.num_frames
-    return {**made, **now, **routing_arguments(model)}
+    return as_it_is(model, {**model.made_with, **now})
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:

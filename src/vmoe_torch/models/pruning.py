@@ -161,7 +161,9 @@ def new_arguments(model: nn.Module, made: Mapping[str, Any]) -> dict[str, Any]:
     if not layers:
         return {name: value for name, value in made.items() if name not in _MOE} | {"moe_layers": []}
     new = dict(made)
-    for name in ("num_experts", "num_selected_experts"):
+    changed = ["num_experts", "num_selected_experts"]
+    changed += ["mean_selected_experts"] if made.get("mean_selected_experts") is not None else []
+    for name in changed:
         numbers = {layer_name: getattr(layer, name) for layer_name, layer in layers.items()}
         new[name] = numbers if len(set(numbers.values())) > 1 else next(iter(numbers.values()))
     if made.get("expert_hidden") is not None:

@@ -6,7 +6,7 @@ Over 400 lines: timm wants a function for every registered model.
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Unpack, get_type_hints
 
@@ -119,14 +119,7 @@ class VMoE(vit.VisionTransformer):
                 f"pos_embed_temperature must be {TEMPERATURE} unless pos_embed is 'sincos2d', got {temperature}"
             )
         blocks = parse_moe_layers(moe_layers, depth)
-        per_layer = {name: value for name, value in moe.items() if isinstance(value, Mapping)}
-        experts = per_layer.pop("num_experts", None)
-        # Each layer gets its own below: until then any of the values.
-        moe |= {name: next(iter(values.values()), None) for name, values in per_layer.items()}
-        if experts is not None:
-            moe["num_experts"] = description.experts_by_block(experts, blocks)
-            # Any layer may have one: each gets its own below.
-            moe |= {"num_selected_experts": 1} if "num_selected_experts" in per_layer else {}
+        moe, per_layer = description.by_layer(moe, blocks)
         super().__init__(
             *args,
             depth=depth,
