@@ -116,6 +116,23 @@ def test_slots_of_a_capacity_factor_are_the_images():
     assert {layer.router.mu.shape[2] for layer in vmoe_torch.moe_layers(with_rest).values()} == {round(17 / 4)}
 
 
+@pytest.mark.parametrize("save", [vmoe_torch.save_for_hf, timm.models.save_for_hf])
+def test_a_folder_keeps_the_slots_of_a_capacity_factor(save, tmp_path):
+    model = _tiny(slots_per_expert=0, capacity_factor=2.0)
+    save(model, tmp_path / "a")
+    again = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True).eval()
+    assert torch.equal(again(_images()), model(_images()))
+    save(again, tmp_path / "b")
+    larger = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True, img_size=48).eval()
+    assert torch.equal(larger.blocks[2].mlp.router.mu, model.blocks[2].mlp.router.mu)
+    assert larger(_images(side=48)).isfinite().all()
+    # timm writes its record anew.
+    model.set_input_size(img_size=48)
+    save(model, tmp_path / "c")
+    again = timm.create_model(f"local-dir:{tmp_path / 'c'}", pretrained=True).eval()
+    assert torch.equal(again(_images(side=48)), model(_images(side=48)))
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"num_selected_experts": 1}, {"capacity_factor": 0.5}, {"eval_capacity_factor": 2.0}, {"batch_priority": False}],
@@ -136,10 +153,22 @@ def test_any_vmoe_may_have_soft_routers():
     model = timm.create_model("test_vmoe", **SMALL, router="soft", slots_per_expert=2)
     assert {layer.router.mu.shape for layer in vmoe_torch.moe_layers(model).values()} == {(64, 4, 2)}
     sparse = vmoe_torch.upcycle(
-        "vit_tiny_patch16_224", [2, 3], 4, model_args={"depth": 4, "img_size": 32}, router="soft"
+        "vit_tiny_patch16_224", [2, 3], 4, model_args={"depth": 4, "img_size": 48}, router="soft"
     )
-    assert sparse(_images()).shape == (3, 1000)
+    # Of 9 patches and a class token, whatever comes first.
+    assert {layer.router.mu.shape for layer in vmoe_torch.moe_layers(sparse).values()} == {(192, 4, 3)}
+    assert sparse(_images(0, side=48)).shape == (0, 1000)
+    assert sparse(_images(side=48)).shape == (3, 1000)
     assert "blocks.2.mlp.router.mu" in sparse.no_weight_decay()
+
+
+def test_an_upcycled_model_of_unknown_images_is_told_its_slots():
+    dense = torch.nn.Module()
+    dense.blocks = torch.nn.ModuleList([timm.create_model("vit_tiny_patch16_224", depth=1).blocks[0]])
+    with pytest.raises(ValueError, match=r"^slots_per_expert must be at least 1 with router='soft' .*, got None for"):
+        vmoe_torch.upcycle(dense, [0], 4, router="soft")
+    sparse = vmoe_torch.upcycle(dense, [0], 4, router="soft", slots_per_expert=2)
+    assert sparse.blocks[0].mlp.router.mu.shape == (192, 4, 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

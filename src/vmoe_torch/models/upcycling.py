@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from vmoe_torch.layers import ExpertLinear, MoeMlp, SizedLinear
 from vmoe_torch.layers.options import ExpertOptions
@@ -56,7 +57,8 @@ def upcycle(
         routers are random.
 
     Raises:
-        ValueError: if the model has no blocks, or a chosen block's MLP is of a kind that experts are not.
+        ValueError: if the model has no blocks, a chosen block's MLP is of a kind that experts are not, or the slots of
+            a soft router are left to the tokens of an image and the model does not say how many there are.
     """
     if not 0 <= expert_noise < math.inf:
         raise ValueError(f"expert_noise must be finite and at least 0, got {expert_noise}")
@@ -82,6 +84,7 @@ def upcycle(
         block = model.blocks[index]
         options = {"num_experts": num_experts, "renormalize_gates": renormalize_gates, **moe}
         block.mlp = _experts(block.mlp, expert_noise, options)
+        _fit(block.mlp, model)
     # Experts' biases are 2-D, so that timm would take them for weights. A partial is copied and pickled as any value.
     spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     parameters = (name for name, _ in model.named_parameters() if name.endswith(".bias"))
@@ -136,6 +139,18 @@ def _experts(mlp: Mlp, noise: float, options: dict[str, Any]) -> MoeMlp:
         _copy_linear(mlp.fc1.weight[own], None if mlp.fc1.bias is None else mlp.fc1.bias[own], fc1, noise)
         _copy_linear(mlp.fc2.weight[:, own], mlp.fc2.bias, fc2, noise)
     return experts.train(mlp.training)
+
+
+def _fit(experts: MoeMlp, model: nn.Module) -> None:
+    """Makes what depends on the tokens of an image, as long as the model says how many there are."""
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    if patches is not None:
+        experts.own_router().fit(patches + getattr(model, "num_prefix_tokens", 0))
+    elif any(is_lazy(parameter) for parameter in experts.router.parameters()):
+        raise ValueError(
+            "slots_per_expert must be at least 1 with router='soft' for a model that does not say how many patches an "
+            f"image has, got None for {type(model).__name__}"
+        )
 
 
 def _copy_linear(weight: Tensor, bias: Tensor | None, sparse: ExpertLinear, noise: float) -> None:

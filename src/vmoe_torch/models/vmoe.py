@@ -206,8 +206,8 @@ class VMoE(vit.VisionTransformer):
     @torch.jit.unused
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm writes as model_args (since 1.0.31): its own record, with the routing as it is chosen now."""
-        return {**self.__dict__.get("_model_args", {}), **description.routing_arguments(self)}
+        """What timm writes as model_args (since 1.0.31): its own record, with the routing and the slots of now."""
+        return description.as_it_is(self, self.__dict__.get("_model_args", {}))
 
     @_model_args.setter
     def _model_args(self, value: dict[str, Any]) -> None:
