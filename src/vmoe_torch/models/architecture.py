@@ -58,7 +58,14 @@ def open_weights(weights: Weights) -> tuple[nn.Module, str]:
         told = "a checkpoint of the original"
     elif weights.timm is not None:
         name = weights.timm.name
-        arguments = weights.timm.arguments() | shape_arguments(name, state)
+        given = weights.timm.arguments()
+        arguments = given | shape_arguments(name, state)
+        if "router" in given:
+            # One of somebody's own may look like one of ours.
+            arguments["router"] = given["router"]
+        if "slots_per_expert" in arguments:
+            # It said how many, and now they are there.
+            arguments.pop("capacity_factor", None)
         told = f"{name}, as timm's train.py was told"
     else:
         name = identified(state, source)
@@ -95,21 +102,27 @@ def shape_arguments(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
             found[key] = weight.shape[dim]
     if not is_ours(name):
         return found
-    joined = join_members(state)
+    joined = join_members(
+        {key: value for key, value in state.items() if key.endswith((".router.weight", ".router.mu"))}
+    )
     routers = {int(key.split(".")[1]): value for key, value in joined.items() if key.endswith(".mlp.router.weight")}
     if "head.weight" not in state:
         found["num_classes"] = 0
     slots = {int(key.split(".")[1]): value for key, value in joined.items() if key.endswith(".mlp.router.mu")}
     if routers:
         found |= {"moe_layers": tuple(sorted(routers)), "num_experts": _experts(routers)}
-        # Layers of different numbers have experts of one size.
-        if isinstance(experts := found["num_experts"], int) and (
-            widths := _expert_widths(state, min(routers), experts)
-        ):
-            found["expert_hidden"] = widths
+        if any(key.endswith(".router.thresholds") for key in state):
+            found["router"] = "threshold"
     elif slots:
         _, experts, per_expert = next(iter(slots.values())).shape
-        found |= {"moe_layers": tuple(sorted(slots)), "num_experts": experts, "slots_per_expert": per_expert}
+        found |= {"moe_layers": tuple(sorted(slots)), "num_experts": experts}
+        found |= {"router": "soft", "slots_per_expert": per_expert}
+    if routers or slots:
+        block, experts = found["moe_layers"][0], found["num_experts"]
+        widths = _expert_widths(state, block, experts[f"blocks.{block}.mlp"] if isinstance(experts, dict) else experts)
+        # Layers of different numbers have experts of one size.
+        if widths is not None and not (isinstance(experts, dict) and isinstance(widths, tuple)):
+            found["expert_hidden"] = widths
     shared = [value for key, value in state.items() if key.endswith(".shared_expert.fc1.weight")]
     if shared:
         found["shared_expert_hidden"] = len(shared[0])
@@ -123,16 +136,21 @@ def shape_arguments(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def _expert_widths(state: Mapping[str, Tensor], block: int, num_experts: int) -> tuple[int, ...] | None:
-    """`expert_hidden` as the names and shapes of a block's weights tell it; None where experts are of one size."""
-    widths, found = [0] * num_experts, False
-    for name, value in state.items():
-        match = re.fullmatch(rf"blocks\.{block}\.mlp\.fc1\.experts_([\dto_]+)\.weight", name)
-        for run in match[1].split("_") if match else ():
+def _expert_widths(state: Mapping[str, Tensor], block: int, num_experts: int) -> int | tuple[int, ...] | None:
+    """`expert_hidden` as the names and shapes of a block's weights tell it; None where experts are as wide as MLPs."""
+    weight = re.compile(rf"blocks\.{block}\.mlp\.(?:members\.(\d+)\.)?fc1\.(?:experts_([\dto_]+)\.)?weight")
+    found = [(match, value) for name, value in state.items() if (match := weight.fullmatch(name)) and value.dim() == 3]
+    members = 1 + max((int(match[1] or 0) for match, _ in found), default=0)
+    own, widths = num_experts // members, [0] * num_experts
+    for match, value in found:
+        for run in (match[2] or f"0to{own - 1}").split("_"):
             first, _, last = run.partition("to")
             for expert in range(int(first), int(last or first) + 1):
-                widths[expert], found = value.shape[1], True
-    return tuple(widths) if found else None
+                widths[int(match[1] or 0) * own + expert] = value.shape[1]
+    if len(set(widths)) > 1:
+        return tuple(widths)
+    dense = {len(value) for name, value in state.items() if re.fullmatch(r"blocks\.\d+\.mlp\.fc1\.weight", name)}
+    return None if not found or dense == {widths[0]} else widths[0]
 
 
 def is_ours(name: str) -> bool:
@@ -146,16 +164,10 @@ def identified(state: Mapping[str, Tensor], source: str) -> str:
     Raises:
         ValueError: if there is none, or several.
     """
-    shapes = {name: value.shape for name, value in state.items()}
-    fitting = []
-    for name in (name for module in MODULES for name in timm.list_models(module=module)):
-        try:
-            model = timm.create_model(name, device="meta", **shape_arguments(name, state))
-        # Shapes of something else make arguments that no model takes.
-        except (TypeError, ValueError, RuntimeError, AssertionError):
-            continue
-        if {key: value.shape for key, value in as_loaded(model.state_dict(), state).items()} == shapes:
-            fitting.append(name)
+    # One with this router by itself comes before those that can be given it.
+    fitting = _fitting(state, "router")
+    if not fitting and any(name.endswith((".router.mu", ".router.thresholds")) for name in state):
+        fitting = _fitting(state)
     if len(fitting) == 1:
         return fitting[0]
     got = f"shapes of {' or '.join(fitting)}" if fitting else "shapes of no model of this package"
@@ -163,6 +175,22 @@ def identified(state: Mapping[str, Tensor], source: str) -> str:
         f"{source} must say what model it is of, by args.yaml of timm's train.py or config.json of save_for_hf beside "
         f"it, or be given as NAME={source} with the name of a timm model; got {got}"
     )
+
+
+def _fitting(state: Mapping[str, Tensor], *left_out: str) -> list[str]:
+    """Names of the models with weights of these shapes, given all that those tell but what is left out."""
+    shapes = {name: value.shape for name, value in state.items()}
+    fitting = []
+    for name in (name for module in MODULES for name in timm.list_models(module=module)):
+        try:
+            arguments = {key: value for key, value in shape_arguments(name, state).items() if key not in left_out}
+            model = timm.create_model(name, device="meta", **arguments)
+        # Shapes of something else make arguments that no model takes.
+        except (TypeError, ValueError, RuntimeError, AssertionError):
+            continue
+        if {key: value.shape for key, value in as_loaded(model.state_dict(), state).items()} == shapes:
+            fitting.append(name)
+    return fitting
 
 
 def _experts(routers: Mapping[int, Tensor]) -> int | dict[str, int]:

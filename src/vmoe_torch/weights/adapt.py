@@ -75,7 +75,8 @@ def load_adapted(
     """Loads a state dict, adapting resolution, patches, channels and head; all else must fit exactly.
 
     Another number of classes keeps the model's own head, and leaves out a pre-logits layer that the model lacks, as the
-    original's fine-tuning does. Other channels are summed or repeated as in timm.
+    original's fine-tuning does. Other channels are summed or repeated as in timm. Thresholds that the state lacks are
+    those that nothing was found for.
 
     Args:
         model: a VMoE; nothing in it changes on an error. A `VideoVMoE` takes an image model's weights, too, inflated as
@@ -110,7 +111,8 @@ def load_adapted(
             "pre_logits.0.weight is not in the model, but its head is (create it with representation_size=True)"
         )
     own = as_loaded(own, state)
-    wrong += [f"{name} is missing" for name in sorted(own.keys() - state.keys())]
+    missing = sorted(name for name in own.keys() - state.keys() if not _may_lack(state, name))
+    wrong += [f"{name} is missing" for name in missing]
     wrong += [f"{name} is not in the model" for name in sorted(state.keys() - own.keys())]
     wrong += [
         f"{name} must be {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
@@ -123,3 +125,9 @@ def load_adapted(
         hint = "; it has no router: of a dense model, vmoe_torch.upcycle makes a V-MoE" if dense else ""
         raise ValueError(f"{source} must fit the model: " + "; ".join(wrong[:8]) + hint)
     model.load_state_dict(state)
+
+
+def _may_lack(state: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a model loads its thresholds without this one: weights of top experts have none."""
+    router, _, last = name.rpartition(".")
+    return last == "thresholds" and f"{router}.weight" in state

@@ -246,7 +246,10 @@ def to_original(state: Mapping[str, Tensor], num_heads: int, ensemble_size: int 
 
 
 def split_members(state: Mapping[str, Tensor], ensemble_size: int) -> dict[str, Tensor]:
-    """Gives every member of an ensemble its share of the experts: blocks.i.mlp.* to blocks.i.mlp.members.m.*."""
+    """Gives every member of an ensemble its share of the experts: blocks.i.mlp.* to blocks.i.mlp.members.m.*.
+
+    Thresholds are left out: they are of gates over all experts.
+    """
     routed = {
         name.removesuffix("router.weight") for name in state if re.fullmatch(r"blocks\.\d+\.mlp\.router\.weight", name)
     }
@@ -255,6 +258,8 @@ def split_members(state: Mapping[str, Tensor], ensemble_size: int) -> dict[str, 
         base = re.match(r"(blocks\.\d+\.mlp\.)", name)
         if base is None or base.group() not in routed:
             result[name] = value
+            continue
+        if name.endswith(".router.thresholds"):
             continue
         if value.shape[0] % ensemble_size:
             raise ValueError(
@@ -274,4 +279,14 @@ def join_members(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             result[name] = value
         else:
             members.setdefault(found[1] + found[3], {})[int(found[2])] = value
-    return result | {name: torch.cat([parts[m] for m in sorted(parts)]) for name, parts in members.items()}
+    return result | {name: _joined(name, [parts[m] for m in sorted(parts)]) for name, parts in members.items()}
+
+
+def _joined(name: str, parts: list[Tensor]) -> Tensor:
+    """Of all members; a soft router's slots have the experts second, and its scale has none."""
+    if name.endswith(".router.scale"):
+        return torch.stack(parts)
+    if len({part.shape for part in parts}) > 1:
+        got = " and ".join(str(tuple(part.shape)) for part in parts)
+        raise ValueError(f"{name} must be of one shape in all members, got {got}")
+    return torch.cat(parts, 1 if name.endswith(".router.mu") else 0)
