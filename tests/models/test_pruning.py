@@ -263,11 +263,11 @@ def test_numbers_of_each_layer_are_checked_against_its_own():
     """One value for all, or one for each layer, of K, the mean and the threshold, in any mixture."""
     names = ("blocks.1.mlp", "blocks.3.mlp")
     one = {"num_selected_experts": 2, "mean_selected_experts": 1.0, "gate_threshold": 0.1}
-    each = {"num_selected_experts": (1, 2), "mean_selected_experts": (0.5, 2.0), "gate_threshold": (0.1, 0.0)}
+    each = {"num_selected_experts": (2, 1), "mean_selected_experts": (2.0, 0.5), "gate_threshold": (0.1, 0.0)}
     for chosen in itertools.product((False, True), repeat=3):
         given = {name: each[name] if apart else (one[name],) * 2 for name, apart in zip(one, chosen)}
         as_dicts = {name: dict(zip(names, given[name])) if apart else one[name] for name, apart in zip(one, chosen)}
-        model = tiny_model(num_experts=dict(zip(names, (2, 3))), **as_dicts)
+        model = tiny_model(num_experts=dict(zip(names, (3, 2))), **as_dicts)
         for place, layer in enumerate(layers_of(model).values()):
             assert {name: layer.routing()[name] for name in one} == {name: given[name][place] for name in one}
     with pytest.raises(ValueError, match=r"mean_selected_experts must be above 0 and at most num_selected_experts=1"):

@@ -125,6 +125,7 @@ def test_shapes_tell_an_ensembles_too(changes):
     again = timm.create_model("eee_s32_last2_e8", device="meta", **{**size, **found})
     shapes = {name: value.shape for name, value in again.state_dict().items()}
     assert shapes == {name: value.shape for name, value in state.items()}
+    assert ("expert_hidden" in found) == ("expert_hidden" in changes)
 
 
 @pytest.mark.parametrize(

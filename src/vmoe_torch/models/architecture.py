@@ -149,8 +149,9 @@ def _expert_widths(state: Mapping[str, Tensor], block: int, num_experts: int) ->
                 widths[int(match[1] or 0) * own + expert] = value.shape[1]
     if len(set(widths)) > 1:
         return tuple(widths)
-    dense = {len(value) for name, value in state.items() if re.fullmatch(r"blocks\.\d+\.mlp\.fc1\.weight", name)}
-    return None if not found or dense == {widths[0]} else widths[0]
+    mlps = [value for name, value in state.items() if re.fullmatch(r"blocks\.\d+\.mlp\.fc1\.weight", name)]
+    alike = {len(value) for value in mlps if value.dim() == 2} == {widths[0]}
+    return None if not found or alike else widths[0]
 
 
 def is_ours(name: str) -> bool:
