@@ -13,6 +13,7 @@ import vmoe_torch
 from tests.conftest import relative_error
 from tests.tiny import dropping, grey_images, tiny_model
 from vmoe_torch.analyze import random_routers
+from vmoe_torch.budget import LayerSetting
 from vmoe_torch.evaluate import RoutingSetting, as_rows, count_flops, evaluate, format_table
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.planning import PlannedRun, changes_that_fit, forward_flops, plan
@@ -276,6 +277,58 @@ def test_flops_are_those_of_the_choices():
     assert first.num_rows(68, 17) == 2 * 68
     # Its plain twin has room for every token at every expert.
     assert count_flops(dropping(capacity_factor="dropless", impl="reference"), images) == found
+
+
+def by_threshold(**changes) -> nn.Module:
+    """A model that has learnt its thresholds, in eval mode."""
+    changes = {"eval_capacity_factor": "dropless", "router": "threshold", "mean_selected_experts": 2.0} | changes
+    model = dropping(noise_std=0.0, **changes).train()
+    with torch.no_grad():
+        model(grey_images(16))
+    return model.eval()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_flops_are_those_of_the_mean(impl):
+    model, images = by_threshold(impl=impl), grey_images(4)
+    first = model.blocks[0].mlp
+    (_, hidden, width) = first.fc1.weight.shape
+    full = count_flops(model, images)
+    for mean in (1.5, 0.5):
+        vmoe_torch.set_routing(model, mean_selected_experts=mean)
+        found = count_flops(model, images)
+        assert forward_flops(model, 4) < 4 * found.total  # of training, which has capacities
+        assert first.num_rows(68, 17) == mean * 68
+        assert found.dense == full.dense
+        for name, layer in full.layers.items():
+            assert layer - found.layers[name] == 4 * width * hidden * 17 * (2 - mean)
+        kept = sum(int((layer.record.slots >= 0).sum()) for layer in vmoe_torch.moe_layers(model).values())
+        # As many as these images have above the threshold.
+        assert kept != mean * 2 * 68
+        assert found.filled - found.total == 4 * width * hidden * (kept / 4 - mean * 2 * 17)
+        assert count_flops(model.train(), images) == found
+        model.eval()
+    vmoe_torch.set_routing(model, mean_selected_experts=None, gate_threshold=0.5)
+    assert count_flops(model, images).total == full.total
+
+
+def test_slots_are_those_of_the_choices_above_the_threshold():
+    model, data = by_threshold(), [(grey_images(4), torch.tensor([0, 1, 2, 3]))]
+    full, half = evaluate(model, data, [RoutingSetting(), RoutingSetting(mean_selected_experts=0.5)])
+    assert (full.capacity_factor, half.capacity_factor) == (1.0, 1.0)
+    assert half.selected < 1 < full.selected
+    assert half.flops.total < full.flops.total
+    layer = model.blocks[0].mlp
+    vmoe_torch.set_routing(model, mean_selected_experts=0.5)
+    model(grey_images(4))
+    assert layer.record.num_slots(4) == (layer.record.slots >= 0).sum() < 68
+
+
+def test_a_budget_sees_what_a_mean_saves():
+    settings = [LayerSetting(2, "dropless", True, mean) for mean in (None, 1.5, 1.0)]
+    budget = vmoe_torch.set_budget(by_threshold(), flops=0.9, data=[grey_images(4)], settings=settings, rounds=1)
+    present, full, some, half = (each.cost for each in budget.candidates[:4])
+    assert half < some < full == present
 
 
 def test_eval_shows_it_in_its_table():

@@ -19,7 +19,9 @@ class Flops:
     """FLOPs per image of a forward in eval mode, a multiply-add counting as two.
 
     Experts are counted at full capacity, as in the paper: an empty slot costs as much as a used one. Without
-    capacities ("dropless") they are counted at the choices of the tokens, K each.
+    capacities ("dropless") they are counted at the choices of the tokens, K each or, as a capacity has it,
+    `mean_selected_experts` of them where that is set: whatever the images, so that settings can be compared. What a
+    threshold let through of these images is in `filled`.
     """
 
     total: float
@@ -72,12 +74,18 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
     layers = {}
     for name, layer in moe_layers(model).items():
         layers[name] = sum(per_module[f"{type(model).__name__}.{name}"].values())
-        # Plain PyTorch leaves room for every token at every expert; what is counted are the choices.
-        if layer.eval_capacity_factor == DROPLESS and layer.own_router().implementation() == "reference":
-            counted = layer.flops(layer.record.slots.shape[0], layer.record.num_slots(layer.num_experts))
+        if layer.eval_capacity_factor == DROPLESS:
+            rows = layer.own_router().dropless_rows(layer.record.slots.shape[0])
+            # The op counts K choices of each token.
+            counted = layers[name] + layer.expert_flops(rows) - layer.expert_flops(layer.record.slots.numel())
+            if layer.own_router().implementation() == "reference":
+                # Plain PyTorch leaves room for every token at every expert.
+                counted = layer.flops(layer.record.slots.shape[0], rows)
             more = counted - layers[name]
             total, dense, layers[name] = total + more, dense + more, counted
             filled = None if filled is None else filled + more
+        else:
+            rows = layer.record.num_slots(layer.num_experts)
         dense -= layers[name]
         (_, in_features), (out_features, _) = (fc.linears()[0].weight.shape[-2:] for fc in (layer.fc1, layer.fc2))
         mlp = (layer.hidden_features, in_features), (out_features, layer.hidden_features)
@@ -85,7 +93,7 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
         if filled is None or not layer.record.has_values():
             filled = None
         else:
-            filled += layer.filled_flops() - layer.expert_flops(layer.record.num_slots(layer.num_experts))
+            filled += layer.filled_flops() - layer.expert_flops(rows)
     per_layer = {name: count / len(images) for name, count in layers.items()}
     filled = None if filled is None else filled / len(images)
     several_sizes = any(len(layer.sizes.groups) > 1 for layer in moe_layers(model).values())

@@ -221,7 +221,7 @@ class MoeMlp(TravellingRouting):
         """Rows that all experts together process of so many tokens, in the current mode; empty slots count."""
         router = self.own_router()
         if router.is_dropless():
-            return round(num_tokens * (router.capacity_mean or router.num_selected_experts))
+            return router.dropless_rows(num_tokens)
         return self.num_experts * self.groups(num_tokens, per_image).rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -291,8 +291,8 @@ class MoeMlp(TravellingRouting):
         symbolic = isinstance(num_tokens, torch.SymInt)
         if symbolic and self.group_size != 1 and not (self.group_size and free):
             raise ValueError(
-                "group_size must be 'image', or for top_experts a number of images, where the batch is dynamic, got "
-                f"{self.group_size or 'batch'!r}: vmoe_torch.set_routing changes it"
+                "group_size must be 'image', or for top_experts and threshold a number of images, where the batch is "
+                f"dynamic, got {self.group_size or 'batch'!r}: vmoe_torch.set_routing changes it"
             )
         if symbolic and self.group_size > 1:
             size = self.group_size * per_image

@@ -79,8 +79,10 @@ class Record:
         return self.slots[kept].long() // max(self.groups.rows, 1)
 
     def num_slots(self, num_experts: int) -> int:
-        """Slots that the experts had, used or not; as many as choices where none is dropped."""
-        return self.slots.numel() if self.spans is not None else num_experts * self.groups.rows
+        """Slots that the experts had, used or not; without capacities as many as choices that wanted one."""
+        if self.spans is None:
+            return num_experts * self.groups.rows
+        return self.slots.numel() if self.selected is None else int(self.selected.sum())
 
     def waiting(self) -> Tensor | None:
         """0-dim sum of the losses that wait for a reading, or None; again the same until the next forward.

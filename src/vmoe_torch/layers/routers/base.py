@@ -253,6 +253,11 @@ class Router(nn.Module):
         return (self.capacity_factor if self.training else self.eval_capacity_factor) == DROPLESS
 
     @torch.jit.unused
+    def dropless_rows(self, tokens: int) -> int:
+        """Rows of so many tokens without capacities: K each, or as many as their mean stands for."""
+        return round(tokens * (self.capacity_mean or self.num_selected_experts))
+
+    @torch.jit.unused
     def has_spans(self) -> bool:
         """Whether this forward's slots are dropless ones; what is recorded for others knows nothing but capacities."""
         return self.is_dropless() and not (is_recorded() or torch.compiler.is_exporting())
