@@ -3,7 +3,8 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Unpack
+from numbers import Real
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from vmoe_torch.layers.calibration import Images, find_thresholds
 from vmoe_torch.layers.moe_mlp import MoeMlp
 from vmoe_torch.layers.of_model import moe_layers
-from vmoe_torch.layers.options import CapacityFactor, RoutingOptions
+from vmoe_torch.layers.options import CapacityFactor, MeanSelectedExperts, RoutingOptions
 from vmoe_torch.layers.routers.threshold import Threshold
 
 
@@ -48,7 +49,8 @@ def set_routing(
         layers: names of the layers to change, as `moe_layers` has them, or one; None is all.
         data: images to find each layer's gate_threshold on, for one mean_selected_experts: batches (B, C, H, W), alone
             or before labels, or one tensor. The model runs on them; no training is needed.
-        **changes: num_selected_experts, K, in 1..E of every layer; capacity_factor, a number or "dropless", in training
+        **changes: num_selected_experts, K, in 1..E of every layer (a larger mean_selected_experts that is set
+            becomes K, too, unless one is given); capacity_factor, a number or "dropless", in training
             and, unless eval_capacity_factor is given too, in eval mode; eval_capacity_factor, in eval mode only (None
             is capacity_factor); batch_priority, Batch Priority Routing or position order; priority, "max" or "sum" of a
             token's gates; group_size, images per group, "batch" or "image"; mean_selected_experts, experts per token
@@ -92,7 +94,7 @@ def set_routing(
     before = [(found[name], found[name].routing_state()) for name in names]
     try:
         for layer, _ in before:
-            layer.choose_routing(given)
+            layer.choose_routing({**_means_up_to(layer, given), **given})
         if data is not None:
             with eval_mode(model):
                 thresholds = find_thresholds(model, {name: found[name] for name in names}, data)
@@ -104,6 +106,15 @@ def set_routing(
         raise
     if "mean_selected_experts" in given:
         _warn_of_no_threshold({name: found[name] for name in names})
+
+
+def _means_up_to(layer: MoeMlp, given: Mapping[str, Any]) -> dict[str, MeanSelectedExperts]:
+    """The means of a layer that are above the K that is given, at that K; none if there is none."""
+    most, means = given.get("num_selected_experts"), layer.mean_selected_experts
+    if not isinstance(most, Real) or isinstance(most, bool) or means is None:
+        return {}
+    listed = means if isinstance(means, tuple) else (means,)
+    return {} if max(listed) <= most else {"mean_selected_experts": tuple(min(mean, most) for mean in listed)}
 
 
 def _warn_of_no_threshold(layers: Mapping[str, MoeMlp]) -> None:
@@ -227,7 +238,7 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         if record.experts is not None:
             wanted = torch.ones_like(kept) if record.selected is None else record.selected
             assigned = count.index_add(0, experts.reshape(-1).long(), wanted.reshape(-1).float())
-            layer_stats["dropped"] = 1.0 - kept.float().sum() / wanted.float().sum().clamp(min=1.0)
+            layer_stats["dropped"] = (wanted.sum() - kept.sum()) / wanted.sum().clamp(min=1)
             layer_stats["assigned"] = assigned / assigned.sum().clamp(min=1.0)
             if record.selected is not None:
                 numbers = torch.arange(wanted.shape[1] + 1, device=wanted.device)

@@ -4,8 +4,10 @@ import re
 from collections import defaultdict
 
 import pytest
+import torch
 
 from tests.test_cli import fails
+from tests.tiny import tiny_model
 from vmoe_torch import cli
 from vmoe_torch.commands.options import RENAMED
 
@@ -87,3 +89,12 @@ def test_one_routing_for_every_command(capsys):
     plan = ["plan", dense, "--gpus=1", "--ep=1", "--batch-size=1"]
     fails(capsys, [*plan, "--k=1"], "MODEL must have MoE layers for --k, got a dense one: vmoe_dense_s32")
     fails(capsys, [*plan, "--k=1", "--capacity=1"], "MODEL must have MoE layers for --capacity and --k, got a dense")
+
+
+def test_k_is_an_option_for_a_model_with_a_mean(tmp_path, capsys):
+    torch.save(tiny_model(router="threshold", mean_selected_experts=1.4).state_dict(), tmp_path / "model.pt")
+    command = ["plan", str(tmp_path / "model.pt"), "--gpus=1", "--ep=1", "--batch-size=4"]
+    assert cli.main(command) == 0
+    before = capsys.readouterr().out
+    assert cli.main([*command, "--k=1"]) == 0
+    assert capsys.readouterr().out != before

@@ -54,6 +54,13 @@ def test_what_a_trained_model_needs():
         evaluate(dropping(), loader, [RoutingSetting(mean_selected_experts=1.5)])
 
 
+def test_k_is_a_dial_of_a_model_that_has_a_mean():
+    model = dropping(router="threshold", mean_selected_experts=1.5)
+    two, one = evaluate(model, _loader(), setting_grid([None], [2, 1], [None]))
+    assert one.selected == 1 < two.selected
+    assert one.flops.total < two.flops.total
+
+
 def test_flops_are_those_of_the_slots():
     """Experts count at full capacity, which follows the mean."""
     images = torch.randn(8, 1, 16, 16)

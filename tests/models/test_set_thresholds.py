@@ -73,6 +73,32 @@ def test_another_mean_of_a_threshold_model_needs_no_data():
     assert model.blocks[0].mlp.gate_threshold is None
 
 
+@pytest.mark.parametrize("means", [1.5, (0.5, 1.5), 2.0])
+def test_a_smaller_k_takes_the_mean_along(means):
+    model, images = dropping(router="threshold", mean_selected_experts=means), grey_images()
+    first, second = vmoe_torch.moe_layers(model).values()
+    with vmoe_torch.routing(model, num_selected_experts=1, layers="blocks.0.mlp"):
+        assert first.mean_selected_experts == ((0.5, 1.0) if isinstance(means, tuple) else 1.0)
+        assert second.mean_selected_experts == means
+        model(images)
+        assert (first.record.selected is None, first.record.slots.shape[1]) == (True, 1)
+    assert first.mean_selected_experts == means
+    vmoe_torch.set_routing(model, num_selected_experts=3)
+    assert (first.num_selected_experts, first.mean_selected_experts) == (3, means)
+    with pytest.raises(ValueError, match=r"at most num_selected_experts=1, got 1\.2"):
+        vmoe_torch.set_routing(model, num_selected_experts=1, mean_selected_experts=1.2)
+    with pytest.raises(ValueError, match=r"num_selected_experts must be in 1..num_experts=4, got 0"):
+        vmoe_torch.set_routing(model, num_selected_experts=0)
+    assert first.mean_selected_experts == means
+
+
+def test_thresholds_that_let_nothing_through_drop_nothing():
+    model = dropping(gate_threshold=1.0)
+    model(grey_images())
+    for stats in vmoe_torch.routing_stats(model).values():
+        assert (stats["dropped"], stats["unprocessed"]) == (0, 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
