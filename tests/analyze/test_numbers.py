@@ -52,6 +52,24 @@ def test_counts_are_those_of_the_slots():
     assert found.unprocessed == found.numbers[0] > 0
 
 
+def test_nothing_is_dropped_where_nothing_is_wanted():
+    (found, _) = collect_routing(dropping(gate_threshold=1.0), [(grey_images(4), torch.arange(4))], 4).values()
+    assert (int(found.wanted.sum()), found.unprocessed, found.dropped) == (0, 4 * 17, 0)
+
+
+def test_report_of_layers_that_differ_in_their_experts(tmp_path):
+    model = dropping(capacity_factor=4.0, gate_threshold=0.1)
+    usage = {name: torch.arange(4) for name in vmoe_torch.moe_layers(model)}
+    pruned = vmoe_torch.prune_experts(model, {"blocks.1.mlp": 1}, usage=usage)
+    analysis = analyze(pruned, _dataset(4), Transform(), capacity_factors=(1.0,), pictures=2, batch_size=4)
+    assert analysis.selected == []
+    analysis.write(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Random routers" in page
+    assert "numbers of experts" not in page
+    assert not (tmp_path / "experts_per_token.png").exists()
+
+
 def test_report_of_a_threshold(tmp_path):
     model = _by_threshold()
     assert describe_routing(model) == "K=2, C=4, BPR, 1.2 experts per token"

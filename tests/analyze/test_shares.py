@@ -120,4 +120,4 @@ def test_report(kind, tmp_path, capsys):
         assert main(["eval", str(tmp_path / "model"), "--data=fashion_mnist", "--capacity=0.5"]) == 2
         assert "capacity, K and priority do not apply" in capsys.readouterr().err
         assert main(["budget", str(tmp_path / "model"), "--data=fashion_mnist", "--flops=0.5"]) == 2
-        assert "must route by top_experts, got soft" in capsys.readouterr().err
+        assert "must route by top_experts or threshold, got soft" in capsys.readouterr().err

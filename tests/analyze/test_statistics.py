@@ -112,7 +112,7 @@ def test_statistics_refuse_models_they_cannot_count(batches):
     choosing = vmoe_torch.VMoE(
         img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_experts=2, router="expert_choice"
     )
-    with pytest.raises(ValueError, match=r"blocks.1.mlp must route by top_experts, got expert_choice"):
+    with pytest.raises(ValueError, match=r"blocks.1.mlp must route by top_experts or threshold, got expert_choice"):
         collect_routing(choosing, batches, 3)
     with pytest.raises(ValueError, match=r"labels must be in 0..1, got 0..2"):
         collect_routing(model_of_two_classes(), [(batches[0][0], torch.tensor([0, 2, 1, 1]))], 2)

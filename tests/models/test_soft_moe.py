@@ -145,7 +145,7 @@ def test_what_does_not_apply_is_an_error(changes):
 
 def test_a_budget_says_that_it_has_nothing_to_set():
     batches = [(_images(), torch.zeros(3, dtype=torch.int64))]
-    with pytest.raises(ValueError, match=r"layers must route by top_experts, got soft in blocks\.2\.mlp"):
+    with pytest.raises(ValueError, match=r"layers must route by top_experts or threshold, got soft in blocks\.2\.mlp"):
         vmoe_torch.set_budget(_tiny(), data=batches, flops=0.5)
 
 

@@ -143,21 +143,24 @@ def change_section(
 
     Args:
         ablations: what `ablate_routers` gives.
-        selected: evaluations that differ in the number of experts per token, rising.
+        selected: evaluations that differ in the number of experts per token, rising; may be none.
         own_selected: the model's own number; None if its layers differ.
         num_classes: of the model.
     """
-    return Section(
-        "Random routers, and other numbers of experts",
-        paragraphs=[
-            "First the routers, one layer after the other and then all, replaced by random choices. Every token goes "
-            "to experts drawn uniformly, and keeps its gates; weights are not touched. Where little is lost, the layer "
-            "did not need its router, or the model hardly needs the layer.",
+    heading, figures = "Random routers", [_ablation_figure(ablations, num_classes)]
+    paragraphs = [
+        "The routers are replaced by random choices, one layer after the other and then all. Every token goes "
+        "to experts drawn uniformly, and keeps its gates; weights are not touched. Where little is lost, the layer "
+        "did not need its router, or the model hardly needs the layer.",
+    ]
+    if selected:
+        heading += ", and other numbers of experts"
+        paragraphs.append(
             "Then the number of experts per token, K, changed after training. The capacity factor and the order stay "
-            "as the model has them, so the slots grow with K.",
-        ],
-        figures=[_ablation_figure(ablations, num_classes), _selected_figure(selected, own_selected)],
-    )
+            "as the model has them, so the slots grow with K."
+        )
+        figures.append(_selected_figure(selected, own_selected))
+    return Section(heading, paragraphs=paragraphs, figures=figures)
 
 
 def _ablation_figure(ablations: Sequence[Ablation], num_classes: int) -> Figure:

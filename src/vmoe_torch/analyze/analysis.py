@@ -44,7 +44,8 @@ class Analysis:
     evaluations: list[Evaluation]
     """Accuracy at every number of experts, capacity and order of a grid."""
     selected: list[Evaluation]
-    """Accuracy with other numbers of experts per token, capacity and order as its own."""
+    """Accuracy with other numbers of experts per token, capacity and order as its own; none for layers that have
+    thresholds and differ in their number of experts."""
     ablations: list[Ablation]
     """Accuracy with random routers."""
     routings: dict[str, LayerRouting]

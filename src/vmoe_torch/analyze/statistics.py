@@ -57,8 +57,9 @@ class LayerRouting:
 
     @property
     def dropped(self) -> float:
-        """Share of all choices that were dropped."""
-        return 1.0 - float(self.kept.sum() / self.wanted.sum().clamp(min=1))
+        """Share of all choices that were dropped, of those that a threshold lets through where there is one."""
+        wanted = self.wanted.sum()
+        return float((wanted - self.kept.sum()) / wanted.clamp(min=1))
 
     @property
     def expert_share(self) -> Tensor:
@@ -117,7 +118,7 @@ def routed_layers(model: nn.Module) -> dict[str, MoeMlp]:
         raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
     for name, layer in layers.items():
         if layer.router_type not in ("top_experts", "threshold"):
-            raise ValueError(f"{name} must route by top_experts, got {layer.router_type}")
+            raise ValueError(f"{name} must route by top_experts or threshold, got {layer.router_type}")
     return layers
 
 
@@ -143,7 +144,7 @@ def collect_routing(
     """Collects what every MoE layer does over a data set, at the routing that is set, in eval mode.
 
     Args:
-        model: any module with top-experts MoE layers.
+        model: any module with MoE layers routed by top experts or threshold.
         loader: batches of images (B, C, H, W) and labels (B,) int64 below `num_classes`.
         num_classes: N.
         bins: of the gate histograms.

@@ -78,7 +78,7 @@ def set_budget(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     for layer_name, layer in moe_layers(model).items():
         if layer.router_type not in ("top_experts", "threshold"):
-            raise ValueError(f"layers must route by top_experts, got {layer.router_type} in {layer_name}")
+            raise ValueError(f"layers must route by top_experts or threshold, got {layer.router_type} in {layer_name}")
     present = current_settings(model)
     if not present:
         raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
