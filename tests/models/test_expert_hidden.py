@@ -49,6 +49,22 @@ def test_upcycling_slices_by_importance():
     assert {"blocks.1.mlp.fc1.experts_0.bias", "blocks.1.mlp.fc2.experts_3.bias"} <= spared
 
 
+def test_noise_of_every_size_is_relative_to_the_dense_weight():
+    dense = _dense()
+    mlp = dense.blocks[1].mlp
+    with torch.no_grad():
+        # The first half is all that counts.
+        mlp.fc1.weight[mlp.fc1.out_features // 2 :] *= 0.01
+    clean, noisy = (
+        vmoe_torch.upcycle(dense, (1,), 4, expert_hidden=SHARES, expert_noise=noise).blocks[1].mlp
+        for noise in (0.0, 0.5)
+    )
+    for name in ("fc1", "fc2"):
+        std = getattr(mlp, name).weight.std()
+        for before, after in zip(getattr(clean, name).linears(), getattr(noisy, name).linears()):
+            assert ((after.weight - before.weight).std() / std).item() == pytest.approx(0.5, rel=0.05)
+
+
 def test_a_whole_expert_is_the_dense_mlp():
     dense, images = _dense(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     options = {"num_selected_experts": 1, "capacity_factor": 8.0, "renormalize_gates": True}

@@ -134,10 +134,11 @@ def _experts(mlp: Mlp, noise: float, options: dict[str, Any]) -> MoeMlp:
     if set(experts.expert_hidden) != {mlp.fc1.out_features}:
         importance = mlp.fc1.weight.float().norm(dim=1) * mlp.fc2.weight.float().norm(dim=0)
         units = importance.argsort(descending=True, stable=True)
+    first, second = (noise * fc.weight.std().item() if noise > 0 else 0.0 for fc in (mlp.fc1, mlp.fc2))
     for fc1, fc2 in zip(experts.fc1.linears(), experts.fc2.linears()):
         own = units[: fc1.weight.shape[1]]
-        _copy_linear(mlp.fc1.weight[own], None if mlp.fc1.bias is None else mlp.fc1.bias[own], fc1, noise)
-        _copy_linear(mlp.fc2.weight[:, own], mlp.fc2.bias, fc2, noise)
+        _copy_linear(mlp.fc1.weight[own], None if mlp.fc1.bias is None else mlp.fc1.bias[own], fc1, first)
+        _copy_linear(mlp.fc2.weight[:, own], mlp.fc2.bias, fc2, second)
     return experts.train(mlp.training)
 
 
@@ -153,10 +154,11 @@ def _fit(experts: MoeMlp, model: nn.Module) -> None:
         )
 
 
-def _copy_linear(weight: Tensor, bias: Tensor | None, sparse: ExpertLinear, noise: float) -> None:
+def _copy_linear(weight: Tensor, bias: Tensor | None, sparse: ExpertLinear, std: float) -> None:
+    """With noise of this standard deviation on the weights."""
     sparse.weight.copy_(weight.expand_as(sparse.weight))
-    if noise > 0:
-        sparse.weight.add_(torch.randn_like(sparse.weight), alpha=noise * weight.std().item())
+    if std > 0:
+        sparse.weight.add_(torch.randn_like(sparse.weight), alpha=std)
     if bias is not None:
         sparse.bias.copy_(bias.expand_as(sparse.bias))
 
