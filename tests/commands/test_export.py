@@ -71,6 +71,7 @@ def test_what_a_user_gets_wrong(run_folder, tmp_path, capsys):
     fails(capsys, [*out, "--k=9"], "num_selected_experts must be in 1..num_experts=4, got 9")
     fails(capsys, [*out, f"--budget={tmp_path}/no.json"], "--budget must be a file that vmoe budget wrote")
     fails(capsys, [*out, "--budget=b.json", "--k=1", "--order=bpr"], "layer, got --k --order as well")
+    fails(capsys, [*out, "--budget=b.json", "--mean=1", "--threshold=0.3"], "layer, got --mean --threshold as well")
     for wrong in ("--batch-size=0", "--batch-size=all", "--group-size=none"):
         with pytest.raises(SystemExit, match="2"):
             main(["export", "x", "x.onnx", wrong])

@@ -1,5 +1,7 @@
 """vmoe prune on a run: what it writes is a MODEL of every command, and one line for what a user gets wrong."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -92,3 +94,21 @@ def test_what_a_user_gets_wrong(run_folder, tmp_path, capsys):
     fails(capsys, [*start, "--keep=0", "--before=x"], "--keep must be above 0 and finite, got 0")
     fails(capsys, [*start, "--keep=9", f"--before={run_folder}"], "keep must be in 1..4 in blocks.0.mlp, got 9")
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_models_that_cannot_be_pruned_are_refused_before_images_are_read(run_folder, tmp_path, capsys):
+    data, out = "--data=/nowhere", tmp_path / "x.pt"
+    fails(capsys, ["prune", run_folder, out, "--keep=9", data], "keep must be in 1..4 in blocks.0.mlp, got 9")
+    kinds = {"router": "threshold"}, {"expert_hidden": [1.0, 1.0, 0.5, 0.0]}
+    for kind, way, said in zip(kinds, ("--keep=2", "--average"), ("router must be 'top_experts' or", "of one size")):
+        torch.save(tiny_model(num_experts=4, **kind).state_dict(), tmp_path / "model.pt")
+        assert main(["prune", str(tmp_path / "model.pt"), str(out), way, data]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_run_that_upcycled_is_refused_before_images_are_read(run_folder, tmp_path, monkeypatch, capsys):
+    source = open_model(run_folder)
+    upcycled = replace(source, config=source.config.override("model.upcycle.num_experts=4"))
+    monkeypatch.setattr("vmoe_torch.commands.prune.open_model", lambda *_, **__: upcycled)
+    command = ["prune", run_folder, tmp_path / "x.pt", "--keep=2", "--data=/nowhere"]
+    fails(capsys, command, "MODEL must not be of a run that upcycled")

@@ -50,9 +50,12 @@ def run(options: argparse.Namespace) -> int:
     opt.writable(options.out, "OUT")
     source = open_model(options.model, average=opt.wants_average(options))
     model = source.model
-    fixed = [name for name in ("capacity", "k", "order") if getattr(options, name) is not None]
+    words = ("capacity", "k", "order", "mean", "threshold")
+    fixed = [name for name in words if getattr(options, name) is not None]
     if options.budget is not None and fixed:
-        raise ValueError(f"--budget sets capacity, K and order of each layer, got --{' --'.join(fixed)} as well")
+        raise ValueError(
+            f"--budget sets capacity, K, order, mean and threshold of each layer, got --{' --'.join(fixed)} as well"
+        )
     if options.budget is not None:
         opt.check_sparse(model, options, "for --budget")
         assign(model, _chosen(options.budget))

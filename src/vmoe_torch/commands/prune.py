@@ -12,8 +12,8 @@ from vmoe_torch.commands.sources import Source, open_model, save_source
 from vmoe_torch.control import moe_layers
 from vmoe_torch.data.sampling import sample
 from vmoe_torch.evaluate import ExpertUsage, expert_usage
-from vmoe_torch.models.averaging import to_dense
-from vmoe_torch.models.pruning import kept_experts, new_arguments, prune_experts
+from vmoe_torch.models.averaging import averaged_layers, to_dense
+from vmoe_torch.models.pruning import kept_experts, new_arguments, prune_experts, wanted_experts
 from vmoe_torch.train.rules import Number
 
 
@@ -58,6 +58,10 @@ def run(options: argparse.Namespace) -> int:
     source = open_model(options.model, options.device, average=opt.wants_average(options))
     opt.check_sparse(source.model, options, "to be pruned")
     opt.route(source.model, options)
+    # Before images are read.
+    if source.config is not None and source.config.model.upcycle:
+        raise ValueError("MODEL must not be of a run that upcycled: its configuration cannot say what it has become")
+    _ = averaged_layers(source.model) if options.average else wanted_experts(source.model, options.keep)
     usage = None if options.data is None else _usage(source, options)
     before = moe_layers(source.model)
     if options.average:
@@ -92,8 +96,6 @@ def _become(source: Source, model: nn.Module) -> Source:
     config = source.config
     if config is None:
         return dataclasses.replace(source, model=model)
-    if config.model.upcycle:
-        raise ValueError("MODEL must not be of a run that upcycled: its configuration cannot say what it has become")
     # All other routing that was chosen is told by the weights.
     own = dataclasses.replace(config.model, kwargs=new_arguments(model, config.model.kwargs))
     return dataclasses.replace(source, model=model, config=dataclasses.replace(config, model=own))

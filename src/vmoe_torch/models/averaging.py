@@ -46,13 +46,26 @@ def to_dense(
         ValueError: if there is no MoE layer, an argument is off, or a layer is of a kind that has no average.
     """
     scale_gates = check_flag("scale_gates", scale_gates)
+    layers = averaged_layers(model)
+    averages = {name: _average(layer, *_weighed(name, layer, usage, scale_gates)) for name, layer in layers.items()}
+    # Not the experts, of which there are many: the copies of their layers are the averages.
+    model = copy.deepcopy(model, {id(layer): averages[name] for name, layer in layers.items()})
+    remember_arguments(model)
+    return model
+
+
+def averaged_layers(model: nn.Module) -> dict[str, MoeMlp]:
+    """The MoE layers of a model by name, which all have an average.
+
+    Raises:
+        ValueError: if there is none, or one has no average.
+    """
     refuse_ensembles(model)
     layers = moe_layers(model)
     if not layers:
         raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
     if "" in layers:
         raise ValueError("model must have its MoE layers inside, got a MoeMlp itself")
-    averages = {}
     for name, layer in layers.items():
         check_experts(name, layer)
         if layer.shared_expert is not None:
@@ -60,11 +73,7 @@ def to_dense(
                 "shared_expert_hidden must be None for experts to become one MLP, got "
                 f"{layer.shared_expert.fc1.out_features} units in {name}"
             )
-        averages[name] = _average(layer, *_weighed(name, layer, usage, scale_gates))
-    # Not the experts, of which there are many: the copies of their layers are the averages.
-    model = copy.deepcopy(model, {id(layer): averages[name] for name, layer in layers.items()})
-    remember_arguments(model)
-    return model
+    return layers
 
 
 def _weighed(

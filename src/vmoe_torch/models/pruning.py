@@ -121,23 +121,14 @@ def kept_experts(
     Raises:
         ValueError: if an argument is off, or a layer is of a kind whose experts cannot be dropped.
     """
-    layers = moe_layers(model)
-    refuse_ensembles(model)
-    if not layers:
-        raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
-    for name, layer in layers.items():
-        check_experts(name, layer, ROUTERS)
+    wanted = wanted_experts(model, keep)
     one_of("criterion", criterion, get_args(Criterion))
     if before is not None and usage is not None:
         raise ValueError("before and usage must not both be given: experts are ranked by one of them")
-    wanted = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(layers, keep)
-    if unknown := sorted(map(str, wanted.keys() - layers.keys())):
-        raise ValueError(f"keep must name layers among {', '.join(layers)}, got {', '.join(unknown)}")
     source = None if before is None else _state(before)
     kept = {}
-    for name, layer in layers.items():
-        total = layer.num_experts
-        chosen = _numbered(name, wanted.get(name, total), total)
+    for name, layer in moe_layers(model).items():
+        total, chosen = layer.num_experts, wanted[name]
         if isinstance(chosen, int) and chosen == total:
             chosen = tuple(range(total))
         elif isinstance(chosen, int):
@@ -148,6 +139,25 @@ def kept_experts(
             chosen = tuple(sorted(order[:chosen].tolist()))
         kept[name] = chosen
     return kept
+
+
+def wanted_experts(model: nn.Module, keep: Keep | Mapping[str, Keep]) -> dict[str, int | tuple[int, ...]]:
+    """How many experts of every layer `keep` asks for, or which: what is asked before experts are ranked.
+
+    Raises:
+        ValueError: as `kept_experts`, for a model or a `keep`.
+    """
+    layers = moe_layers(model)
+    refuse_ensembles(model)
+    if not layers:
+        raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
+    for name, layer in layers.items():
+        check_experts(name, layer, ROUTERS)
+    wanted = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(layers, keep)
+    if unknown := sorted(map(str, wanted.keys() - layers.keys())):
+        raise ValueError(f"keep must name layers among {', '.join(layers)}, got {', '.join(unknown)}")
+    totals = {name: layer.num_experts for name, layer in layers.items()}
+    return {name: _numbered(name, wanted.get(name, total), total) for name, total in totals.items()}
 
 
 def new_arguments(model: nn.Module, made: Mapping[str, Any]) -> dict[str, Any]:
