@@ -48,12 +48,6 @@ class ExpertChoice(Router):
         self.set_capacity(capacity_factor, eval_capacity_factor)
 
     def route(self, tokens: Tensor, weight: Tensor, groups: Groups, seed: Tensor | None) -> Routed:
-        if torch.jit.is_scripting():
-            raise RuntimeError("a scripted MoeMlp must route by top_experts, got expert_choice")
-        return self._choose(tokens, weight, groups)
-
-    @torch.jit.unused
-    def _choose(self, tokens: Tensor, weight: Tensor, groups: Groups) -> Routed:
         scores = logits(tokens, weight)
         noisy = scores
         if self.training and self.noise_std > 0:
@@ -61,6 +55,9 @@ class ExpertChoice(Router):
         gates = noisy.softmax(-1)
         slots = expert_choice(gates, groups.size, groups.capacity, groups.last_capacity)
         return Routed(gates, slots, {"logits": scores})
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError("a scripted MoeMlp must route by top_experts or threshold, got expert_choice")
 
 
 def expert_choice(gates: Tensor, group_size: int, capacity: int, last_capacity: int) -> Tensor:

@@ -121,10 +121,8 @@ class Soft(Router):
     def set_routing(self) -> None:
         """Nothing may change: capacity, K and priority do not apply."""
 
-    def infer(self, tokens: Tensor, groups: Groups) -> Routed:
-        if torch.jit.is_scripting():
-            raise RuntimeError("a scripted MoeMlp must route by top_experts, got soft")
-        return self.forward(tokens, groups)
+    def __prepare_scriptable__(self):
+        raise RuntimeError("a scripted MoeMlp must route by top_experts or threshold, got soft")
 
     @torch.jit.ignore
     def forward(self, x: Tensor, groups: Groups | None = None, seed: Tensor | None = None):
