@@ -30,7 +30,8 @@ class Threshold(TopExperts):
 
     What training finds is in `thresholds`, a buffer of the state dict, float32 whatever the model: moving averages of
     the thresholds for 0.01 to K experts per token, so another mean can be set without data (one below 0.01 has the
-    threshold of 0.01). What nothing was found for is 0, which cuts nothing: weights that come without it, and means
+    threshold of 0.01). They are those of the K of the training: fewer choices than that keep less than the mean that is
+    asked for. What nothing was found for is 0, which cuts nothing: weights that come without it, and means
     above the K of the training. `vmoe_torch.set_routing(..., data=images)` finds thresholds for those.
 
     Without a mean and a threshold it is `TopExperts`, bit for bit, and finds the thresholds as it trains.
