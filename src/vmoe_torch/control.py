@@ -100,7 +100,8 @@ def set_routing(
                 thresholds = find_thresholds(model, {name: found[name] for name in names}, data)
             for name, threshold in thresholds.items():
                 found[name].choose_routing({"gate_threshold": threshold})
-    except Exception:
+    # A user who does not want to wait for the data has nothing changed, either.
+    except BaseException:
         for layer, state in before:
             layer.restore_routing(state)
         raise

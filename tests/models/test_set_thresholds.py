@@ -135,6 +135,20 @@ def test_a_failing_forward_changes_nothing():
     assert not model.training
 
 
+def test_an_interrupted_reading_changes_nothing():
+    model = dropping()
+    before = [layer.routing_state() for layer in vmoe_torch.moe_layers(model).values()]
+
+    def interrupted():
+        yield grey_images()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vmoe_torch.set_routing(model, mean_selected_experts=1.2, data=interrupted())
+    assert before == [layer.routing_state() for layer in vmoe_torch.moe_layers(model).values()]
+    assert not model.training
+
+
 def test_expert_choice_has_none():
     model = dropping(router="expert_choice")
     with pytest.raises(ValueError, match=r"routing must be among .* got gate_threshold"):
