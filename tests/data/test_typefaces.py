@@ -93,6 +93,17 @@ def test_typefaces_leave_out_faces_that_draw_the_same(root, cache):
     assert len(data) == 10
 
 
+def test_typefaces_leave_nothing_when_they_are_interrupted(root, cache, monkeypatch):
+    def interrupted(file, pictures):
+        file.write(b"part")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Typefaces(root, cache=cache)
+    assert not list(cache.iterdir())
+
+
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY\x01\x00", None])
 def test_typefaces_draw_anew_what_is_damaged(root, cache, damage):
     want = [np.asarray(image) for image, _ in Typefaces(root, cache=cache)]

@@ -244,11 +244,11 @@ def _read(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 def _write(file: Path, pictures: np.ndarray) -> None:
     """Whole or not at all; where there is no room for a cache, the pictures stay in memory."""
     partial = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as opened:
-            np.save(opened, pictures)
-        partial.replace(file)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
+    with suppress(OSError):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as opened:
+                np.save(opened, pictures)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
