@@ -1,6 +1,7 @@
 """The demo from end to end, with a few updates and images."""
 
 import csv
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,25 @@ def test_demo_run_again_goes_on_where_it_stopped(folder, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.count("vanilla") == printed.count("BPR") == 8
     assert str(folder / "report.html") in printed
+
+
+def test_demo_keeps_the_seconds_whole(tmp_path, monkeypatch):
+    clock = tmp_path / "train_seconds.txt"
+    # As a full disk left it.
+    clock.write_text("")
+    monkeypatch.setattr(demo, "train", lambda config, resume: "result")
+    assert demo.timed_train(demo.CONFIG, clock)[0] == "result"
+    clock.write_text("7.5\n")
+    write = Path.write_text
+
+    def full(path, text):
+        write(path, "")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        demo.timed_train(demo.CONFIG, clock)
+    assert clock.read_text() == "7.5\n"
 
 
 def test_demo_refuses_bad_options_before_training(tmp_path):

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> Path:
         config = config.override(f"run.max_updates={options.max_updates}")
     out.mkdir(parents=True, exist_ok=True)
 
-    result, seconds = _train(config, out / "train_seconds.txt")
+    result, seconds = timed_train(config, out / "train_seconds.txt")
     if not result.finished and options.max_updates is None:
         raise SystemExit(f"stopped after {result.updates} updates; run again to go on")
     model = result.model
@@ -87,16 +87,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(config: Config, clock: Path):
+def timed_train(config: Config, clock: Path):
     """Trains, or goes on; returns the result and the seconds spent so far, which `clock` keeps between calls."""
-    before = float(clock.read_text()) if clock.exists() else 0.0
+    # Empty where the disk was full.
+    before = float(clock.read_text() or 0) if clock.exists() else 0.0
     cores.share(config.data.workers)
     start = time.monotonic()
     try:
         result = train(config, resume=True)
     finally:
         seconds = before + time.monotonic() - start
-        clock.write_text(f"{seconds:.1f}\n")
+        part = clock.with_name(f"{clock.name}.part")
+        part.write_text(f"{seconds:.1f}\n")
+        part.replace(clock)
     return result, seconds
 
 

@@ -1,6 +1,8 @@
 """What a run leaves for people: tables over time, TensorBoard, and a page with curves."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.helpers.browser import browser_test, check_page
 from vmoe_torch.train import train
+from vmoe_torch.train.record.logs import Logs
 from vmoe_torch.train.record.meter import Meter
 from vmoe_torch.train.record.summary import write_summary
 from vmoe_torch.train.record.table import CsvTable, read_table
@@ -94,3 +97,36 @@ def test_table_drops_what_comes_later_and_what_a_full_disk_cut_off(tmp_path):
     CsvTable(path, ("update", "loss"), 2)
     assert path.read_text().split() == ["update,loss", "1,0.5", "2,"]
     assert read_table(tmp_path / "none.csv") == []
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk that takes nothing to the end."""
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
+def test_table_keeps_its_rows_where_the_disk_is_full(tmp_path, full_disk):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"update,loss\r\n1,0.5\r\n2,0.25\r\n")
+    before = path.read_bytes()
+    with pytest.raises(OSError, match=r"table .*a\.csv cannot be written: No space left on device; \d+ MiB are free"):
+        CsvTable(path, ("update", "loss"), 1)
+    assert path.read_bytes() == before
+    # Nothing to drop is nothing to write.
+    CsvTable(path, ("update", "loss"), 2)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_configuration_stays_where_the_disk_is_full(tiny, full_disk):
+    path = Path(tiny.run.output) / "config.json"
+    path.parent.mkdir()
+    path.write_text("before")
+    with pytest.raises(OSError, match=r"configuration .*config\.json cannot be written: No space left on device"):
+        Logs(tiny, True, torch.nn.Identity(), 0, 8)
+    assert path.read_text() == "before"
+    assert len(list(path.parent.iterdir())) == 1

@@ -38,6 +38,24 @@ def sync(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+def write_text(what: str, path: str | os.PathLike, text: str) -> None:
+    """Writes a text file, its line ends as they are.
+
+    Args:
+        what: the file is, as "table".
+        path: of the file.
+        text: all of it; what UTF-8 cannot hold is escaped.
+
+    Raises:
+        OSError: if it cannot be written, naming it; then nothing has changed.
+    """
+    try:
+        with replacing(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            file.write(text)
+    except OSError as error:
+        raise cannot_write(what, Path(path), error) from error
+
+
 def write_safetensors(
     path: str | os.PathLike, state: Mapping[str, Tensor], header: Mapping[str, str] | None = None
 ) -> None:

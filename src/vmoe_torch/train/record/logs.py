@@ -21,6 +21,7 @@ from vmoe_torch.train.config import Config
 from vmoe_torch.train.record.alarms import Alarm
 from vmoe_torch.train.record.routing import LayerSample, routing_columns, routing_row, routing_scalars
 from vmoe_torch.train.record.table import CsvTable, read_table
+from vmoe_torch.weights.files import write_text
 
 # Of metrics.csv, a row per epoch.
 EPOCH_COLUMNS = (
@@ -120,9 +121,9 @@ class Logs:
         if not enabled:
             return
         folder = Path(config.run.output)
-        (folder / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
+        write_text("configuration", folder / "config.json", config.to_json() + "\n")
         facts = {**environment(), "data": list(data)}
-        (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_text("description", folder / "environment.json", json.dumps(facts, indent=2) + "\n")
         self.metrics, self.progress, self.routing_table, self.alarms = (
             CsvTable(folder / f"{name}.csv", columns, first_update)
             for name, columns in (

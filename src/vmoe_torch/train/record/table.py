@@ -1,11 +1,12 @@
 """A CSV file that grows row by row and survives stops: what a resumed run writes anew is dropped first."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vmoe_torch.weights.files import cannot_write
+from vmoe_torch.weights.files import cannot_write, write_text
 
 
 class CsvTable:
@@ -15,16 +16,20 @@ class CsvTable:
         path: of the file; its rows are kept where it is there already and has these columns.
         columns: by name; one is "update".
         first_update: the run goes on from here; rows beyond it are dropped.
+
+    Raises:
+        OSError: if the file cannot be written, naming it; then it is as it was.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], first_update: int):
         self.path = path
         self.columns = tuple(columns)
-        rows = [row for row in read_table(path) if int(row["update"]) <= first_update]
-        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        kept = io.StringIO(newline="")
+        writer = csv.DictWriter(kept, self.columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row for row in read_table(path) if int(row["update"]) <= first_update)
+        if not path.is_file() or path.read_bytes() != kept.getvalue().encode(errors="backslashreplace"):
+            write_text("table", path, kept.getvalue())
 
     def add(self, *rows: dict[str, Any]) -> None:
         """One row or several.
