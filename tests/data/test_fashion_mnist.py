@@ -5,7 +5,7 @@ import gzip
 import numpy as np
 import pytest
 
-from vmoe_torch.data import FashionMnist
+from vmoe_torch.data import FashionMnist, open_data
 from vmoe_torch.data.fashion_mnist import IMAGES_PER_CLASS, MEAN, SHIPPED, STD, write_subset
 from vmoe_torch.data.idx import read_idx, write_idx
 
@@ -95,6 +95,13 @@ def test_idx_names_a_truncated_gz(tmp_path):
 def test_write_idx_refuses_other_dtypes(tmp_path):
     with pytest.raises(ValueError, match="array must be uint8, got float64"):
         write_idx(tmp_path / "a.gz", np.zeros(3))
+
+
+def test_open_data_knows_splits_whatever_the_case():
+    for split, want in (("training", "train"), ("Train", "train"), ("Valid", "test"), ("TEST", "test"), (None, "test")):
+        assert open_data("fashion_mnist", split=split).split == want
+    with pytest.raises(ValueError, match=r"split must be one of \('train', 'test'\), got 'Dev'"):
+        open_data("fashion_mnist", split="Dev")
 
 
 def test_fashion_mnist_refuses_what_it_cannot_use(tmp_path):

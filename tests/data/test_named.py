@@ -64,6 +64,23 @@ def test_data_set_that_cannot_be_opened_is_named(tmp_path):
         NamedDataset("torch/cifar10", tmp_path, "train")
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "want"),
+    [
+        ("torch/cifar10", "Train", "train"),
+        ("torch/cifar10", "Validation", "validation"),
+        ("torch/inaturalist", "2021_Valid", "2021_Valid"),
+        ("hfds/pets", "Train", "Train"),
+    ],
+)
+def test_splits_of_torchvision_are_known_whatever_the_case(monkeypatch, name, split, want):
+    """timm would take its test images for "Train"."""
+    opened = []
+    monkeypatch.setattr(named, "create_dataset", lambda name, split, **kwargs: opened.append(split) or [])
+    NamedDataset(name, None, split)
+    assert opened == [want]
+
+
 @pytest.mark.parametrize("name", ["torch/image_folder", "hfds/pets"])
 def test_images_have_the_mode_that_is_asked_for(root, monkeypatch, name):
     if name.startswith("hfds"):

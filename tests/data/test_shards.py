@@ -65,6 +65,22 @@ def test_splits(root, split, count):
     assert len(find_shards(root, split)) == count
 
 
+@pytest.mark.parametrize("split", ["Train", "TRAINING", "training"])
+def test_splits_are_known_whatever_the_case(root, split):
+    want = find_shards(root, "train")
+    assert find_shards(root, split) == want
+    for path in want:
+        path.rename(root / path.name.replace("train", "Train"))
+    assert [path.name for path in find_shards(root, split)] == ["pets-Train-0000.tar", "pets-Train-0001.tar"]
+    (root / "_info.json").write_text(json.dumps({"splits": {"Train": {"filenames": ["pets-Train-0001.tar"]}}}))
+    assert len(find_shards(root, split)) == 1
+    (root / "_info.json").unlink()
+    (root / "Training").mkdir()
+    (root / "pets-Train-0001.tar").rename(root / "Training" / "0.tar")
+    (root / "pets-Train-0000.tar").unlink()
+    assert find_shards(root, split) == [root / "Training" / "0.tar"]
+
+
 def test_split_may_be_a_folder(root):
     (root / "test").mkdir()
     (root / "pets-val-0000.tar").rename(root / "test" / "0.tar")

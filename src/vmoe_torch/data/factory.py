@@ -16,7 +16,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from vmoe_torch.data.fashion_mnist import FashionMnist
-from vmoe_torch.data.folder import EVALUATION, ImageFolder, class_folders
+from vmoe_torch.data.folder import EVALUATION, TRAIN, ImageFolder, class_folders
 from vmoe_torch.data.glyphs import has_fonts
 from vmoe_torch.data.named import NUMBERED, STREAMS, NamedDataset
 from vmoe_torch.data.shards import WDS, TarShards
@@ -53,8 +53,8 @@ def open_data(
     Args:
         name: "folder", "video", "fashion_mnist", "typefaces", "wds/", or a data set of timm's that numbers its images.
         root: folder of its files.
-        split: whatever the case, "val", "valid" and "validation" mean the same, as "train" and "training". "." is all
-            that is in the folder.
+        split: whatever the case, "val", "valid" and "validation" mean the same, as "train" and "training"; hfds/ has
+            names of its own. "." is all that is in the folder.
         mode: PIL mode of the items, "RGB" or "L".
         exif: whether to turn images as their EXIF orientation says.
         class_names: by label, where another split has set them; a data set of timm's has its own.
@@ -64,8 +64,11 @@ def open_data(
         ValueError: if there is no such data set or split, or it cannot be used.
     """
     if name == FASHION_MNIST:
-        measured = split is None or split.lower() in EVALUATION
-        return FashionMnist("test" if measured else split, root, mode)
+        if split is None or split.lower() in EVALUATION:
+            split = "test"
+        elif split.lower() in TRAIN:
+            split = "train"
+        return FashionMnist(split, root, mode)
     if name == WDS:
         return TarShards(root, split, class_names, mode, exif)
     if "/" in name:

@@ -114,14 +114,19 @@ class ImageFolder(Dataset):
         return digest.hexdigest()
 
 
+def spellings(split: str) -> tuple[str, ...]:
+    """The names in small letters that mean the same split, whatever its case."""
+    name = split.lower()
+    return next((names for names in (TRAIN, VAL, TEST) if name in names), (name,))
+
+
 def find_split(root: Path, split: str) -> str | None:
     """The folder of a split in a folder: the name itself, else one that means the same, as "valid" for "val"."""
     if (root / split).is_dir():
         return split
     if not root.is_dir():
         return None
-    alike = next((names for names in (TRAIN, VAL, TEST) if split.lower() in names), (split.lower(),))
-    return _first(subfolders(root), alike)
+    return _first(subfolders(root), spellings(split))
 
 
 def class_folders(

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
 
-from vmoe_torch.data.folder import ImageFolder, class_folders
+from vmoe_torch.data.folder import EVALUATION, TRAIN, ImageFolder, class_folders
 from vmoe_torch.data.image import UNREADABLE, broken, converted
 from vmoe_torch.data.names import shown
 
@@ -26,8 +26,8 @@ class NamedDataset(Dataset):
     Args:
         name: as timm takes it, "torch/NAME" for torchvision's or "hfds/NAME" for Hugging Face's.
         root: folder of its files.
-        split: as the data set calls it; timm knows "train" and "val" for torchvision's. None is "validation", or the
-            folder that holds one.
+        split: as the data set calls it; torchvision's know "train" and "val", whatever the case. None is "validation",
+            or the folder that holds one.
         mode: PIL mode of the items, "RGB" or "L".
         exif: whether to turn images as their EXIF orientation says.
 
@@ -64,6 +64,9 @@ class NamedDataset(Dataset):
         if name in FOLDERS and root is not None:
             parts = class_folders(Path(root), split)
             return ImageFolder(root, mode=mode, parts=parts, exif=exif, order=str)
+        # "Train" would be timm's word for the images to measure on.
+        if name.startswith("torch/") and split is not None and split.lower() in (*TRAIN, *EVALUATION):
+            split = split.lower()
         try:
             return create_dataset(
                 name, root=None if root is None else str(root), split=split or "validation", input_img_mode=mode

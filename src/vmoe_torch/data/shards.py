@@ -9,17 +9,17 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vmoe_torch.data.folder import EVALUATION, TEST, TRAIN, VAL
+from vmoe_torch.data.folder import EVALUATION, spellings
 from vmoe_torch.data.image import UNREADABLE, broken, converted, image_suffixes
 from vmoe_torch.data.names import shown, some
-from vmoe_torch.data.scanning import is_hidden
+from vmoe_torch.data.scanning import is_hidden, subfolders
 from vmoe_torch.data.tar import tar_files
 
 WDS = "wds/"
@@ -43,8 +43,9 @@ class TarShards(Dataset):
     Args:
         root: folder of the shards.
         split: as timm takes it, names of shards, as "train-{0000..0127}.tar", or a split of _info.json; or a word in
-            the names of the shards, as "train" in "cars-train-0000.tar"; or a folder of shards in root. "val", "valid"
-            and "validation" mean the same; None is these or "test", the first one there.
+            the names of the shards, as "train" in "cars-train-0000.tar"; or a folder of shards in root. Whatever the
+            case, "val", "valid" and "validation" mean the same, as "train" and "training"; None is one of the first
+            three or "test", the first one there.
         class_names: the classes by label, where another split has set them; None takes those of classnames.txt, or
             numbers.
         mode: PIL mode of the items, "RGB" or "L".
@@ -133,8 +134,7 @@ def find_shards(root: Path, split: str | None) -> list[Path]:
         if info.is_file():
             known = _splits(info)
             break
-    alike = EVALUATION if split is None else next((names for names in (TRAIN, VAL, TEST) if split in names), ())
-    for name in alike if split is None else dict.fromkeys((split, *alike)):
+    for name in EVALUATION if split is None else dict.fromkeys((split, *spellings(split))):
         shards = _shards_of(root, name, known)
         missing = [shard for shard in shards if not shard.is_file()]
         if missing:
@@ -151,13 +151,19 @@ def find_shards(root: Path, split: str | None) -> list[Path]:
 def _shards_of(root: Path, split: str, known: dict[str, list[str]]) -> list[Path]:
     if split.endswith(".tar"):
         return [root / name for name in _expanded(split)]
-    if split in known:
-        return [root / name for name in known[split]]
-    if (root / split).is_dir():
-        paths = sorted((root / split).glob("*.tar"))
+    if (listed := _spelt(split, known)) is not None:
+        return [root / name for name in known[listed]]
+    folder = root / (_spelt(split, subfolders(root)) or split)
+    if folder.is_dir():
+        paths = sorted(folder.glob("*.tar"))
     else:
-        paths = [path for path in sorted(root.glob("*.tar")) if split in re.split(r"[\W_]+", path.stem)]
+        paths = [path for path in sorted(root.glob("*.tar")) if _spelt(split, re.split(r"[\W_]+", path.stem))]
     return [path for path in paths if not is_hidden(path.name)]
+
+
+def _spelt(split: str, there: Collection[str]) -> str | None:
+    """The name itself where it is there, else one that differs in its case, or None."""
+    return split if split in there else next((name for name in there if name.lower() == split.lower()), None)
 
 
 def _splits(info: Path) -> dict[str, list[str]]:
