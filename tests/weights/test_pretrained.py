@@ -5,6 +5,7 @@ import http.server
 import threading
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import timm
@@ -161,6 +162,52 @@ def test_part_that_came_whole_is_accepted(server, source, tmp_path):
     fetch.tag_file(tmp_path / "x.part").write_text('"a"')
     fetch.download(f"{server.url}.index", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == (server.folder / "small.index").read_bytes()
+
+
+@pytest.fixture
+def remote(monkeypatch, tmp_path):
+    """A file of fsspec's, of which a first try gets three bytes."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/resumed/x", b"abcdefghi")
+
+    def broken(response, file, have, *_):
+        file.write(response.read(3))
+        raise ConnectionError("broken off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch, "_copy", broken)
+        with pytest.raises(CheckpointError, match="could not be downloaded after 1 tries: broken off"):
+            fetch.download("memory://resumed/x", tmp_path / "x", tries=1)
+    assert (tmp_path / "x.part").read_bytes() == b"abc"
+    yield memory
+    memory.rm("/resumed", recursive=True)
+
+
+def test_fsspec_resumes_the_same_file(remote, tmp_path):
+    # What is there is not fetched again.
+    (tmp_path / "x.part").write_bytes(b"ABC")
+    fetch.download("memory://resumed/x", tmp_path / "x", tries=1)
+    assert (tmp_path / "x").read_bytes() == b"ABCdefghi"
+    assert not list(tmp_path.glob("x.part*"))
+
+
+@pytest.mark.parametrize("case", ["changed", "no tag", "unknown"])
+def test_fsspec_begins_anew_where_the_file_may_be_another(remote, tmp_path, monkeypatch, case):
+    if case == "no tag":
+        fetch.tag_file(tmp_path / "x.part").unlink()
+    if case == "unknown":
+        monkeypatch.delattr(type(remote), "modified")
+    remote.pipe("/resumed/x", b"123456789")
+    fetch.download("memory://resumed/x", tmp_path / "x", tries=1)
+    assert (tmp_path / "x").read_bytes() == b"123456789"
+    assert not list(tmp_path.glob("x.part*"))
+
+
+def test_fsspec_refuses_a_file_that_ends_early(remote, tmp_path, monkeypatch):
+    info = type(remote).info
+    monkeypatch.setattr(type(remote), "info", lambda self, path, **options: {**info(self, path), "size": 12})
+    with pytest.raises(CheckpointError, match="the connection ended at byte 9 of 12"):
+        fetch.download("memory://resumed/x", tmp_path / "x", tries=1)
 
 
 def test_offline_says_what_to_do(server, source, tmp_path, monkeypatch):

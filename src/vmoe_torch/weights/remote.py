@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
@@ -152,14 +153,32 @@ def _fetch_fsspec(url: str, part: Path, progress: bool) -> None:
         filesystem, remote = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise CheckpointError(f"{url} must have a protocol that fsspec can open here, got: {error}") from None
-    total = filesystem.info(remote)["size"]
-    have = part.stat().st_size if part.exists() else 0
+    info = filesystem.info(remote)
+    total, validator, tag = info["size"], _validator(filesystem, remote, info), tag_file(part)
+    same = part.exists() and tag.exists() and tag.read_text() == validator
+    have = part.stat().st_size if same else 0
     if total is None or have > total:
         have = 0
     with filesystem.open(remote, "rb") as response, open(part, "ab" if have else "wb") as file:
+        tag.unlink(missing_ok=True)
+        if validator is not None:
+            tag.write_text(validator)
         if have:
             response.seek(have)
         _copy(response, file, have, total, url, progress)
+    if total is not None and part.stat().st_size != total:
+        raise ConnectionError(f"the connection ended at byte {part.stat().st_size} of {total}")
+
+
+def _validator(filesystem: fsspec.AbstractFileSystem, remote: str, info: dict[str, Any]) -> str | None:
+    """What tells this version of a file from others, if anything does."""
+    if found := info.get("ETag") or info.get("etag"):
+        return str(found)
+    try:
+        return str(filesystem.modified(remote))
+    # That it does not know is told by every file system in its own way.
+    except Exception:
+        return None
 
 
 def _copy(response, file, have: int, total: int | None, url: str, progress: bool) -> None:
