@@ -19,6 +19,7 @@ from vmoe_torch.analyze import (
     describe_model,
     kept_choices_per_patch,
     kept_clips_animation,
+    shares_of_patches,
 )
 from vmoe_torch.analyze.patches import pictures_of
 from vmoe_torch.control import routing
@@ -117,6 +118,22 @@ def test_report_of_a_model_of_videos(videos, model, tmp_path):
     (shares,) = {len(share) for share in found["kept_patches"]["share"]["blocks.1.mlp"]["bpr"]}
     assert shares == 2
     assert list(tmp_path.rglob("clips.gif"))
+
+
+@pytest.mark.parametrize(("router", "figure"), [("expert_choice", "experts_per_patch"), ("soft", "slots")])
+def test_report_of_a_model_of_videos_without_choices(videos, tmp_path, router, figure):
+    model = randomized(video_model(num_classes=2, router=router))
+    analysis = analyze(model, videos, transform_of(model), "ab", batch_size=3, pictures=2)
+    # The third frame of four: the middle one of two layers in time begins there.
+    transform = transform_of(model)
+    clips = torch.stack([transform(videos[index][0]) for index in (0, 2)])
+    assert torch.equal(analysis.pictures, pictures_of(clips, transform)[:, 2])
+    assert {shares.shape[-2:] for shares in analysis.patches.values()} == {(4, 6)}
+    want = shares_of_patches(model, clips)["blocks.1.mlp"]
+    assert torch.equal(analysis.patches["blocks.1.mlp"], want[..., 1, :, :])
+    page = analysis.write(tmp_path).read_text(encoding="utf-8")
+    assert (tmp_path / f"{figure}.png").exists()
+    assert "4 experts" in page
 
 
 def test_image_transform_of_a_clip_may_tell_no_normalisation():

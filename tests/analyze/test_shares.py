@@ -1,6 +1,7 @@
 """Models whose tokens choose nothing: counts against loops, and a report from end to end."""
 
 import json
+from itertools import product
 
 import pytest
 import timm
@@ -70,6 +71,29 @@ def test_mixtures_are_measured(batches):
     assert last.tokens_of_a_slot.highest <= 16.001
     # Nothing stays on the routers.
     assert not layer.router._forward_hooks
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_shares_of_clips_are_those_of_the_router_by_time_row_and_column(router):
+    options = {"img_size": 32, "patch_size": 8, "num_frames": 4, "router": router}
+    model = randomized(timm.create_model("test_vmoe_video", **options))
+    clips = torch.randn(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(6))
+    layer = next(iter(vmoe_torch.moe_layers(model).values()))
+    kept = []
+    layer.own_router().register_forward_hook(lambda _router, _inputs, out: kept.append(out))
+    found = next(iter(shares_of_patches(model, clips).values()))
+    (routed,) = kept
+    rest = found.shape[2:] if router == "soft" else found.shape[1:]
+    assert rest == (2, 4, 4)
+    first = model.num_prefix_tokens
+    for clip, time, row, column in product(range(2), range(2), range(4), range(4)):
+        token = first + (time * 4 + row) * 4 + column
+        if router == "soft":
+            assert torch.equal(found[clip, :, time, row, column], routed.mix[clip, token].float())
+        else:
+            taken = (routed.slots.view(2, -1, routed.slots.shape[1])[clip, token] >= 0).sum()
+            assert found[clip, time, row, column] == taken
+    assert found.float().std() > 0
 
 
 def test_effective_numbers():

@@ -19,6 +19,7 @@ from vmoe_torch.analyze.shares import (
     layers_without_choices,
     shares_of_patches,
 )
+from vmoe_torch.analyze.statistics import patch_grid
 from vmoe_torch.evaluate import Evaluation, as_rows, evaluate, write_csv
 from vmoe_torch.report import Figure, Report, Section, Table, write_report
 from vmoe_torch.report.style import flops_unit, layer_label, percent
@@ -38,17 +39,19 @@ class ShareAnalysis:
     layers: dict[str, ExpertsPerToken | Mixtures]
     """{layer name: what it did}."""
     pictures: Tensor
-    """(B, H, W) or (B, H, W, 3) images in 0..1, as the model sees them."""
+    """(B, H, W) or (B, H, W, 3) images in 0..1, as the model sees them; of clips a frame in the middle."""
     picture_names: tuple[str, ...]
     """(B,) class of each image."""
     patches: dict[str, Tensor]
-    """{layer name: what it did with the patches of the images}, of `shares_of_patches`."""
+    """{layer name: what it did with the patches of the images}, of `shares_of_patches`; of clips in the middle."""
     slots_per_expert: dict[str, int]
     """{name of a soft layer: P}."""
     dense: Evaluation | None = None
     """A model to compare with, on the same images."""
     dense_name: str = "the dense model"
     """What to call it."""
+    of_clips: bool = False
+    """Whether the images are of clips."""
 
     def with_dense(self, dense: Evaluation, name: str) -> "ShareAnalysis":
         """The same with a model to compare with, evaluated on the same images."""
@@ -154,7 +157,7 @@ class ShareAnalysis:
                         self.pictures,
                         [(layer_label(name), self.patches[name]) for name in drawn],
                         self.picture_names,
-                        "Which patches the experts take",
+                        f"Which patches the experts take{self._moment}",
                     ),
                     "The more experts take a patch, the more of it is to be seen; pale blue patches have none.",
                     "Grid of images whose patches are the paler the fewer experts took them, by layer",
@@ -189,7 +192,7 @@ class ShareAnalysis:
                         self.pictures,
                         [(self._slot(last, slot), self.patches[last][:, slot]) for slot in slots],
                         self.picture_names,
-                        f"Which patches a slot draws from: {layer_label(last)}",
+                        f"Which patches a slot draws from{self._moment}: {layer_label(last)}",
                     ),
                     f"The slots of {layer_label(last)} that draw from the fewest patches. A patch is to be seen as far "
                     "as its share in the slot reaches the largest one.",
@@ -198,6 +201,10 @@ class ShareAnalysis:
             ],
             wide=True,
         )
+
+    @property
+    def _moment(self) -> str:
+        return " in the middle of clips" if self.of_clips else ""
 
     def _slot(self, layer: str, slot: int) -> str:
         expert, place = divmod(slot, self.slots_per_expert[layer])
@@ -226,9 +233,9 @@ def analyze_shares(
 
     Args:
         model: a VMoE with layers of expert choice or soft ones, on any device.
-        dataset: items (PIL image, label).
+        dataset: items (PIL image, label), or (`Video`, label).
         loader: of the same images as tensors, with their labels.
-        transform: for evaluation, PIL image -> (C, H, W).
+        transform: for evaluation, PIL image -> (C, H, W), or `Video` -> (C, T, H, W).
         class_names: by label.
         pictures: images to draw.
         progress: makes, of a text, what wraps a loader.
@@ -241,14 +248,20 @@ def analyze_shares(
     found = collect_shares(model, loader, progress=progress("looking at the routers"))
     (own,) = evaluate(model, loader, progress=progress("evaluating"))
     layers = layers_without_choices(model)
+    seen, patches = pictures_of(tensors, transform), shares_of_patches(model, tensors)
+    if of_clips := tensors.ndim == 5:
+        times = patch_grid(model, tensors)[0]
+        seen = seen[:, times // 2 * tensors.shape[2] // times]
+        patches = {name: shares.select(-3, times // 2) for name, shares in patches.items()}
     return ShareAnalysis(
         describe_shares(model),
         own,
         found,
-        pictures_of(tensors, transform),
+        seen,
         tuple(class_names[label] for _, label in chosen),
-        shares_of_patches(model, tensors),
+        patches,
         {name: layer.own_router().slots_per_expert for name, layer in layers.items() if layer.router_type == "soft"},
+        of_clips=of_clips,
     )
 
 

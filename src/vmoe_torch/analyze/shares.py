@@ -2,7 +2,7 @@
 
 Counts and sums only, so memory does not grow with the images.
 
-Dims: B images, T tokens, E experts, N slots of an image, h x w patches.
+Dims: B images, T tokens, E experts, N slots of an image, h x w patches; before these, of clips, t layers in time.
 """
 
 import math
@@ -125,7 +125,7 @@ def collect_shares(
 
     Args:
         model: any module with such layers; others are left out.
-        loader: batches of images (B, C, H, W) and labels, at least one image.
+        loader: batches of images (B, C, H, W), or clips (B, C, T, H, W), and labels, at least one image.
         progress: wraps the loader, e.g. `tqdm`.
 
     Returns:
@@ -165,22 +165,24 @@ def shares_of_patches(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
     Args:
         model: a VMoE.
-        images: (B, C, H, W).
+        images: (B, C, H, W), or clips (B, C, T, H, W).
 
     Returns:
         {layer name: (B, h, w) int64 experts that took each patch, of expert choice; (B, N, h, w) float32 share of each
-        patch in every slot, of a soft layer}, on the CPU. Class and register tokens are left out.
+        patch in every slot, of a soft layer}, on the CPU; of clips (B, t, h, w) and (B, N, t, h, w). Class and register
+        tokens are left out.
     """
     layers = layers_without_choices(model)
     with eval_mode(model), routed_values(layers) as values:
         model(images.to(next(model.parameters()).device))
-    height, width = patch_grid(model, images)
+    grid = patch_grid(model, images)
+    patches = math.prod(grid)
     maps = {}
     for name, routed in values.items():
         if routed.mix is None:
             taken = (routed.slots >= 0).sum(1).view(len(images), -1)
-            maps[name] = taken[:, -height * width :].view(len(images), height, width).cpu()
+            maps[name] = taken[:, -patches:].reshape(len(images), *grid).cpu()
         else:
-            shares = routed.mix[:, -height * width :].transpose(1, 2).float()
-            maps[name] = shares.reshape(len(images), -1, height, width).cpu()
+            shares = routed.mix[:, -patches:].transpose(1, 2).float()
+            maps[name] = shares.reshape(*shares.shape[:2], *grid).cpu()
     return maps
