@@ -209,6 +209,15 @@ def test_checkpoints_load_on_any_number_of_ranks(tmp_path):
         torch.testing.assert_close(exported[name], ended[name].float(), msg=name)
 
 
+def test_made_weights_leave_the_generators_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs' generators were seeded"))
+    with torch.device("meta"):
+        model = vmoe_torch.VMoE(**OPTIONS, **MOE)
+    before = torch.get_rng_state()
+    materialize(model, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_checkpoint_of_four_ranks_loads_on_fewer(tmp_path):
     run(4, tmp_path, _four_ranks, tmp_path)
     run(2, tmp_path, _resume_all, tmp_path, [(1, 2), (2, 1)])

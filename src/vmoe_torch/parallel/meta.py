@@ -44,7 +44,8 @@ def materialize(model: nn.Module, seed: int, device: str | torch.device = "cpu")
                 continue
             _replace(module, parameters, "cpu")
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_seed_of(seed, name))
+                # torch.manual_seed would seed the generators of all devices.
+                torch.default_generator.manual_seed(_seed_of(seed, name))
                 model.init_weights()
             for key, parameter in parameters.items():
                 _fill(parameter, module._parameters[key].detach())
