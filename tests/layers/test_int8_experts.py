@@ -310,8 +310,10 @@ def mesh():
 )
 def test_what_needs_floating_point_refuses(call, purpose):
     model = vmoe_torch.quantize_experts(dropping())
+    want = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=f"experts must be of floating point {purpose}, got int8 ones"):
         call(model)
+    assert all(torch.equal(value, want[name]) for name, value in model.state_dict().items() if torch.is_tensor(value))
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")

@@ -86,6 +86,20 @@ def _what_differs_is_named():
         materialize(parallelize(_model(), mesh), seed=rank)
 
 
+def _a_model_that_is_refused_keeps_its_weights():
+    rank, mesh = dist.get_rank(), build_mesh(1, 2, "cpu")
+    for options, arguments, message in (
+        ({"num_experts": 3}, {}, "ep must divide num_experts=3, got ep=2"),
+        ({"capacity_factor": "dropless"}, {}, "capacity_factor must be a number with expert parallelism"),
+        ({}, {"chunks": 0}, "chunks must be at least 1, got 0"),
+    ):
+        model = _model(**options)
+        torch.nn.init.constant_(model.head.weight, rank)
+        with pytest.raises(ValueError, match=message):
+            parallelize(model, mesh, **arguments)
+        assert (model.head.weight == rank).all()
+
+
 def _first_speaks_for_all():
     require_same({"a": 1})
     assert on_first(lambda: dist.get_rank()) == 0
@@ -161,6 +175,7 @@ def _load_waits_for_save(folder):
 def _all(folder):
     _weights_come_from_the_first_rank()
     _what_differs_is_named()
+    _a_model_that_is_refused_keeps_its_weights()
     _first_speaks_for_all()
     _empty_batches_pass()
     _auxiliary_loss_alone_has_a_backward()

@@ -27,6 +27,7 @@ from vmoe_kernels.common.checks import check_integer, check_number
 from vmoe_torch.layers import ExpertLinear, MoeMlp
 from vmoe_torch.layers import options as opt
 from vmoe_torch.layers.choice import MODEL_KEY
+from vmoe_torch.layers.int8_experts import refuse_int8
 from vmoe_torch.models import description
 from vmoe_torch.models.blocks import MoeBlock, parse_moe_layers
 from vmoe_torch.models.initialisation import init_module
@@ -164,10 +165,14 @@ class VMoE(vit.VisionTransformer):
         Args:
             mode: "" as the original V-MoE (Flax), or timm's "jax", "jax_nlhb", "moco" and "reset".
             needs_reset: whether modules that initialise themselves do it again.
+
+        Raises:
+            ValueError: if there is no such mode, or experts are int8; then nothing has changed.
         """
         mode = mode or self.weight_init_mode
         if mode not in ("", "jax", "jax_nlhb", "moco", "reset"):
             raise ValueError(f"weight_init must be '', 'jax', 'jax_nlhb', 'moco', 'reset' or 'skip', got {mode!r}")
+        refuse_int8(self, "to be initialised")
         if mode:
             super().init_weights(mode, needs_reset)
             if mode == "moco":

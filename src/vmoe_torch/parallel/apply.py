@@ -85,7 +85,6 @@ def parallelize(
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     require_same({**options, **{name: (tuple(t.shape), t.dtype, t.is_meta) for name, t in tensors.items()}})
     require_same(routing_settings(model))
-    _take_from_first(tensors.values(), mesh.device_type)
     ep = mesh["ep"].size()
     layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoeMlp)]
     if len(layers) != len(moe_layers(model)):
@@ -96,6 +95,8 @@ def parallelize(
             refuse_dropless(ep)
     # One for all layers: each has process groups of its own where it has two levels.
     exchange = ExpertExchange(mesh["ep"].get_group(), wire_dtype, chunks, ranks_per_node)
+    # Behind all that may refuse the model.
+    _take_from_first(tensors.values(), mesh.device_type)
     Forwards(model, mesh.device_type)
     for layer in layers:
         _spread_experts(layer, mesh["ep"])

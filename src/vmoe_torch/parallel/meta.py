@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
+from vmoe_torch.layers.int8_experts import refuse_int8
 from vmoe_torch.parallel.checkpoint import part_of
 from vmoe_torch.parallel.ranks.agreement import require_same
 
@@ -25,7 +26,7 @@ def materialize(model: nn.Module, seed: int, device: str | torch.device = "cpu")
 
     Raises:
         ValueError: if the model cannot initialise itself, has buffers of a module without `reset_parameters`, which
-            nothing here would fill, or ranks give different seeds.
+            nothing here would fill, or int8 experts, or ranks give different seeds.
     """
     if not hasattr(model, "init_weights"):
         raise ValueError(f"the model must have init_weights(), got {type(model).__name__}")
@@ -34,6 +35,8 @@ def materialize(model: nn.Module, seed: int, device: str | torch.device = "cpu")
     if names := [name for name, buffer in model.named_buffers() if id(buffer) in buffers]:
         raise ValueError(f"the model must have no buffers, got {', '.join(names)}")
     require_same({"seed": seed})
+    # Before its weights are gone.
+    refuse_int8(model, "to be initialised")
     model.to_empty(device=device)
     own = {name: (module, dict(module.named_parameters(recurse=False))) for name, module in model.named_modules()}
     try:
