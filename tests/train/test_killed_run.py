@@ -162,3 +162,22 @@ def test_even_shares_fill_up_and_do_not_count():
     assert own == 5
     assert loss / 5 == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
     assert correct == (logits.argmax(1) == labels).sum()
+
+
+def test_validation_gives_every_module_its_mode_back():
+    alone = Processes(0, 1, torch.device("cpu"))
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout())
+    model[1].eval()
+    batch = torch.randn(2, 3), torch.zeros(2, dtype=torch.long)
+
+    def broken():
+        assert not model.training
+        yield batch
+        raise OSError("broken")
+
+    for batches, stop in (([batch], lambda: False), ([batch], lambda: True)):
+        validate(model, batches, alone, stop=stop)
+        assert [module.training for module in model.modules()] == [True, True, False]
+    with pytest.raises(OSError, match="broken"):
+        validate(model, broken(), alone)
+    assert [module.training for module in model.modules()] == [True, True, False]
