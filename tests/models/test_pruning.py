@@ -322,12 +322,23 @@ def test_upcycled_models_too():
     torch.testing.assert_close(pruned(images), dense(images), rtol=1e-4, atol=1e-4)
 
 
+class _Elsewhere:
+    """Images on another device than the model's."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def to(self, device):
+        assert device == torch.device("cpu")
+        return self.images
+
+
 def test_usage_counts_what_was_processed():
     model = dropping(num_selected_experts=2, group_size="image")
     images = grey_images()
     usage = expert_usage(model.train(), [images[:2], images[2:]])
     assert model.training
-    whole = expert_usage(model, [images])
+    whole = expert_usage(model, [_Elsewhere(images)])
     model.eval()(images)
     for name, layer in layers_of(model).items():
         record = layer.record

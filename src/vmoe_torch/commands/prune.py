@@ -2,9 +2,8 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from vmoe_torch.commands import options as opt
 from vmoe_torch.commands.images import batches, open_images, tell
@@ -81,12 +80,8 @@ def run(options: argparse.Namespace) -> int:
 def _usage(source: Source, options: argparse.Namespace) -> dict[str, ExpertUsage]:
     images = open_images(source, options.data, options.split, own_labels=True)
     taken = sample(images, options.images, options.seed)
-
-    def loaded() -> Iterator[Tensor]:
-        for batch, _ in opt.progress("batches")(batches(source, taken, options)):
-            yield batch.to(source.device)
-
-    usage = expert_usage(source.model, loaded())
+    loaded = opt.progress("batches")(batches(source, taken, options))
+    usage = expert_usage(source.model, (batch for batch, _ in loaded))
     tell("data", images)
     return usage
 

@@ -16,7 +16,7 @@ def expert_usage(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Exper
 
     Args:
         model: any with MoE layers.
-        batches: of images, as the model takes them.
+        batches: of images, as the model takes them, on any device.
 
     Returns:
         {layer name: usage}, on the CPU.
@@ -27,10 +27,11 @@ def expert_usage(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Exper
     layers = moe_layers(model)
     if not layers:
         raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
+    device = next(model.parameters()).device
     found: dict[str, ExpertUsage] = {}
     with eval_mode(model):
         for images in batches:
-            model(images)
+            model(images.to(device))
             for name, layer in layers.items():
                 found[name] = _added(found.get(name), _used(layer))
     if not found:
