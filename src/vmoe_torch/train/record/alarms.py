@@ -21,7 +21,8 @@ class Alarm:
     update: int
     """Finished updates when it sounded."""
     kind: str
-    """One of "loss spike", "collapse" and "dead experts"."""
+    """One of "loss spike", "collapse" and "dead experts"; "not finite" where the run stopped at NaN or Inf, "data" for
+    what was passed over at the start, "broken image" or "broken video" for one that cannot be read."""
     layer: str
     """The MoE layer, or empty."""
     message: str
