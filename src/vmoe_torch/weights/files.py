@@ -15,6 +15,8 @@ from torch import Tensor
 from vmoe_torch.layers.choice import FILE_KEY, metadata_of
 from vmoe_torch.weights.original.wire import CheckpointError
 
+WINDOWS = os.name == "nt"
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
@@ -30,8 +32,13 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Puts a file or folder onto the disk, so that a rename never comes before what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Puts a file or folder onto the disk, so that a rename never comes before what it names.
+
+    Windows opens no folders, and syncs only what may be written.
+    """
+    if WINDOWS and os.path.isdir(path):
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
