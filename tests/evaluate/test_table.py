@@ -6,6 +6,7 @@ import json
 import pytest
 
 from vmoe_torch.evaluate import Evaluation, Flops, RoutingSetting, format_table, write_csv, write_json
+from vmoe_torch.evaluate.table import aligned
 
 
 @pytest.fixture
@@ -44,3 +45,14 @@ def test_csv_and_json_hold_the_same_numbers(evaluations, tmp_path):
     assert from_json[0]["relative_flops"] == 2.0
     for plain, text in zip(from_json, from_csv):
         assert {name: "" if value is None else str(value) for name, value in plain.items()} == text
+
+
+def test_columns_are_aligned():
+    rows = [("", "K", "top-1 %"), ("present", "2", "9.25"), ("x", "10", "10.00")]
+    assert aligned(rows, left=1) == [
+        "          K  top-1 %",
+        "-------  --  -------",
+        "present   2     9.25",
+        "x        10    10.00",
+    ]
+    assert aligned(rows)[-1] == "      x  10    10.00"

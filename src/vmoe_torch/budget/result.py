@@ -1,13 +1,13 @@
 """What was tried for a budget, what was chosen, and its tables."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from vmoe_torch.budget.settings import Assignment, assign
 from vmoe_torch.control import capacity_text
+from vmoe_torch.evaluate.table import aligned
 
 
 @dataclass(frozen=True)
@@ -103,22 +103,11 @@ class Budget:
                 f"budget: {scale * self.limit:.3f} {unit} per image, {self.share:g} of the present cost; "
                 f"{self.images} calibration images, {len(self.candidates)} candidates verified",
                 "",
-                *_aligned(layers),
+                *aligned(layers, left=1),
                 "",
-                *_aligned(rows),
+                *aligned(rows, left=1),
             ]
         )
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of a table whose first column begins at the left."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths)) for row in rows)
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return lines
 
 
 def _without_thresholds(fields: list[tuple[str, object]]) -> dict[str, object]:

@@ -63,10 +63,21 @@ def format_table(evaluations: Sequence[Evaluation]) -> str:
                 f"{e.flops.relative:.3f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(text)
+    return "\n".join(aligned(lines))
+
+
+def aligned(rows: Sequence[tuple[str, ...]], left: int = 0) -> list[str]:
+    """Lines of a plain-text table with a rule below its header.
+
+    Args:
+        rows: cells of each line, the header first.
+        left: how many columns begin at the left; the others end at the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    places = ["<"] * left + [">"] * (len(widths) - left)
+    lines = ["  ".join(f"{cell:{place}{width}}" for cell, place, width in zip(row, places, widths)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines
 
 
 def _threshold_cells(e: Evaluation) -> tuple[str, str, str]:

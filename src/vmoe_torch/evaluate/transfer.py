@@ -16,6 +16,7 @@ from vmoe_torch.control import eval_mode
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.data.names import shown
 from vmoe_torch.evaluate.ridge import best_strength, shot_accuracies, shuffled_classes
+from vmoe_torch.evaluate.table import aligned
 
 SHOTS = (1, 5, 10, 25)
 STRENGTHS = tuple(2.0**power for power in range(-10, 20))
@@ -209,10 +210,7 @@ def format_fewshot(results: Sequence[FewShot]) -> str:
         spread = f" +- {shares.std(ddof=1):.2f}" if len(own) > 1 else ""
         number = str(own[0].test_images)
         lines.append((shown(data), str(shots), f"{shares.mean():.2f}{spread}", f"{own[0].l2:g}", str(len(own)), number))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(text)
+    return "\n".join(aligned(lines))
 
 
 def write_fewshot(results: Sequence[FewShot], path: Path | str) -> None:
