@@ -10,7 +10,7 @@ import pytest
 
 from vmoe_torch.train import Config
 from vmoe_torch.train.idle_keys import value_at
-from vmoe_torch.train.rules import Each, Matches, Number, OneOf, check, count, declared
+from vmoe_torch.train.rules import Each, Matches, Number, OneOf, check, count, declared, near
 
 FIELDS = {path: (kind, rule) for path, kind, rule in declared(Config)}
 BASE = Config().override("data.name=fashion_mnist")
@@ -97,3 +97,9 @@ def test_rules_hold_at_their_bounds():
         check("it", rule, value)
     with pytest.raises(ValueError, match="it must be one of 1, 3, got 2"):
         check("it", OneOf((1, 3)), 2)
+
+
+def test_near_says_what_may_have_been_meant():
+    assert near("adamv", ("adam", "adamw", "sgd")) == "; did you mean adam or adamw?"
+    assert near("adamv", ("adam", "adamw", "sgd"), most=1) == "; did you mean adam?"
+    assert near("xyz", ("adam", "adamw", "sgd")) == ""

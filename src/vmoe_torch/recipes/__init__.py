@@ -1,10 +1,10 @@
 """Recipes: one module per run worth repeating; its docstring says the command, the hardware, the cost, the result."""
 
-import difflib
 import importlib
 import pkgutil
 
 from vmoe_torch.train.config import Config
+from vmoe_torch.train.rules import near
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -19,7 +19,6 @@ def load_recipe(name: str) -> Config:
         ValueError: if there is no such recipe.
     """
     if name not in recipe_names():
-        near = difflib.get_close_matches(name, recipe_names(), n=2)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = near(name, recipe_names(), most=2)
         raise ValueError(f"recipe must be one of {', '.join(recipe_names())}, got {name!r}{hint}")
     return importlib.import_module(f"{__name__}.{name}").config()

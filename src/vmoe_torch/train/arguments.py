@@ -16,7 +16,7 @@ from torch import nn
 from vmoe_torch.data.typefaces import LEAST_SIDE, checked_characters
 from vmoe_torch.models.vmoe import VMoE
 from vmoe_torch.train.overrides import typed_text
-from vmoe_torch.train.rules import SOMETHING, Number, OneOf, Rule, check, count
+from vmoe_torch.train.rules import SOMETHING, Number, OneOf, Rule, check, count, near
 
 # What timm's factories take for themselves; what they decide by (`features_only`) makes something else than a model.
 FACTORY = {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable", "exportable"}
@@ -84,7 +84,8 @@ def data_arguments(data: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def suggestions(name: str) -> list[str]:
     """Arguments of V-MoE that look like a key that is unknown, as "model.kwargs.num_experts"."""
-    return [f"model.kwargs.{near}" for near in difflib.get_close_matches(name, _parameters(VMoE)[0], n=2, cutoff=0.75)]
+    alike = difflib.get_close_matches(name, _parameters(VMoE)[0], n=2, cutoff=0.75)
+    return [f"model.kwargs.{each}" for each in alike]
 
 
 def _typed_all(section, values, parameters, known, takes_all, owner) -> dict[str, Any]:
@@ -92,9 +93,8 @@ def _typed_all(section, values, parameters, known, takes_all, owner) -> dict[str
     for name, value in values.items():
         key = f"{section}.{name}"
         if name not in known and not takes_all:
-            near = difflib.get_close_matches(name, sorted(known), n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ValueError(f"{section} of {owner}: {key} is an unexpected keyword argument {name!r}; {hint}")
+            hint = near(name, sorted(known)) or f"; known are {', '.join(sorted(known))}"
+            raise ValueError(f"{section} of {owner}: {key} is an unexpected keyword argument {name!r}{hint}")
         kind = parameters.get(name, inspect.Parameter.empty)
         typed[name] = _typed(key, value, kind)
         # A size may be a pair.

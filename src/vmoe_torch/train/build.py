@@ -1,6 +1,5 @@
 """What a configuration names, built: the data, the model, the transforms, the loss."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from vmoe_torch.models.upcycling import upcycle
 from vmoe_torch.train.arguments import data_arguments, model_arguments, upcycle_arguments
 from vmoe_torch.train.config import Config, DataConfig, ModelConfig
 from vmoe_torch.train.mixup import DirichletMixup
-from vmoe_torch.train.rules import OneOf, check
+from vmoe_torch.train.rules import OneOf, check, near
 
 
 @dataclass
@@ -114,8 +113,7 @@ def create_model(config: ModelConfig, num_classes: int, pretrained: bool = False
         ValueError: if the name is unknown or an argument does not fit.
     """
     if not timm.is_model(config.name):
-        near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = near(config.name, timm.list_models())
         raise ValueError(f"model.name must be a timm model, got {config.name!r}{hint}")
     kwargs = {"num_classes": num_classes, **model_arguments(config.name, config.kwargs)}
     try:

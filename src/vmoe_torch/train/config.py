@@ -29,6 +29,7 @@ from vmoe_torch.train.rules import (
     check_declared,
     count,
     declared,
+    meant,
 )
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -358,9 +359,9 @@ class Config:
                 raise ValueError(f"an override must read key=value, got {assignment!r}")
             *parents, name = path.split(".")
             free = parents[:2] in (["model", "kwargs"], ["model", "upcycle"])
-            near = [] if free or name in known else suggestions(name)
-            if near and (near[0].endswith(f".{name}") or not difflib.get_close_matches(name, known)):
-                raise ValueError(f"unknown config key {path!r}; did you mean {' or '.join(near)}?")
+            alike = [] if free or name in known else suggestions(name)
+            if alike and (alike[0].endswith(f".{name}") or not difflib.get_close_matches(name, known)):
+                raise ValueError(f"unknown config key {path!r}{meant(alike)}")
             values: Any = {name: Text(text)}
             for parent in reversed(parents):
                 values = {parent: values}

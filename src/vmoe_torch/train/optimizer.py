@@ -1,6 +1,5 @@
 """timm's optimisers and schedules, with what a V-MoE needs of them."""
 
-import difflib
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from vmoe_torch.control import moe_layers
 from vmoe_torch.train.config import OptimConfig, ScheduleConfig
 from vmoe_torch.train.muon import create_muon
+from vmoe_torch.train.rules import near
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -24,8 +24,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """
     name = config.name.lower()
     if name not in list_optimizers():
-        near = difflib.get_close_matches(name, list_optimizers(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = near(name, list_optimizers())
         raise ValueError(f"optim.name must be one of timm's optimisers, got {config.name!r}{hint}")
     if get_optimizer_info(name).second_order:
         raise ValueError(f"optim.name must be an optimiser that needs no second derivative, got {config.name!r}")

@@ -9,6 +9,8 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from vmoe_torch.train.rules import meant
+
 # What keys are called elsewhere and do not look like.
 OTHER_NAMES = {"learning_rate": "lr", "amp": "precision", "dtype": "precision"}
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -86,11 +88,11 @@ def _near(key: str, cls: type, path: str, root: type) -> str:
     close = [
         *by_last.get(OTHER_NAMES.get(last, last), ()),
         *difflib.get_close_matches(key, known, n=3),
-        *(near for name in difflib.get_close_matches(last, by_last, n=3) for near in by_last[name]),
+        *(each for name in difflib.get_close_matches(last, by_last, n=3) for each in by_last[name]),
     ]
     close = list(dict.fromkeys(close))[:3]
     beside = [f"{path}.{f.name}" if path else f.name for f in fields(cls)]
-    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(beside)}"
+    return meant(close) or f"; known are {', '.join(beside)}"
 
 
 def _paths(cls: type, path: str) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """Rules that a value keeps, declared beside what they are for, and told in the words of the error that they cause."""
 
+import difflib
 import math
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Protocol, Union, get_args, get_origin, get_type_hints
 
@@ -110,6 +111,16 @@ def check(name: str, rule: Rule, value: Any) -> None:
     """Raises ValueError, naming what it is, if a value breaks a rule."""
     if not rule.holds(value):
         raise ValueError(f"{name} must be {rule}, got {_shown(value)}")
+
+
+def near(name: str, known: Iterable[str], most: int = 3) -> str:
+    """The end of an error: which of the known names may have been meant, or "" where none looks like this one."""
+    return meant(difflib.get_close_matches(name, list(known), n=most))
+
+
+def meant(names: list[str]) -> str:
+    """The end of an error that asks for these names, or "" where there are none."""
+    return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 def _shown(value: Any) -> str:
