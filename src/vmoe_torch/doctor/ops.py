@@ -16,7 +16,7 @@ from torch import Tensor
 
 import vmoe_kernels as kernels
 from vmoe_kernels.common.groups import choices_of_rows
-from vmoe_kernels.common.impl import row_tile
+from vmoe_kernels.common.impl import ROW_TILE
 from vmoe_kernels.testing import Comparison, compare_with_eager, make_experts, make_routed, slots_fault
 from vmoe_torch.doctor import problems
 from vmoe_torch.doctor.problems import Problem
@@ -185,7 +185,7 @@ def _assign_dropless_slots(dtype: torch.dtype, device: torch.device, sizes: Size
     options = {"num_experts": sizes.experts, "group_size": -(-sizes.tokens // 2)}
     experts = _chosen(device, sizes)
     got = kernels.assign_dropless_slots(experts, **options)
-    want = kernels.assign_dropless_slots_reference(experts, tile=row_tile(device), **options)
+    want = kernels.assign_dropless_slots_reference(experts, tile=ROW_TILE, **options)
     found = {}
     for name, own, twin in zip(("slots", "spans"), got, want):
         others = int((own != twin).sum()) if own.shape == twin.shape else twin.numel()
