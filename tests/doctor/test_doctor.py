@@ -217,7 +217,7 @@ def test_a_layer_that_fails_whole_is_a_problem(quick, monkeypatch):
     def refuses(*args, **kwargs):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(kernels, "route", refuses)
+    monkeypatch.setattr(speed, "make_experts", refuses)
     found = examine(CPU, 1)
     assert [each.what for each in found.problems] == ["a whole layer"]
     assert not found.healthy
