@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def page(content: dict) -> list[str]:
     """The page of the results, from what their JSON holds."""
     title = heading("Characters in typefaces never seen", content["environment"])
+    title += ["That commit wrote these pages. A run's own, where it was noted, stands with it in results.json.", ""]
     return [*title, *claims.table(content["runs"]), *report.sections(content), *router_report.sections(content)]
 
 

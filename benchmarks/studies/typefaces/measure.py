@@ -1,6 +1,7 @@
 """One run of the study: its training, and what its last weights are worth."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from benchmarks.harness.results import environment
 from benchmarks.studies.fashion_mnist import FORWARDS_PER_UPDATE
 from benchmarks.studies.typefaces import specialisation
 from benchmarks.studies.typefaces.earlier import RESULT, write_result
@@ -67,9 +69,11 @@ def execute(run: Run, folder: Path) -> dict | None:
 
 
 def told(run: Run) -> dict:
-    """How a result begins: whose it is."""
+    """How a result begins: whose it is, and what measured it."""
+    own = environment(torch.device("cpu"))
     return {
         "name": run.name,
+        "measured": {"day": time.strftime("%Y-%m-%d"), **{name: own[name] for name in ("commit", "torch", "machine")}},
         "fingerprint": run.fingerprint(),
         "kind": run.kind,
         "size": run.size,

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.harness.results import RESULTS
 from benchmarks.studies.fashion_mnist import FIGURES
@@ -79,6 +80,14 @@ def test_runs_compared_have_equal_flops():
     for one, other in [*pairs, *((name, "continued_0") for name in tried)]:
         flops = [runs.forward_flops(by_name[name]) * by_name[name].updates for name in (one, other)]
         assert flops[0] == pytest.approx(flops[1], rel=2e-3)
+
+
+def test_a_result_says_what_measured_it():
+    run = next(iter(runs.sizes()))
+    own = measure.told(run)
+    assert own["name"] == run.name
+    assert set(own["measured"]) == {"day", "commit", "torch", "machine"}
+    assert own["measured"]["torch"] == torch.__version__
 
 
 def test_the_sparse_model_of_the_middle_size_is_the_recipe():
