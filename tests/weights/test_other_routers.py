@@ -75,6 +75,19 @@ def test_members_of_a_threshold_ensemble_take_a_models_experts(source, tmp_path)
     assert model.eval()(IMAGES).isfinite().all()
 
 
+def test_every_member_of_an_ensemble_takes_the_shared_expert_whole(tmp_path):
+    small = {"embed_dim": 64, "depth": 4, "num_heads": 2, "patch_size": 16, "representation_size": 0, "num_experts": 4}
+    small["shared_expert_hidden"] = 0.5
+    own = made("vmoe_s32", moe_layers="last2", **small)
+    model = loaded(written(own, tmp_path / "x.pt"), "eee_s32_last2_e8", small)
+    shared = own.blocks[3].mlp.shared_expert
+    for member in model.blocks[3].mlp.members:
+        assert torch.equal(member.shared_expert.fc1.weight, shared.fc1.weight)
+        assert torch.equal(member.shared_expert.fc2.weight, shared.fc2.weight)
+    weights = {member.shared_expert.fc1.weight.data_ptr() for member in model.blocks[3].mlp.members}
+    assert len(weights) == 2
+
+
 HALF = {"expert_hidden": 0.5}
 SOFT = {"router": "soft", "slots_per_expert": 2}
 UNEVEN = {"num_experts": {"blocks.1.mlp": 4, "blocks.3.mlp": 2, "blocks.5.mlp": 4}}

@@ -248,7 +248,7 @@ def to_original(state: Mapping[str, Tensor], num_heads: int, ensemble_size: int 
 def split_members(state: Mapping[str, Tensor], ensemble_size: int) -> dict[str, Tensor]:
     """Gives every member of an ensemble its share of the experts: blocks.i.mlp.* to blocks.i.mlp.members.m.*.
 
-    Thresholds are left out: they are of gates over all experts.
+    Each has the shared expert whole, as a copy. Thresholds are left out: they are of gates over all experts.
     """
     routed = {
         name.removesuffix("router.weight") for name in state if re.fullmatch(r"blocks\.\d+\.mlp\.router\.weight", name)
@@ -259,14 +259,19 @@ def split_members(state: Mapping[str, Tensor], ensemble_size: int) -> dict[str, 
         if base is None or base.group() not in routed:
             result[name] = value
             continue
-        if name.endswith(".router.thresholds"):
+        own = name.removeprefix(base.group())
+        if own == "router.thresholds":
             continue
-        if value.shape[0] % ensemble_size:
+        if own.startswith("shared_expert."):
+            parts = [value.clone() for _ in range(ensemble_size)]
+        elif value.shape[0] % ensemble_size:
             raise ValueError(
                 f"{name} must have a multiple of ensemble_size={ensemble_size} experts, got {value.shape[0]}"
             )
-        for member, part in enumerate(value.chunk(ensemble_size)):
-            result[f"{base.group()}members.{member}.{name.removeprefix(base.group())}"] = part
+        else:
+            parts = value.chunk(ensemble_size)
+        for member, part in enumerate(parts):
+            result[f"{base.group()}members.{member}.{own}"] = part
     return result
 
 
