@@ -1,6 +1,9 @@
 """Evaluation at many routing settings: accuracy, FLOPs, and a model left as it was."""
 
+import dataclasses
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -123,3 +126,9 @@ def test_flops_count_every_matrix_product(model, batches):
     assert flops.total == 2 * (outside + 2 * attention + mlp + router + experts)
     assert list(flops.layers.values()) == [2 * (router + experts)]
     assert flops.relative == flops.total / flops.dense
+
+
+def test_flops_are_counted_on_the_models_device():
+    model, images = timm.create_model("test_vmoe", img_size=32), torch.zeros(8, 3, 32, 32)
+    here = count_flops(model, images)
+    assert dataclasses.replace(here, filled=None) == count_flops(model.to("meta"), images)

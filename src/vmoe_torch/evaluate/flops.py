@@ -54,7 +54,8 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
 
     Args:
         model: any module with MoE layers that takes a batch of images.
-        images: (B, C, H, W), B >= 1. Capacity is rounded per group of images, so B should be a whole number of groups.
+        images: (B, C, H, W), B >= 1, on any device. Capacity is rounded per group of images, so B should be a whole
+            number of groups.
 
     Returns:
         Flops per image.
@@ -67,7 +68,7 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
     counter = FlopCounterMode(display=False)
     # The fused attention of the CPU has no FLOP formula; the plain one is made of matrix products.
     with eval_mode(model), sdpa_kernel(SDPBackend.MATH), counter:
-        model(images)
+        model(images.to(next(model.parameters()).device))
     per_module = counter.get_flop_counts()
     total = dense = counter.get_total_flops()
     filled: float | None = total
