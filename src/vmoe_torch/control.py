@@ -100,13 +100,13 @@ def set_routing(
                 thresholds = find_thresholds(model, {name: found[name] for name in names}, data)
             for name, threshold in thresholds.items():
                 found[name].choose_routing({"gate_threshold": threshold})
-    # A user who does not want to wait for the data has nothing changed, either.
+        if "mean_selected_experts" in given:
+            _warn_of_no_threshold({name: found[name] for name in names})
+    # A user who does not want to wait for the data has nothing changed, either, nor one to whom warnings are errors.
     except BaseException:
         for layer, state in before:
             layer.restore_routing(state)
         raise
-    if "mean_selected_experts" in given:
-        _warn_of_no_threshold({name: found[name] for name in names})
 
 
 def _means_up_to(layer: MoeMlp, given: Mapping[str, Any]) -> dict[str, MeanSelectedExperts]:

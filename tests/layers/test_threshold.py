@@ -275,6 +275,12 @@ def test_a_mean_that_no_training_found_a_threshold_for_is_told():
     layer.router.reset_parameters()
     with pytest.warns(UserWarning, match=message + "1.2"):
         vmoe_torch.set_routing(layer, num_selected_experts=2, mean_selected_experts=1.2)
+    # To whom warnings are errors, nothing has changed.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=message):
+            vmoe_torch.set_routing(layer, mean_selected_experts=1.4)
+    assert layer.mean_selected_experts == 1.2
     with pytest.raises(ValueError, match="mean_selected_experts must be at most 8 with router='threshold', got 9"):
         MoeMlp(D, 32, num_experts=16, num_selected_experts=16, router="threshold", mean_selected_experts=9.0)
 
