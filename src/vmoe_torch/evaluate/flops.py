@@ -76,14 +76,13 @@ def count_flops(model: nn.Module, images: Tensor) -> Flops:
     for name, layer in moe_layers(model).items():
         layers[name] = sum(per_module[f"{type(model).__name__}.{name}"].values())
         if layer.eval_capacity_factor == DROPLESS:
-            rows = layer.own_router().dropless_rows(layer.record.slots.shape[0])
-            # The op counts K choices of each token.
-            counted = layers[name] + layer.expert_flops(rows) - layer.expert_flops(layer.record.slots.numel())
-            if layer.own_router().implementation() == "reference":
-                # Plain PyTorch leaves room for every token at every expert.
-                counted = layer.flops(layer.record.slots.shape[0], rows)
-            more = counted - layers[name]
-            total, dense, layers[name] = total + more, dense + more, counted
+            tokens = layer.record.slots.shape[0]
+            rows = layer.own_router().dropless_rows(tokens)
+            # Plain PyTorch leaves room for every token at every expert, the op counts K choices of each token.
+            plain = layer.own_router().implementation() == "reference"
+            ran = layer.num_experts * tokens if plain else layer.record.slots.numel()
+            more = layer.expert_flops(rows) - layer.expert_flops(ran)
+            total, dense, layers[name] = total + more, dense + more, layers[name] + more
             filled = None if filled is None else filled + more
         else:
             rows = layer.record.num_slots(layer.num_experts)
