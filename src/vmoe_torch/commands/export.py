@@ -50,11 +50,10 @@ def run(options: argparse.Namespace) -> int:
     opt.writable(options.out, "OUT")
     source = open_model(options.model, average=opt.wants_average(options))
     model = source.model
-    words = ("capacity", "k", "order", "mean", "threshold")
-    fixed = [name for name in words if getattr(options, name) is not None]
+    fixed = [option for option in opt.routing_given(options) if option != "--group-size"]
     if options.budget is not None and fixed:
         raise ValueError(
-            f"--budget sets capacity, K, order, mean and threshold of each layer, got --{' --'.join(fixed)} as well"
+            f"--budget sets capacity, K, order, mean and threshold of each layer, got {' '.join(fixed)} as well"
         )
     if options.budget is not None:
         opt.check_sparse(model, options, "for --budget")

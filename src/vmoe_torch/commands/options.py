@@ -175,11 +175,15 @@ def route(model: nn.Module, options: argparse.Namespace, **more: object) -> None
         set_routing(model, **changes)
 
 
+def routing_given(options: argparse.Namespace) -> list[str]:
+    """The options that ask for a routing and were given: "--capacity", "--k"."""
+    return [f"--{name.replace('_', '-')}" for name in _ROUTING if getattr(options, name, None) is not None]
+
+
 def check_sparse(model: nn.Module, options: argparse.Namespace, purpose: str = "") -> None:
     """Raises ValueError if the model has no MoE layers, saying what needs them: a purpose, or the routing given."""
     if not moe_layers(model):
-        given = (f"--{name.replace('_', '-')}" for name in _ROUTING if getattr(options, name, None) is not None)
-        purpose = purpose or f"for {' and '.join(given)}"
+        purpose = purpose or f"for {' and '.join(routing_given(options))}"
         raise ValueError(f"MODEL must have MoE layers {purpose}, got a dense one: {options.model}")
 
 

@@ -60,7 +60,10 @@ def run(options: argparse.Namespace) -> int:
     # Before images are read.
     if source.config is not None and source.config.model.upcycle:
         raise ValueError("MODEL must not be of a run that upcycled: its configuration cannot say what it has become")
-    _ = averaged_layers(source.model) if options.average else wanted_experts(source.model, options.keep)
+    if options.average:
+        averaged_layers(source.model)
+    else:
+        wanted_experts(source.model, options.keep)
     usage = None if options.data is None else _usage(source, options)
     before = moe_layers(source.model)
     if options.average:
