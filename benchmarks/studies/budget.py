@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import Subset
 
 from benchmarks.harness.results import RESULTS, command_line, environment, publish
 from benchmarks.studies.budget_report import figure, markdown
@@ -23,6 +22,7 @@ from vmoe_torch.commands.images import open_images
 from vmoe_torch.commands.sources import Source, open_model
 from vmoe_torch.control import routing
 from vmoe_torch.data import evaluation_loader
+from vmoe_torch.data.sampling import sample
 
 BATCH = 200
 
@@ -32,8 +32,7 @@ def study(source: Source, data: Path, shares: Sequence[float], images: int) -> d
     model = source.model
     present = current_settings(model)
     train = open_images(source, data, "train")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:images]
-    calibration = list(_loader(source, Subset(train, order.tolist())))
+    calibration = list(_loader(source, sample(train, images)))
     budgets = []
     for share in shares:
         with routing(model):
