@@ -25,10 +25,10 @@ from benchmarks.harness.results import RESULTS, command_line, environment, publi
 from benchmarks.studies.fashion_mnist_report import figure, markdown
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.evaluate import as_rows, count_flops, evaluate, setting_grid
+from vmoe_torch.files import replacing
 from vmoe_torch.recipes import load_recipe
 from vmoe_torch.train import Config, TrainResult, build_data, build_model, build_transforms, train
 from vmoe_torch.train.build import image_mode
-from vmoe_torch.weights.files import replacing
 
 CAPACITY_FACTORS = (1.05, 0.5, 0.25, 0.15, 0.1)
 NUM_SELECTED_EXPERTS = (2, 1)

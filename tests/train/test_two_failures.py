@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from tests.parallel.processes import run
+from vmoe_torch.files import cannot_write
 from vmoe_torch.parallel import ShardedCheckpoints
 from vmoe_torch.train import train
 from vmoe_torch.train.loop import TrainingRun
 from vmoe_torch.train.step import Update
-from vmoe_torch.weights.files import cannot_write
 
 # Seconds, on a busy machine; those that wait for each other would take parallel.timeout.
 SOON = 200.0

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import vmoe_torch  # noqa: F401  registers the models
 from benchmarks.studies.motion.clips import Clips
 from benchmarks.studies.motion.draw import MOTIONS
+from vmoe_torch.files import replacing
 from vmoe_torch.models.inflation import inflate
-from vmoe_torch.weights.files import replacing
 
 CHARACTERS = "ABEFGKRS"
 # Nobody is trained on these.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies.typefaces.runs import Run
-from vmoe_torch.weights.files import replacing
+from vmoe_torch.files import replacing
 
 # Of a run that finished here, whose weights are in the folder, too; and of one that finished elsewhere.
 RESULT, PUBLISHED = "result.json", "published.json"

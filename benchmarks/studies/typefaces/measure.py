@@ -22,8 +22,8 @@ from vmoe_torch.budget import set_budget
 from vmoe_torch.control import moe_layers, routing
 from vmoe_torch.data import Typefaces, evaluation_loader
 from vmoe_torch.evaluate import Task, as_rows, evaluate, fewshot, setting_grid
+from vmoe_torch.files import replacing
 from vmoe_torch.train import Config, build_model, build_transforms, train
-from vmoe_torch.weights.files import replacing
 
 CAPACITY_FACTORS = (1.05, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
 SHOTS = (1, 5, 10, 25)

@@ -21,11 +21,12 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from vmoe_torch.files import sync
 from vmoe_torch.layers.choice import metadata_of, restore_routing, with_metadata
 from vmoe_torch.parallel.mesh import group_timeout
 from vmoe_torch.parallel.ranks.agreement import on_first
 from vmoe_torch.parallel.writing import Writing, writes
-from vmoe_torch.weights.files import sync, write_safetensors
+from vmoe_torch.weights.safetensors_files import write_safetensors
 from vmoe_torch.weights.updates import (
     AVERAGE,
     COMPLETE,

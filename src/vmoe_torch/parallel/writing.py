@@ -12,9 +12,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from vmoe_torch.files import cannot_write
 from vmoe_torch.parallel.ranks.agreement import on_first
 from vmoe_torch.parallel.ranks.failures import list_ranks
-from vmoe_torch.weights.files import cannot_write
 from vmoe_torch.weights.updates import reason_of
 
 

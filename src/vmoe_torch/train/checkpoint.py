@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vmoe_torch.files import cannot_write, replacing
 from vmoe_torch.layers.int8_experts import as_loaded
 from vmoe_torch.train.build import build_model
 from vmoe_torch.train.config import Config
-from vmoe_torch.weights.files import cannot_write, replacing, write_safetensors
+from vmoe_torch.weights.safetensors_files import write_safetensors
 from vmoe_torch.weights.sources import RUN_FORMAT, RUN_KEY, read_weights
 
 FORMAT = RUN_FORMAT

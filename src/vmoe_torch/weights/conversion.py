@@ -14,11 +14,11 @@ import safetensors
 from torch import Tensor
 
 from vmoe_torch.layers.choice import FILE_KEY, with_metadata
-from vmoe_torch.weights.files import write_safetensors
 from vmoe_torch.weights.names import from_original, split_members
 from vmoe_torch.weights.original.reader import read_index, read_original
 from vmoe_torch.weights.original.wire import CheckpointError
 from vmoe_torch.weights.remote import is_remote
+from vmoe_torch.weights.safetensors_files import write_safetensors
 
 _METADATA = "vmoe_torch"
 # What else a train state holds keeps its path, behind this.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmoe_torch.files import replacing
 from vmoe_torch.layers.choice import MODEL_KEY, ROUTING_KEY, metadata_of
 from vmoe_torch.weights.conversion import BESIDE, REST, Origin
-from vmoe_torch.weights.files import replacing
 from vmoe_torch.weights.names import to_original
 from vmoe_torch.weights.original.writer import MAX_CHUNK_BYTES, write_original
 from vmoe_torch.weights.sources import read_weights

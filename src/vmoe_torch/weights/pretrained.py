@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from vmoe_torch.files import replacing
 from vmoe_torch.weights.conversion import convert
-from vmoe_torch.weights.files import replacing
 from vmoe_torch.weights.original.reader import read_index, shard_name
 from vmoe_torch.weights.original.wire import CheckpointError
 from vmoe_torch.weights.remote import download, file_name, suffix_of

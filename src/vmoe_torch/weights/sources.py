@@ -30,11 +30,11 @@ from vmoe_torch.layers.choice import description_of, metadata_of, restore_routin
 from vmoe_torch.weights.adapt import load_adapted
 from vmoe_torch.weights.beside import TIMM_FILES, HubFolder, TimmRun, hub_folder, timm_run
 from vmoe_torch.weights.conversion import Origin, read_converted, read_npz, read_state, weights_of
-from vmoe_torch.weights.files import read_header
 from vmoe_torch.weights.grid import grid_of, square_grid
 from vmoe_torch.weights.original.wire import CheckpointError
 from vmoe_torch.weights.pretrained import cached_checkpoint
 from vmoe_torch.weights.remote import is_remote, local_copy, suffix_of
+from vmoe_torch.weights.safetensors_files import read_header
 from vmoe_torch.weights.updates import is_update, read_update, updates_in
 
 # What `vmoe train` writes, the name of its best weights, and where their header tells of the run.

@@ -17,11 +17,11 @@ from torch import nn
 from tqdm import tqdm
 
 from vmoe_torch import cores
+from vmoe_torch.files import write_text
 from vmoe_torch.train.config import Config
 from vmoe_torch.train.record.alarms import Alarm
 from vmoe_torch.train.record.routing import LayerSample, routing_columns, routing_row, routing_scalars
 from vmoe_torch.train.record.table import CsvTable, read_table
-from vmoe_torch.weights.files import write_text
 
 # Of metrics.csv, a row per epoch.
 EPOCH_COLUMNS = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vmoe_torch.weights.files import cannot_write, write_text
+from vmoe_torch.files import cannot_write, write_text
 
 
 class CsvTable:

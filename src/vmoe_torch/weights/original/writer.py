@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vmoe_torch.weights.files import replacing
+from vmoe_torch.files import replacing
 from vmoe_torch.weights.original.index import (
     CHUNKS_KEY,
     DTYPE_NAMES,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vmoe_torch.weights import files
+from vmoe_torch import files
 
 
 def test_an_error_changes_nothing(tmp_path):
