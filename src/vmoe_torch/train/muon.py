@@ -4,8 +4,8 @@ timm's Muon takes a stack of matrices (E, out, in) for one matrix, or leaves it 
 MLPs that experts replace: a comparison of the two would be one of optimisers.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import unwrap
 from typing import Any
 
@@ -13,12 +13,48 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.optim.muon import Muon
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vmoe_torch.control import moe_layers
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether PyTorch multiplies bfloat16 by instructions on this CPU: x86 with AVX-512, or ARM's own.
+
+    Elsewhere it goes number by number, some twenty times slower than in float32.
+    """
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class FloatProducts(TorchFunctionMode):
+    """Products of bfloat16 on a CPU, made of float32: sums in float32, rounded once, as by instructions for bfloat16.
+
+    Of `torch.addmm` and `torch.baddbmm` with out=, which are timm's Muon's.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Calls `func`, a product with its factors in float32."""
+        kwargs = kwargs or {}
+        if func in (torch.addmm, torch.baddbmm) and "out" in kwargs:
+            out = kwargs["out"]
+            if out.dtype is torch.bfloat16 and out.device.type == "cpu":
+                others = {name: value for name, value in kwargs.items() if name != "out"}
+                return out.copy_(func(*(each.float() for each in args), **others))
+        return func(*args, **kwargs)
+
+
+def products() -> AbstractContextManager:
+    """How updates are multiplied here: as timm does, or by `FloatProducts` where that takes a CPU too long."""
+    return nullcontext() if multiplies_bfloat16() else FloatProducts()
+
+
 class ExpertMuon(Muon):
     """timm's Muon, with groups of parameters that say `experts=True`: stacks of matrices (E, out, in), each its own.
+
+    timm makes matrices orthogonal by products of bfloat16, on any device. A CPU without instructions for them makes
+    them of float32 here, see `FloatProducts`.
 
     What it keeps of a stack has the stack's shape and layout, so a checkpoint or a sharding of experts fits it too.
     """
@@ -30,7 +66,7 @@ class ExpertMuon(Muon):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._as_kernels():
+        with self._as_kernels(), products():
             # Hooks of steps run once: they are around this method already.
             unwrap(Muon.step)(self)
         return loss
