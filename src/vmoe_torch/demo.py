@@ -21,6 +21,7 @@ from vmoe_torch import cores
 from vmoe_torch.analyze import Section, analyze, describe_model
 from vmoe_torch.data import open_data
 from vmoe_torch.evaluate import format_table
+from vmoe_torch.files import write_text
 from vmoe_torch.recipes import load_recipe
 from vmoe_torch.train import Config, build_transforms, train
 
@@ -97,9 +98,7 @@ def timed_train(config: Config, clock: Path):
         result = train(config, resume=True)
     finally:
         seconds = before + time.monotonic() - start
-        part = clock.with_name(f"{clock.name}.part")
-        part.write_text(f"{seconds:.1f}\n")
-        part.replace(clock)
+        write_text("clock", clock, f"{seconds:.1f}\n")
     return result, seconds
 
 

@@ -1,18 +1,31 @@
 """Files that are there whole or not at all, and the error for one that could not be written."""
 
+import csv
+import io
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 WINDOWS = os.name == "nt"
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-    """Name of a file to write that takes the other's place in the end, on the disk; on an error nothing changes."""
-    part = f"{os.fspath(path)}.part"
+    """Name of a file to write that takes the other's place in the end, on the disk; on an error nothing changes.
+
+    A link goes on to be one: what it names is replaced. What is no file, as a named pipe or /dev/stdout wherever that
+    leads, is written itself.
+    """
+    stream = os.path.islink(path) and os.path.abspath(path).startswith("/dev/")
+    if stream or (os.path.exists(path) and not os.path.isfile(path)):
+        yield os.fspath(path)
+        return
+    path = os.path.realpath(path)
+    part = f"{path}.part"
     try:
         yield part
         sync(part)
@@ -52,6 +65,25 @@ def write_text(what: str, path: str | os.PathLike, text: str) -> None:
             file.write(text)
     except OSError as error:
         raise cannot_write(what, Path(path), error) from error
+
+
+def write_json(what: str, path: str | os.PathLike, content: Any) -> None:
+    """Writes plain values as JSON, as `write_text` does.
+
+    Raises:
+        OSError: as `write_text`.
+        TypeError: if JSON cannot say a value; then nothing has changed.
+    """
+    write_text(what, path, json.dumps(content, indent=1) + "\n")
+
+
+def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """The text of a CSV file: a line of the columns' names, and the rows; None is empty, other columns are left out."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def cannot_write(what: str, path: Path, error: BaseException, reason: str = "") -> OSError:

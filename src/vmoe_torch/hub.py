@@ -12,6 +12,7 @@ from timm.models import save_for_hf as timm_save
 from torch import nn
 
 from vmoe_torch.control import capacity_text, moe_layers
+from vmoe_torch.files import write_text
 from vmoe_torch.layers.int8_experts import int8_layers, weight_count
 from vmoe_torch.models.description import model_arguments
 from vmoe_torch.models.vmoe import VMoE
@@ -49,7 +50,7 @@ def save_for_hf(
     if not readme.exists():
         name = name or folder.resolve().name
         card = {**card_of(model, f"local-dir:{name}"), **(model_card or {})}
-        readme.write_text(_text(name, card), encoding="utf-8")
+        write_text("card", readme, _text(name, card))
 
 
 def push_to_hf_hub(

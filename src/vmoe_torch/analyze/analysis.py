@@ -1,6 +1,5 @@
 """The analyses of the V-MoE paper (arXiv 2106.05974, section 5 and appendix) for any trained V-MoE, as one report."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from vmoe_torch.control import capacity_text, moe_layers
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.data.clips import frames_of_a_tubelet
 from vmoe_torch.evaluate import Evaluation, RoutingSetting, as_rows, evaluate, setting_grid, write_csv
+from vmoe_torch.files import write_json
 from vmoe_torch.layers import MoeMlp
 from vmoe_torch.layers.int8_experts import weight_count
 from vmoe_torch.report import Report, Section, write_report
@@ -102,7 +102,7 @@ class Analysis:
         """
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "report.json").write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json("report", out / "report.json", self.as_dict())
         write_csv(self.evaluations, out / "results.csv")
         links = {
             "results.csv: accuracy and compute at every setting": "results.csv",

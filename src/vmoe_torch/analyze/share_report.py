@@ -1,7 +1,6 @@
 """The report on a model whose tokens choose nothing: expert choice, which says how many experts a token had, and soft
 layers, which say what their slots are mixtures of."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from vmoe_torch.analyze.shares import (
 )
 from vmoe_torch.analyze.statistics import patch_grid
 from vmoe_torch.evaluate import Evaluation, as_rows, evaluate, write_csv
+from vmoe_torch.files import write_json
 from vmoe_torch.report import Figure, Report, Section, Table, write_report
 from vmoe_torch.report.style import flops_unit, layer_label, percent
 
@@ -76,7 +76,7 @@ class ShareAnalysis:
         """
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "report.json").write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json("report", out / "report.json", self.as_dict())
         write_csv([self.own], out / "results.csv")
         links = {
             "results.csv: accuracy and compute": "results.csv",

@@ -1,14 +1,13 @@
 """`vmoe budget`: K and capacity of each MoE layer for a share of the compute, from some calibration images."""
 
 import argparse
-import json
-from pathlib import Path
 
 from vmoe_torch.budget import set_budget
 from vmoe_torch.commands import options as opt
 from vmoe_torch.commands.images import batches, open_images, tell
 from vmoe_torch.commands.sources import open_model, save_source
 from vmoe_torch.data.sampling import sample
+from vmoe_torch.files import write_json
 from vmoe_torch.train.rules import Number
 
 # Of what the model costs as it is set.
@@ -59,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     tell("data", images)
     print(budget)
     if options.out is not None:
-        Path(options.out).write_text(json.dumps(budget.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json("budget", options.out, budget.as_dict())
     if options.save is not None:
         save_source(source, options.save)
         print(f"{options.save}: the model with this routing")

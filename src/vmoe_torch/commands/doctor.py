@@ -1,13 +1,12 @@
 """`vmoe doctor`: whether all is well on this machine, and what to do where it is not."""
 
 import argparse
-import json
-from pathlib import Path
 
 from vmoe_torch.commands import options as opt
 from vmoe_torch.doctor.examination import Examination, examine
 from vmoe_torch.doctor.machine import device_or_reason
 from vmoe_torch.doctor.text import describe
+from vmoe_torch.files import write_json
 
 
 def add(commands) -> None:
@@ -33,9 +32,7 @@ def run(options: argparse.Namespace) -> int:
 
     def write(found: Examination) -> None:
         if options.json is not None:
-            partial = Path(f"{options.json}.partial")
-            partial.write_text(json.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(options.json)
+            write_json("report", options.json, found.as_dict())
 
     found = examine(device, options.seconds, opt.progress, write)
     print(describe(found))

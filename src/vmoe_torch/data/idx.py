@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vmoe_torch.files import replacing
+
 _UNSIGNED_BYTE = 8
 
 
@@ -49,4 +51,5 @@ def write_idx(path: Path | str, array: np.ndarray) -> None:
     if array.dtype != np.uint8:
         raise ValueError(f"array must be uint8, got {array.dtype}")
     header = struct.pack(f">BBBB{array.ndim}I", 0, 0, _UNSIGNED_BYTE, array.ndim, *array.shape)
-    Path(path).write_bytes(gzip.compress(header + array.tobytes(), compresslevel=9, mtime=0))
+    with replacing(path) as part:
+        Path(part).write_bytes(gzip.compress(header + array.tobytes(), compresslevel=9, mtime=0))

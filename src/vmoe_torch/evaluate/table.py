@@ -1,11 +1,10 @@
 """Evaluations as an aligned table, CSV or JSON."""
 
-import csv
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from vmoe_torch import files
 from vmoe_torch.evaluate.classification import Evaluation
 
 
@@ -95,14 +94,19 @@ def _text(value) -> str:
 
 
 def write_csv(evaluations: Sequence[Evaluation], path: Path | str) -> None:
-    """Writes `as_rows` with a header line; None is empty."""
+    """Writes `as_rows` with a header line; None is empty.
+
+    Raises:
+        OSError: if the file cannot be written; then what was there still is.
+    """
     rows = as_rows(evaluations)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    files.write_text("table", path, files.csv_text(rows, list(rows[0])))
 
 
 def write_json(evaluations: Sequence[Evaluation], path: Path | str) -> None:
-    """Writes `as_rows` as a JSON list."""
-    Path(path).write_text(json.dumps(as_rows(evaluations), indent=2) + "\n", encoding="utf-8")
+    """Writes `as_rows` as a JSON list.
+
+    Raises:
+        OSError: if the file cannot be written; then what was there still is.
+    """
+    files.write_json("table", path, as_rows(evaluations))

@@ -1,7 +1,5 @@
 """Few-shot transfer: how well a linear classifier does on a frozen model's features, learned from a few images."""
 
-import csv
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from vmoe_torch.data import evaluation_loader
 from vmoe_torch.data.names import shown
 from vmoe_torch.evaluate.ridge import best_strength, shot_accuracies, shuffled_classes
 from vmoe_torch.evaluate.table import aligned
+from vmoe_torch.files import csv_text, write_json, write_text
 
 SHOTS = (1, 5, 10, 25)
 STRENGTHS = tuple(2.0**power for power in range(-10, 20))
@@ -214,13 +213,13 @@ def format_fewshot(results: Sequence[FewShot]) -> str:
 
 
 def write_fewshot(results: Sequence[FewShot], path: Path | str) -> None:
-    """Writes one row per result, as JSON if the name ends in .json, else as CSV."""
+    """Writes one row per result, as JSON if the name ends in .json, else as CSV.
+
+    Raises:
+        OSError: if the file cannot be written; then what was there still is.
+    """
     rows = [asdict(result) for result in results]
     if str(path).endswith(".json"):
-        Path(path).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        return
-    # Bytes of file names that are no text must not lose the results.
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+        write_json("table", path, rows)
+    else:
+        write_text("table", path, csv_text(rows, list(rows[0])))

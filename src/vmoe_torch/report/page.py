@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure as Canvas
 
 from vmoe_torch.data.names import shown
+from vmoe_torch.files import write_text
 
 _CSS = """
 :root { color-scheme: light; }
@@ -154,9 +155,8 @@ def write_report(
             "",
         ]
     )
-    path, partial = folder / name, folder / f".{name}"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    path = folder / name
+    write_text("page", path, page)
     return path
 
 

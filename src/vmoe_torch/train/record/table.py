@@ -1,12 +1,11 @@
 """A CSV file that grows row by row and survives stops: what a resumed run writes anew is dropped first."""
 
 import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vmoe_torch.files import cannot_write, write_text
+from vmoe_torch.files import cannot_write, csv_text, write_text
 
 
 class CsvTable:
@@ -24,12 +23,9 @@ class CsvTable:
     def __init__(self, path: Path, columns: Sequence[str], first_update: int):
         self.path = path
         self.columns = tuple(columns)
-        kept = io.StringIO(newline="")
-        writer = csv.DictWriter(kept, self.columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(row for row in read_table(path) if int(row["update"]) <= first_update)
-        if not path.is_file() or path.read_bytes() != kept.getvalue().encode(errors="backslashreplace"):
-            write_text("table", path, kept.getvalue())
+        kept = csv_text((row for row in read_table(path) if int(row["update"]) <= first_update), self.columns)
+        if not path.is_file() or path.read_bytes() != kept.encode(errors="backslashreplace"):
+            write_text("table", path, kept)
 
     def add(self, *rows: dict[str, Any]) -> None:
         """One row or several.
