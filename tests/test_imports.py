@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "report": {"files", "data"},
     "analyze": {"files", "data", "layers", "control", "evaluate", "report"},
     "trainers": {"layers"},
-    "train": {"cores", "files", "data", "layers", "weights", "models", "control", "parallel", "evaluate", "report"},
+    "train": {"vmoe_kernels", "cores", "files", "data", "layers", "weights", "models", "control", "parallel"}
+    | {"evaluate", "report"},
     "recipes": {"train"},
     "vmoe_torch": {"cores", "layers", "models", "control", "hub", "budget"},
     "doctor": {"vmoe_kernels", "cores", "train", "vmoe_torch"},

@@ -15,15 +15,8 @@ from timm.optim.muon import Muon
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vmoe_kernels.experts.cpu import has_products
 from vmoe_torch.control import moe_layers
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether PyTorch multiplies bfloat16 by instructions on this CPU: x86 with AVX-512, or ARM's own.
-
-    Elsewhere it goes number by number, some twenty times slower than in float32.
-    """
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class FloatProducts(TorchFunctionMode):
@@ -47,7 +40,7 @@ class FloatProducts(TorchFunctionMode):
 
 def products() -> AbstractContextManager:
     """How updates are multiplied here: as timm does, or by `FloatProducts` where that takes a CPU too long."""
-    return nullcontext() if multiplies_bfloat16() else FloatProducts()
+    return nullcontext() if has_products(torch.bfloat16) else FloatProducts()
 
 
 class ExpertMuon(Muon):
