@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from vmoe_kernels.common.checks import check_flag
 from vmoe_torch.layers import ExpertLinear, MoeMlp
-from vmoe_torch.layers.of_model import moe_layers
 from vmoe_torch.layers.shared import ACTIVATIONS
 from vmoe_torch.layers.usage import ExpertUsage
-from vmoe_torch.models.pruning import check_experts, counts_of, refuse_ensembles, remember_arguments
+from vmoe_torch.models.pruning import check_experts, counts_of, layers_of, remember_arguments
 
 
 @torch.no_grad()
@@ -60,10 +59,7 @@ def averaged_layers(model: nn.Module) -> dict[str, MoeMlp]:
     Raises:
         ValueError: if there is none, or one has no average.
     """
-    refuse_ensembles(model)
-    layers = moe_layers(model)
-    if not layers:
-        raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
+    layers = layers_of(model)
     if "" in layers:
         raise ValueError("model must have its MoE layers inside, got a MoeMlp itself")
     for name, layer in layers.items():

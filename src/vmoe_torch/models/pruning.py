@@ -147,10 +147,7 @@ def wanted_experts(model: nn.Module, keep: Keep | Mapping[str, Keep]) -> dict[st
     Raises:
         ValueError: as `kept_experts`, for a model or a `keep`.
     """
-    layers = moe_layers(model)
-    refuse_ensembles(model)
-    if not layers:
-        raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
+    layers = layers_of(model)
     for name, layer in layers.items():
         check_experts(name, layer, ROUTERS)
     wanted = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(layers, keep)
@@ -189,6 +186,19 @@ def remember_arguments(model: nn.Module) -> None:
             part.made_with = new_arguments(part, part.made_with)
             # timm's own record, since 1.0.31.
             part._model_args = new_arguments(part, getattr(part, "_model_args", {}))
+
+
+def layers_of(model: nn.Module) -> dict[str, MoeMlp]:
+    """The MoE layers of a model by name.
+
+    Raises:
+        ValueError: if there is none, or they are an ensemble's.
+    """
+    refuse_ensembles(model)
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError(f"model must have at least one MoE layer, got {type(model).__name__} without any")
+    return layers
 
 
 def check_experts(name: str, layer: MoeMlp, routers: tuple[type, ...] | None = None) -> None:
