@@ -55,7 +55,7 @@ def test_each_expert_is_updated_as_timm_updates_its_matrix(opt, kwargs):
             for matrix, gradient in zip(alone[name], stack.grad):
                 matrix.grad = gradient.clone()
         optimizer.step()
-        with muon.products():
+        with muon.products(reference):
             reference.step()
     for name, stack in stacks(model).items():
         want = torch.stack(tuple(alone[name]))
@@ -92,7 +92,7 @@ def test_a_model_without_experts_is_timms():
     optimizers = create_muon(models[0], lr=0.01), timm.optim.create_optimizer_v2(models[1], "muon", lr=0.01)
     for model, optimizer in zip(models, optimizers):
         backward(model)
-        with muon.products():
+        with muon.products(optimizer):
             optimizer.step()
     for ours, theirs in zip(models[0].parameters(), models[1].parameters()):
         assert torch.equal(ours, theirs)
@@ -230,3 +230,9 @@ def test_other_products_are_left_alone():
         with FloatProducts():
             assert torch.equal(torch.addmm(a, a, a, out=out), want)
             assert torch.equal(torch.addmm(a, a, a), want)
+
+
+def test_a_gpu_multiplies_as_timm_does_whatever_its_host(monkeypatch):
+    monkeypatch.setattr(muon, "has_products", lambda dtype: False)
+    assert isinstance(muon.products(create_muon(model_of())), FloatProducts)
+    assert not isinstance(muon.products(create_muon(model_of().to("meta"))), FloatProducts)

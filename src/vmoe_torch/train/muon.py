@@ -38,9 +38,10 @@ class FloatProducts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def products() -> AbstractContextManager:
-    """How updates are multiplied here: as timm does, or by `FloatProducts` where that takes a CPU too long."""
-    return nullcontext() if has_products(torch.bfloat16) else FloatProducts()
+def products(optimizer: Muon) -> AbstractContextManager:
+    """How its updates are multiplied: as timm does, or by `FloatProducts` where that takes a CPU too long."""
+    on_cpu = any(each.device.type == "cpu" for group in optimizer.param_groups for each in group["params"])
+    return FloatProducts() if on_cpu and not has_products(torch.bfloat16) else nullcontext()
 
 
 class ExpertMuon(Muon):
@@ -59,7 +60,7 @@ class ExpertMuon(Muon):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._as_kernels(), products():
+        with self._as_kernels(), products(self):
             # Hooks of steps run once: they are around this method already.
             unwrap(Muon.step)(self)
         return loss
