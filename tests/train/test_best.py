@@ -9,13 +9,13 @@ import pytest
 import safetensors
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import vmoe_torch
 from vmoe_torch.commands.sources import open_model
 from vmoe_torch.train import read_checkpoint, train
 from vmoe_torch.train.checkpoint import write_best
-from vmoe_torch.weights import files
 from vmoe_torch.weights.sources import read_weights
 
 
@@ -126,9 +126,9 @@ def test_a_failed_write_leaves_the_file_before(tmp_path, monkeypatch):
 
     def fail(tensors, part, metadata):
         Path(part).write_bytes(b"part")
-        raise files.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(files.safetensors.torch, "save_file", fail)
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(
         OSError, match=r"checkpoint .*best\.safetensors cannot be written: .*No space left.*; \d+ MiB are"
     ):
