@@ -116,7 +116,8 @@ def test_dropping_what_is_never_used_changes_no_bit(options):
     assert torch.equal(left.router.weight, layer.router.weight[[0, 2, 3, 4, 6, 7]])
     want = layer(tokens)
     assert (layer.router(tokens).softmax(-1)[..., [1, 5]] == 0).all()
-    if "router" in options:
+    probabilities = layer.router(tokens).softmax(-1)[..., [0, 2, 3, 4, 6, 7]]
+    if "router" in options and not torch.equal(left.router(tokens).softmax(-1), probabilities):
         # PyTorch's softmax adds up a row in vectors: on AVX2 eight numbers otherwise than the six that are not 0.
         torch.testing.assert_close(left(tokens), want, rtol=1e-5, atol=1e-6)
     else:

@@ -197,7 +197,7 @@ class Dtypes(TorchFunctionMode):
 
 @pytest.mark.parametrize("instructions", [False, True])
 def test_products_of_bfloat16_without_instructions_are_made_of_float32(instructions, monkeypatch):
-    """Number by number, an update of the recipe `typefaces` takes six times as long as all of it otherwise."""
+    """Number by number, an update of the recipe `typefaces` takes three times as long."""
     monkeypatch.setattr(muon, "has_products", lambda dtype: instructions)
     model = model_of()
     optimizer = create_muon(model, lr=0.01)
