@@ -1,7 +1,8 @@
 """The demo from end to end, with a few updates and images."""
 
 import csv
-from pathlib import Path
+import errno
+import os
 
 import pytest
 
@@ -69,16 +70,15 @@ def test_demo_keeps_the_seconds_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "train", lambda config, resume: "result")
     assert demo.timed_train(demo.CONFIG, clock)[0] == "result"
     clock.write_text("7.5\n")
-    write = Path.write_text
 
-    def full(path, text):
-        write(path, "")
-        raise OSError("No space left on device")
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"clock .* cannot be written: No space left on device"):
         demo.timed_train(demo.CONFIG, clock)
     assert clock.read_text() == "7.5\n"
+    assert list(tmp_path.iterdir()) == [clock]
 
 
 def test_demo_refuses_bad_options_before_training(tmp_path):
