@@ -33,10 +33,8 @@ test-interop: $(STAMP)
 # The GPU tests on the CPU: every launch compiled, executed and judged by ttsem. `make test` has a part of it.
 SEMANTICS := $(PYTEST) -p tests.semantics.plugin
 test-semantics: $(STAMP)
-	$(SEMANTICS) tests/semantics tests/gpu
-	$(SEMANTICS) --lowered --chip 80 tests/semantics
-	$(SEMANTICS) --lowered --chip 90 tests/semantics
-	$(SEMANTICS) --lowered --chip 100 tests/semantics
+	$(SEMANTICS) --write tests/semantics tests/gpu
+	for chip in 80 90 100; do $(SEMANTICS) --write --lowered --chip $$chip tests/semantics || exit; done
 
 test-timm: $(STAMP)
 	$(BIN)/python tests/timm_suite/run.py

@@ -6,18 +6,26 @@
     python -m pytest -p tests.semantics.plugin --part quick tests/gpu        a few minutes of it, as `make test` has it
 
 A table at the end says how many tests and launches there were, and how many faults and races: each of them fails its
-test as well. Without ttsem or with another Triton every test is skipped, with the reason.
+test as well. `--write` keeps it in results.md, a section for each chip, if all tests passed. Without ttsem or with
+another Triton every test is skipped, with the reason.
 """
 
+import importlib.metadata
 import re
 import time
 from collections import Counter
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from tests.semantics.judge import judged, missing
 
+RESULTS = Path(__file__).with_name("results.md")
+HEAD = """# What ttsem found
+
+Written by `make test-semantics`: the GPU tests, each launch compiled for a chip, executed on the CPU and judged.
+"""
 # Tests that a CPU cannot answer, by a pattern of their names, and why. The first that matches counts.
 LEFT_OUT = {
     r"in_a(_cuda)?_graph": "captures a CUDA graph",
@@ -49,13 +57,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--chip", type=int, default=90, choices=(80, 90, 100), help="capability that is compiled for")
     group.addoption("--part", choices=("all", "quick"), default="all", help="how much of tests/gpu is run")
     group.addoption("--lowered", action="store_true", help="execute the final TTGIR, too: it must leave the same bits")
+    group.addoption("--write", action="store_true", help="keep the table in results.md if all tests pass")
 
 
 class Judging:
     """The session of one process, and the counts of all of them in the one that prints."""
 
-    def __init__(self, chip: int, part: str, lowered: bool) -> None:
-        self.part = part
+    def __init__(self, chip: int, part: str, lowered: bool, write: bool) -> None:
+        self.part, self.lowered, self.write = part, lowered, write
         self.missing = missing()
         self.stack = ExitStack()
         self.counts = Counter() if self.missing else self.stack.enter_context(judged(chip, lowered))
@@ -91,10 +100,16 @@ class Judging:
             counts.update(dict(report.user_properties).get("judged", {}))
             counts.update(["tests", "failed"] if report.failed else ["tests"])
 
-    def pytest_terminal_summary(self, terminalreporter) -> None:
-        if self.files:
-            terminalreporter.section(f"tests/gpu under ttsem, for sm_{self.chip}")
-            terminalreporter.write_line(table(self.files))
+    def pytest_terminal_summary(self, terminalreporter, exitstatus: int) -> None:
+        if not self.files:
+            return
+        title = f"sm_{self.chip}, {'the final TTGIR, too' if self.lowered else 'every GPU test'}"
+        terminalreporter.section(f"Under ttsem: {title}")
+        terminalreporter.write_line(table(self.files))
+        if self.write and exitstatus == 0:
+            versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("triton", "ttsem", "torch"))
+            text = RESULTS.read_text() if RESULTS.exists() else HEAD
+            RESULTS.write_text(with_section(text, title, f"With {versions}.\n\n{table(self.files)}\n"))
 
     def pytest_unconfigure(self) -> None:
         self.stack.close()
@@ -127,6 +142,13 @@ def table(files: dict[str, Counter]) -> str:
     return "\n".join(lines)
 
 
+def with_section(text: str, title: str, body: str) -> str:
+    """Markdown with a section in the place of the one of its title, the sections in the order of their titles."""
+    head, *sections = text.split("\n## ")
+    others = [section for section in sections if section.partition("\n")[0] != title]
+    return "\n## ".join([head, *sorted([*others, f"{title}\n\n{body}"])])
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    options = (config.getoption(name) for name in ("--chip", "--part", "--lowered"))
+    options = (config.getoption(name) for name in ("--chip", "--part", "--lowered", "--write"))
     config.pluginmanager.register(Judging(*options), "semantics")

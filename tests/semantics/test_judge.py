@@ -9,6 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tests.semantics import judge
 from tests.semantics.judge import compiled
 from tests.semantics.lowered import LoweredError
+from tests.semantics.plugin import with_section
 
 
 @triton.jit
@@ -84,3 +85,10 @@ def test_another_result_of_the_final_ir_is_found(monkeypatch):
     with judge.judged(90, lowered=True) as counts, pytest.raises(LoweredError, match=r"_double on sm_90: 15 of 16"):
         _run(16)
     assert counts == {"launches": 1, "lowered": 1, "lowered_differ": 1}
+
+
+def test_a_table_takes_the_place_of_its_own():
+    text = "# Head\n\nwords\n"
+    for title, body in (("sm_90", "first\n"), ("sm_80", "other\n"), ("sm_90", "second\n")):
+        text = with_section(text, title, body)
+    assert text == "# Head\n\nwords\n\n## sm_80\n\nother\n\n## sm_90\n\nsecond\n"
