@@ -1,6 +1,11 @@
-"""Runs a function in several gloo processes on this machine; they meet in a file, so no port is opened."""
+"""Runs a function in several gloo processes on this machine; they meet in a file, so no port is opened.
+
+They are forks of one process that has imported what all of them need and has run none of it: what the tests change in
+their own process, environment included, does not reach them.
+"""
 
 import datetime
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
@@ -9,6 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# Seconds of imports, once and not in each process.
+multiprocessing.set_forkserver_preload(["vmoe_torch.parallel", "vmoe_torch.train", "torch._dynamo", "pytest"])
 
 
 def enter(rank: int, world: int, meeting: str, function: Callable, arguments: tuple, timeout: float = 60.0) -> None:
@@ -28,7 +36,15 @@ def enter(rank: int, world: int, meeting: str, function: Callable, arguments: tu
         dist.destroy_process_group()
 
 
-def run(world: int, folder: Path, function: Callable, *arguments) -> None:
-    """Calls `function(*arguments)` in `world` processes; an error in any of them is raised here."""
+def start(world: int, folder: Path, function: Callable, *arguments, timeout: float = 60.0) -> mp.ProcessContext:
+    """Processes that call `function(*arguments)`, as they run."""
     meeting = folder / f"meeting-{world}-{len(list(folder.iterdir()))}"
-    mp.spawn(enter, args=(world, str(meeting), function, arguments), nprocs=world)
+    arguments = (world, str(meeting), function, arguments, timeout)
+    return mp.start_processes(enter, arguments, nprocs=world, join=False, start_method="forkserver")
+
+
+def run(world: int, folder: Path, function: Callable, *arguments, timeout: float = 60.0) -> None:
+    """Calls `function(*arguments)` in `world` processes; an error in any of them is raised here."""
+    context = start(world, folder, function, *arguments, timeout=timeout)
+    while not context.join():
+        continue

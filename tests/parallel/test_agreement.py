@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 import vmoe_kernels
 import vmoe_torch
-from tests.parallel.processes import enter, run
+from tests.parallel.processes import run, start
 from vmoe_torch.parallel import (
     ShardedCheckpoints,
     build_mesh,
@@ -204,8 +204,7 @@ def _stuck_disk(folder, stuck):
 
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_stuck_disk_is_named_within_the_timeout(stuck, tmp_path):
-    arguments = (2, str(tmp_path / "meeting"), _stuck_disk, (tmp_path, stuck), TIMEOUT)
-    context = torch.multiprocessing.start_processes(enter, arguments, nprocs=2, join=False, start_method="spawn")
+    context = start(2, tmp_path, _stuck_disk, tmp_path, stuck, timeout=TIMEOUT)
     for process in context.processes:
         process.join(120)
         assert process.exitcode is not None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import vmoe_kernels
 import vmoe_torch
-from tests.parallel.processes import enter, run
+from tests.parallel.processes import run, start
 from tests.test_planning import Wire
 from vmoe_kernels import assign_slots
 from vmoe_torch.parallel import ExpertExchange, build_mesh, parallelize, shared_errors
@@ -73,7 +73,7 @@ def _timeouts(want):
 
 
 def test_groups_of_some_ranks_keep_the_timeout(tmp_path):
-    mp.spawn(enter, args=(4, str(tmp_path / "meeting"), _timeouts, (PATIENCE,), PATIENCE), nprocs=4)
+    run(4, tmp_path, _timeouts, PATIENCE, timeout=PATIENCE)
 
 
 def _drops():
@@ -144,13 +144,7 @@ def _fail(folder, who, way):
     ],
 )
 def test_rank_that_fails_ends_the_others_with_its_error(tmp_path, who, way, reason):
-    context = mp.start_processes(
-        enter,
-        (2, str(tmp_path / "meeting"), _fail, (tmp_path, who, way), TIMEOUT),
-        nprocs=2,
-        join=False,
-        start_method="spawn",
-    )
+    context = start(2, tmp_path, _fail, tmp_path, who, way, timeout=TIMEOUT)
     failing, other = context.processes[who], context.processes[1 - who]
     other.join(PATIENCE)
     # It ended by itself, with the other's error, soon after that one failed.
