@@ -1,5 +1,6 @@
 """Golden arrays: what the original JAX V-MoE computed (google-research/vmoe, commit 942a78b, float32, CPU)."""
 
+import gc
 import json
 import sys
 from functools import cache
@@ -69,3 +70,9 @@ def golden_noise(monkeypatch):
         monkeypatch.setattr(sys.modules["vmoe_kernels.routing.router_op"], "philox_normal", noise)
 
     return use
+
+
+def pytest_collection_finish() -> None:
+    """What all imports made stays for good: no collection, and no search of the process's objects, goes through it."""
+    gc.collect()
+    gc.freeze()
