@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import os
 import threading
 from pathlib import Path
 
@@ -208,6 +209,18 @@ def test_fsspec_refuses_a_file_that_ends_early(remote, tmp_path, monkeypatch):
     monkeypatch.setattr(type(remote), "info", lambda self, path, **options: {**info(self, path), "size": 12})
     with pytest.raises(CheckpointError, match="the connection ended at byte 9 of 12"):
         fetch.download("memory://resumed/x", tmp_path / "x", tries=1)
+
+
+def test_a_download_is_on_the_disk_before_it_has_its_name(remote, tmp_path, monkeypatch):
+    fsync, synced = os.fsync, []
+
+    def sync(descriptor):
+        synced.append([path.name for path in tmp_path.iterdir() if os.path.samestat(path.stat(), os.fstat(descriptor))])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    fetch.download("memory://resumed/x", tmp_path / "x", tries=1)
+    assert synced == [["x.part"]]
 
 
 def test_offline_says_what_to_do(server, source, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure as Canvas
 
 from vmoe_torch.data.names import shown
-from vmoe_torch.files import write_text
+from vmoe_torch.files import replacing, write_text
 
 _CSS = """
 :root { color-scheme: light; }
@@ -206,7 +206,8 @@ def _figure(figure: Figure, folder: Path | None, dpi: int) -> str:
         figure.canvas.savefig(file, format="png", dpi=dpi, facecolor="white")
         kind, data = "png", file.getvalue()
     if folder is not None:
-        (folder / f"{figure.name}.{kind}").write_bytes(data)
+        with replacing(folder / f"{figure.name}.{kind}") as part:
+            Path(part).write_bytes(data)
     text = base64.b64encode(data).decode("ascii")
     return (
         f'<figure><img alt="{escape(figure.alt)}" src="data:image/{kind};base64,{text}">'

@@ -20,6 +20,7 @@ from typing import Any
 
 import fsspec
 
+from vmoe_torch.files import sync
 from vmoe_torch.weights.original.wire import CheckpointError
 
 # Ends of the names of files with weights; other names are those of folders, or a PREFIX of the original's files.
@@ -96,6 +97,7 @@ def download(url: str, path: str | os.PathLike, *, progress: bool = False, tries
                     f"disk and load them with pretrained_cfg_overlay=dict(file=PREFIX, custom_load=True)"
                 ) from None
         time.sleep(0.1 * 4**attempt if attempt > 1 else 0)
+    sync(part)
     os.replace(part, path)
     tag_file(part).unlink(missing_ok=True)
 
