@@ -76,7 +76,7 @@ def test_runs_compared_have_equal_flops():
     tried = [run.name for run in runs.search() if run.kind == "upcycled"]
     assert len(tried) > 1
     pairs = [("sparse_small_0", "dense_flops_small_0"), ("upcycled_1", "continued_1")]
-    pairs += [(f"sparse_twice_middle_{seed}", f"dense_twice_middle_{seed}") for seed in runs.SEEDS]
+    pairs += [(f"sparse_twice_middle_{seed}", f"dense_twice_middle_{seed}") for seed in runs.SEEDS[:2]]
     for one, other in [*pairs, *((name, "continued_0") for name in tried)]:
         flops = [runs.forward_flops(by_name[name]) * by_name[name].updates for name in (one, other)]
         assert flops[0] == pytest.approx(flops[1], rel=2e-3)
