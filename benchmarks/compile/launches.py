@@ -87,20 +87,21 @@ def _multiplies(kernel: JITFunction, seen: set[str]) -> bool:
 
 
 class AsOnCuda(TorchDispatchMode):
-    """Our ops' CUDA implementations answer, whatever the device of the tensors; one without any stays on the CPU.
+    """Our ops' CUDA implementations answer, whatever the device of the tensors; one without any stays on the CPU."""
 
-    The library's products give memory that nobody fills: on a CPU they would be nearly all of the time.
-    """
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vmoe" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA"):
+            return func.redispatch(_CUDA, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class NoProducts(TorchDispatchMode):
+    """The library's products give memory that nobody fills: on a CPU they would be nearly all of a recording's time."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.bmm.default:
             return args[0].new_empty(*args[0].shape[:2], args[1].shape[2])
-        if func is torch.ops.aten.bmm.out:
-            return kwargs["out"]
-        if func.namespace == "vmoe" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA"):
-            with self:
-                return func.redispatch(_CUDA, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return kwargs["out"] if func is torch.ops.aten.bmm.out else func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -139,6 +140,7 @@ def record(capability: int) -> Iterator[list[Launch]]:
         stack.enter_context(patch.object(torch.cuda, "device", nullcontext))
         stack.enter_context(launch.pretend(f"sm{capability}"))
         looked_up = stack.enter_context(launch.recording())
+        stack.enter_context(NoProducts())
         stack.enter_context(AsOnCuda())
         yield launches
 
