@@ -131,7 +131,7 @@ def dial_table(found: Mapping[str, list[dict]]) -> list[str]:
     """Every setting of every dial, and what each dial leaves at half the experts."""
     if not found:
         return []
-    lines = ["Dials of trained V-MoEs, turned down without training; BPR:", ""]
+    lines = ["Dials of trained V-MoEs, of the first seed, turned down without training; BPR:", ""]
     lines += [
         "| trained with | dial | set to | experts per token | MFLOPs | top-1, % |",
         "| --- | --- |" + " ---: |" * 4,
