@@ -92,11 +92,8 @@ SEARCH: dict[str, tuple[str, Size, dict, tuple[str, ...]]] = {
     ),
     "lr 3e-3": ("dense", TRIED, {}, ("optim.lr=3e-3",)),
     "lr 3e-3, else as chosen": ("sparse", TRIED, {}, ("optim.lr=3e-3",)),
-    "experts by AdamW": ("sparse", TRIED, {}, ("optim.muon_experts=false",)),
     "in the last 2": ("sparse", TRIED, {"moe_layers": "last2"}, ()),
     "16 experts of half the width": ("sparse", TRIED, {"num_experts": 16, "expert_hidden": (0.5,) * 16}, ()),
-    "AdamW, lr 1e-3": ("dense", TRIED, {}, ("optim.name=adamw", "optim.lr=1e-3")),
-    "AdamW, lr 1e-3, else as chosen": ("sparse", TRIED, {}, ("optim.name=adamw", "optim.lr=1e-3")),
 }
 
 
