@@ -1,4 +1,4 @@
-"""What the judge of tests/semantics needs, and the faults it must notice: that they can be put into the kernels."""
+"""What the judge of tests/semantics needs, what it found, and the faults it must notice: that they can be put in."""
 
 import importlib.util
 import re
@@ -23,6 +23,23 @@ def test_table_is_of_these_faults_and_all_were_noticed():
     table = (ROOT / "tests" / "semantics" / "mutations.md").read_text()
     rows = re.findall(r"^\| \d+ \| ([\w ]+) \| (.+?) \| `(.+?)` \| (\w+) \|", table, re.MULTILINE)
     assert rows == [(each.kind, each.what, each.file, "yes") for each in MUTATIONS]
+
+
+def test_the_judge_found_nothing_and_the_readme_says_how_much_it_looked_at():
+    head, *sections = (ROOT / "tests" / "semantics" / "results.md").read_text().split("\n## ")
+    assert head.startswith("# What ttsem found")
+    totals = {}
+    for section in sections:
+        header, *rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+        totals[section.partition("\n")[0]] = counts = dict(zip(header[1:], map(int, rows[-1][1:])))
+        for nothing in ("failed", "out of bounds", "races", "undefined", "not judged", "of it unequal"):
+            assert counts[nothing] == 0, (section, nothing)
+        assert rows[-1][0] == "all"
+        assert counts["launches"] > 0
+        assert ("TTGIR" in section.partition("\n")[0]) == (counts["TTGIR"] > 0)
+    whole = totals["sm_90, every GPU test"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"[{whole['tests']} tests, {whole['launches']:,} launches, no fault, no race]" in readme
 
 
 def test_what_the_judge_lacks_is_named(monkeypatch):
