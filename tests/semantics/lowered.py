@@ -23,12 +23,17 @@ class LoweredError(AssertionError):
 
 
 class LoweredToo:
-    """In place of ttsem's `execute`: the first launch of each compiled kernel is executed twice."""
+    """In place of ttsem's `execute`: the first launch of each compiled kernel is executed twice.
+
+    Within another one it alone looks: the judge's own tests are run by the judge.
+    """
 
     def __init__(self, capability: int, text: Callable, counts: Counter) -> None:
         from ttsem import harness
 
-        self.execute, self.target = harness.execute, harness.target_for("cpu", capability)
+        outer = harness.execute
+        self.execute = outer.execute if isinstance(outer, LoweredToo) else outer
+        self.target = harness.target_for("cpu", capability)
         self.capability, self.text, self.counts = capability, text, counts
         self.seen: set[str] = set()
 
