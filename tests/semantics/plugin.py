@@ -105,7 +105,8 @@ class Judging:
     def pytest_terminal_summary(self, terminalreporter, exitstatus: int) -> None:
         if not self.files:
             return
-        title = f"sm_{self.chip}, {'the final TTGIR, too' if self.lowered else 'every GPU test'}"
+        kind = "every GPU test" if self.part == "all" else "a part of the GPU tests"
+        title = f"sm_{self.chip}, {'the final TTGIR, too' if self.lowered else kind}"
         terminalreporter.section(f"Under ttsem: {title}")
         terminalreporter.write_line(table(self.files))
         if self.write and exitstatus == 0:
