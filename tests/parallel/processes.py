@@ -45,6 +45,10 @@ def start(world: int, folder: Path, function: Callable, *arguments, timeout: flo
 
 def run(world: int, folder: Path, function: Callable, *arguments, timeout: float = 60.0) -> None:
     """Calls `function(*arguments)` in `world` processes; an error in any of them is raised here."""
-    context = start(world, folder, function, *arguments, timeout=timeout)
+    wait(start(world, folder, function, *arguments, timeout=timeout))
+
+
+def wait(context: mp.ProcessContext) -> None:
+    """Until all have ended; an error in any of them is raised here, and ends the others."""
     while not context.join():
         continue

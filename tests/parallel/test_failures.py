@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import vmoe_kernels
 import vmoe_torch
-from tests.parallel.processes import run, start
+from tests.parallel.processes import run, start, wait
 from tests.test_planning import Wire
 from vmoe_kernels import assign_slots
 from vmoe_torch.parallel import ExpertExchange, build_mesh, parallelize, shared_errors
@@ -157,13 +157,8 @@ def test_rank_that_fails_ends_the_others_with_its_error(tmp_path, who, way, reas
         failing.join(PATIENCE)
         assert (tmp_path / f"rank-{who}").read_text().split("|")[1] == "KeyError: 'no such image'"
     with pytest.raises((mp.ProcessRaisedException, mp.ProcessExitedException)):
-        _join(context)
+        wait(context)
     assert not any(process.is_alive() for process in context.processes)
-
-
-def _join(context):
-    while not context.join():
-        continue
 
 
 def _twice():
