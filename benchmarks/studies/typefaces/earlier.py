@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies.typefaces.runs import Run
-from vmoe_torch.files import replacing
+from vmoe_torch.files import write_json
 
 # Of a run that finished here, whose weights are in the folder, too; and of one that finished elsewhere.
 RESULT, PUBLISHED = "result.json", "published.json"
@@ -15,8 +15,7 @@ RESULT, PUBLISHED = "result.json", "published.json"
 def write_result(file: Path, found: dict) -> dict:
     """Writes what was found, and returns it; the file is whole or not there."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as partial:
-        Path(partial).write_text(json.dumps(found, indent=1) + "\n")
+    write_json("result", file, found)
     return found
 
 
