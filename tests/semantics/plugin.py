@@ -108,11 +108,11 @@ class Judging:
         kind = "every GPU test" if self.part == "all" else "a part of the GPU tests"
         title = f"sm_{self.chip}, {'the final TTGIR, too' if self.lowered else kind}"
         terminalreporter.section(f"Under ttsem: {title}")
-        terminalreporter.write_line(table(self.files))
+        terminalreporter.write_line(found := table(self.files))
         if self.write and exitstatus == 0:
             versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("triton", "ttsem", "torch"))
             text = RESULTS.read_text() if RESULTS.exists() else HEAD
-            RESULTS.write_text(with_section(text, title, f"With {versions}.\n\n{table(self.files)}\n"))
+            RESULTS.write_text(with_section(text, title, f"With {versions}.\n\n{found}\n"))
 
     def pytest_unconfigure(self) -> None:
         self.stack.close()
