@@ -25,7 +25,7 @@ from benchmarks.harness.results import RESULTS, command_line, environment, publi
 from benchmarks.studies.fashion_mnist_report import figure, markdown
 from vmoe_torch.data import evaluation_loader
 from vmoe_torch.evaluate import as_rows, count_flops, evaluate, setting_grid
-from vmoe_torch.files import replacing
+from vmoe_torch.files import write_json
 from vmoe_torch.recipes import load_recipe
 from vmoe_torch.train import Config, TrainResult, build_data, build_model, build_transforms, train
 from vmoe_torch.train.build import image_mode
@@ -116,8 +116,7 @@ def execute(run: Run) -> dict:
     }
     if run.model == "vmoe":
         found["settings"] = as_rows(_evaluate(run.config, trained))
-    with replacing(file) as partial:
-        Path(partial).write_text(json.dumps(found, indent=1) + "\n")
+    write_json("result", file, found)
     return found
 
 

@@ -20,7 +20,7 @@ from benchmarks.studies.motion.formula import Shape
 from benchmarks.studies.motion.runs import FRAMES, TUBELET, FrameByFrame, Run, as_input, train, trained
 from vmoe_torch.control import moe_layers, routing, set_routing
 from vmoe_torch.evaluate import count_flops
-from vmoe_torch.files import replacing
+from vmoe_torch.files import write_json
 
 CAPACITY_FACTORS = (1.05, 0.75, 0.5, 0.35, 0.25)
 RESULT = "result.json"
@@ -70,8 +70,7 @@ def execute(run: Run, folder: Path, deadline: float = math.inf) -> dict | None:
         "capacities": [] if frames else by_capacity(model, *test),
     }
     del found["unseen"]["class"]
-    with replacing(file) as partial:
-        Path(partial).write_text(json.dumps(found, indent=1) + "\n")
+    write_json("result", file, found)
     return found
 
 
