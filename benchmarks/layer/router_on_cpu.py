@@ -44,12 +44,13 @@ def routers_alone(model: nn.Module, images: Tensor) -> Callable[[], dict[str, Te
     def call() -> dict[str, Tensor]:
         found = {}
         for name, layer, tokens, groups in calls:
+            weight = layer.router.weight
+            tokens.grad = weight.grad = None
             routed = layer.router(tokens, groups, seed)
             # The losses' gradients come in with those of the gates, as in training.
-            d_gates = torch.ones_like(routed.gates)
-            gradients = torch.autograd.grad(routed.gates, (tokens, layer.router.weight), d_gates)
+            routed.gates.backward(torch.ones_like(routed.gates))
             kinds = ("gates", "slots", "d_tokens", "d_weight")
-            results = (routed.gates, routed.slots, *gradients)
+            results = (routed.gates, routed.slots, tokens.grad, weight.grad)
             found |= {f"{name}.{kind}": result.detach() for kind, result in zip(kinds, results)}
         return found
 

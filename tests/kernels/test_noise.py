@@ -1,12 +1,14 @@
 """The router's noise: Philox's words against integers of Python, and one draw for both directions on a CPU."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import vmoe_kernels as vk
-from vmoe_kernels.common.groups import group_expand
+from vmoe_kernels.common.groups import group_parts
 from vmoe_kernels.common.philox import philox_bits, philox_normal, uniform
 
 MASK = 2**32 - 1
@@ -59,8 +61,30 @@ def test_router_op_draws_what_it_is_not_given():
     torch.library.opcheck(torch.ops.vmoe.router, (x, weight, 2, 10, 1.0, seed, noise))
 
 
+@pytest.mark.parametrize("count", [0, 1, 1000])
+@pytest.mark.parametrize("seed", [0, 1234, 2**62 + 12345678901, -5])
+def test_numpy_draws_as_pytorch(seed, count):
+    first, second = map(uniform, philox_bits(torch.tensor(seed), count))
+    radius = first.clamp_(min=1.0e-7).log_().mul_(-2.0).sqrt_()
+    want = radius.mul_(second.mul_(2.0 * math.pi).cos_())
+    assert torch.equal(philox_normal(torch.tensor(seed), count), want)
+
+
 @pytest.mark.parametrize("size", [1, 4, 5, 9])
-def test_group_expand_repeats_each_row_for_its_tokens(size):
+@pytest.mark.parametrize("by_experts", [False, True])
+def test_group_parts_go_with_their_tokens(size, by_experts):
     groups = -(-7 // size)
-    values = torch.arange(groups * 2.0).view(groups, 2)
-    assert group_expand(values, 7, size).tolist() == [values[token // size].tolist() for token in range(7)]
+    per_group = torch.arange(groups * 2.0).view(groups, 2)
+    values = torch.zeros(2, 7).t() if by_experts else torch.zeros(7, 2)
+    for part, each in group_parts(values, per_group, size):
+        part += each
+    assert values.tolist() == [per_group[token // size].tolist() for token in range(7)]
+
+
+def test_expert_out_of_reach_has_no_load():
+    weight = torch.tensor([[0.0], [100.0], [-100.0]])
+    options = {"num_selected_experts": 1, "noise_std": 1.0, "seed": torch.tensor(7)}
+    load = vk.router(torch.ones(2, 1), weight, **options).load
+    assert load[0, 1] > 0
+    assert load[0, ::2].tolist() == [0.0, 0.0]
+    assert vk.router(torch.full((2, 1), torch.nan), weight, **options).load.isnan().all()

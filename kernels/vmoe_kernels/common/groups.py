@@ -4,6 +4,7 @@ Dims: T tokens in G groups of S (the last one may be smaller), E experts, K choi
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -163,9 +164,13 @@ def group_mean(values: Tensor, group_size: int) -> Tensor:
     return group_sum(values, group_size) / group_sizes(values, group_size)
 
 
-def group_expand(values: Tensor, num_tokens: int, group_size: int) -> Tensor:
-    """(G, E) -> (T, E): each group's row for every token of it, in memory of its own."""
-    return values.repeat_interleave(min(group_size, num_tokens), 0)[:num_tokens]
+def group_parts(values: Tensor, per_group: Tensor, group_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(T, E) as views (G', S', E), and the rows of (G, E) that go with each, (G', 1, E)."""
+    groups = values.shape[0] // group_size
+    whole = groups * group_size
+    yield values[:whole].unflatten(0, (groups, group_size)), per_group[:groups].unsqueeze(1)
+    if whole < values.shape[0]:
+        yield values[whole:].unsqueeze(0), per_group[groups:].unsqueeze(1)
 
 
 def group_sizes(values: Tensor, group_size: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vmoe_kernels import vmap
 from vmoe_kernels.common.checks import check_draws, check_integer, check_number, check_seed, check_selected
 from vmoe_kernels.common.flops import linear_flops
-from vmoe_kernels.common.groups import group_expand, group_mean, group_sizes, group_sum, num_groups
+from vmoe_kernels.common.groups import group_mean, group_parts, group_sizes, group_sum, num_groups
 from vmoe_kernels.common.impl import (
     HAS_TRITON,
     INTERPRET,
@@ -31,7 +31,9 @@ from vmoe_kernels.common.transforms import differs_backward, twin_gradients
 # Standard deviations at which a normal density stops falling (at 2e-27) and a tail (2e-28) is 0: over the subnormal
 # numbers further out a CPU takes ten times as long.
 _FAR = 11.0
-# Floats of a CPU's vector: a softmax over fewer takes six times as long as one over as many rows of a transpose.
+# What is below is 0: the tail there, rounded up.
+_TAIL = 1.92e-28
+# Floats of a CPU's vector: what goes over fewer experts takes up to six times as long as over as many long rows.
 _VECTOR = 16
 
 
@@ -82,11 +84,11 @@ def _scored(
     num_tokens, num_experts = x.shape[0], weight.shape[0]
     dtype = accumulation_dtype(x.dtype)
     logits = x.to(dtype) @ weight.to(dtype).t()
-    probs = _softmax(logits)
-    noisy, noisy_probs = logits, probs
     if noise_std > 0:
-        noisy = logits + _noise(seed, noise, logits) * (noise_std / num_experts)
-        noisy_probs = _softmax(noisy)
+        scores = _with_noise(logits, noise_std, seed, noise)
+        (clean, noisy), (probs, noisy_probs) = scores.unbind(), _softmax(scores).unbind()
+    else:
+        probs = noisy_probs = _softmax(logits)
     if experts is None:
         experts = top_experts(noisy_probs.detach(), num_selected_experts)
     gates = noisy_probs.gather(1, experts)
@@ -94,7 +96,7 @@ def _scored(
     load = probs.new_zeros(groups, num_experts)
     if noise_std > 0:
         threshold = noisy.gather(1, experts[:, -1:])
-        load = group_mean(_normal_cdf((logits - threshold) * (num_experts / noise_std)), group_size)
+        load = group_mean(_normal_cdf((clean - threshold) * (num_experts / noise_std)), group_size)
     first = torch.zeros_like(probs).scatter(1, experts[:, :1], 1.0)
     return RouterOutput(
         gates=gates,
@@ -107,30 +109,40 @@ def _scored(
     )
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    """(T, E) over the experts."""
-    if logits.device.type == "cpu" and logits.shape[1] < _VECTOR:
-        return logits.t().softmax(0).t().contiguous()
-    return logits.softmax(-1)
+def _with_noise(logits: Tensor, noise_std: float, seed: Tensor | None, noise: Tensor | None) -> Tensor:
+    """(2, T, E): the logits, and with noise (drawn already or now); in memory expert by expert if that is faster."""
+    if noise is None:
+        noise = philox_normal(seed, logits.numel())
+    noise = noise.view(logits.shape).to(logits.dtype) * (noise_std / logits.shape[1])
+    scores = torch.stack((logits, logits + noise))
+    return scores.permute(2, 0, 1).contiguous().permute(1, 2, 0) if _few_experts(scores) else scores
 
 
-def _noise(seed: Tensor, noise: Tensor | None, logits: Tensor) -> Tensor:
-    """(T, E) in the dtype of the logits, as drawn already or drawn now."""
-    return (philox_normal(seed, logits.numel()) if noise is None else noise).view(logits.shape).to(logits.dtype)
+def _softmax(scores: Tensor) -> Tensor:
+    """(..., E) over the experts; in memory expert by expert where that is faster."""
+    if _few_experts(scores):
+        return scores.movedim(-1, 0).softmax(0).movedim(0, -1)
+    return scores.softmax(-1)
+
+
+def _few_experts(scores: Tensor) -> bool:
+    return scores.device.type == "cpu" and scores.shape[-1] < _VECTOR
 
 
 def top_experts(probs: Tensor, num_selected_experts: int) -> Tensor:
     """(T, E) -> (T, K) int64, largest first, ties to the lower index, NaN before numbers (as torch.topk has it)."""
-    chosen = [probs.argmax(1, keepdim=True)]
+    # Twice as fast as argmax on a CPU.
+    chosen = [probs.max(1, keepdim=True).indices]
     for _ in range(num_selected_experts - 1):
         # Not in place, for which vmap has no rule.
         probs = probs.scatter(1, chosen[-1], -1.0)
-        chosen.append(probs.argmax(1, keepdim=True))
+        chosen.append(probs.max(1, keepdim=True).indices)
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen, 1)
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
-    return (0.5 * torch.erfc(z.clamp(min=-_FAR) * -(0.5**0.5))).masked_fill(z <= -_FAR, 0.0)
+    # A third of the time of a masked fill on a CPU.
+    return torch.nn.functional.threshold(0.5 * torch.erfc(z.clamp(min=-_FAR) * -(0.5**0.5)), _TAIL, 0.0)
 
 
 # The twin is the CPU's implementation.
@@ -175,12 +187,10 @@ def _router_backward_op(
     noise_std: float,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    num_tokens, num_experts = logits.shape
-    dtype = logits.dtype
-    noisy = logits
+    dtype, num_experts = logits.dtype, logits.shape[1]
+    noisy, scale = logits, noise_std / num_experts
     if noise_std > 0:
-        scale = noise_std / num_experts
-        noisy = logits + _noise(seed, noise, logits) * scale
+        logits, noisy = _with_noise(logits, noise_std, seed, noise).unbind()
     chosen = experts.long()
     sizes = group_sizes(logits, group_size)
 
@@ -189,18 +199,23 @@ def _router_backward_op(
     if d_gates is not None or d_mean_gates is not None:
         d_probs = torch.zeros_like(logits)
         if d_mean_gates is not None:
-            d_probs = group_expand(d_mean_gates / sizes, num_tokens, group_size)
+            for part, each in group_parts(d_probs, d_mean_gates / sizes, group_size):
+                part += each
         if d_gates is not None:
             d_probs.scatter_add_(1, chosen, d_gates)
         grad += _softmax_backward(d_probs, _softmax(noisy))
     # Through the noise-free gates.
     if d_importance is not None:
-        grad += _softmax_backward(group_expand(d_importance, num_tokens, group_size), _softmax(logits))
+        d_probs = torch.zeros_like(logits)
+        for part, each in group_parts(d_probs, d_importance, group_size):
+            part += each
+        grad += _softmax_backward(d_probs, _softmax(logits))
     # Through the probability of being selected and its threshold, the k-th largest noisy logit.
     if d_load is not None and noise_std > 0:
         z = (logits - noisy.gather(1, chosen[:, -1:])).div_(scale).clamp_(-_FAR, _FAR)
-        d_z = group_expand(d_load / sizes, num_tokens, group_size)
-        d_z.mul_((z * -0.5).mul_(z).exp_()).mul_(0.3989422804014327 / scale)
+        d_z = (z * -0.5).mul_(z).exp_().mul_(0.3989422804014327 / scale)
+        for part, each in group_parts(d_z, d_load / sizes, group_size):
+            part *= each
         grad += d_z
         grad.scatter_add_(1, chosen[:, -1:], -d_z.sum(1, keepdim=True))
     d_x = (grad @ weight.to(dtype)).to(x.dtype)
@@ -215,18 +230,6 @@ def _softmax_backward(d_probs: Tensor, probs: Tensor) -> Tensor:
 @_router_backward_op.register_fake
 def _(x, weight, *_):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-@torch.library.custom_op(
-    "vmoe::router_noise", mutates_args=(), device_types="cpu", schema="(Tensor seed, SymInt count) -> Tensor"
-)
-def _router_noise_op(seed, count):
-    return philox_normal(seed, count)
-
-
-@_router_noise_op.register_fake
-def _(seed, count):
-    return seed.new_empty(count, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
@@ -311,7 +314,7 @@ def router(
     noise = None
     if noise_std > 0 and x.device.type == "cpu" and not INTERPRET:
         # A CPU keeps it for the backward; the Triton kernels draw it again, which costs them nothing.
-        noise = torch.ops.vmoe.router_noise(seed, x.shape[0] * num_experts)
+        noise = philox_normal(seed, x.shape[0] * num_experts)
     return RouterOutput(*torch.ops.vmoe.router(x, weight, *options, noise))
 
 

@@ -30,8 +30,7 @@ def cv_squared(per_expert: Tensor) -> Tensor:
     per_expert = _wide(per_expert)
     mean = per_expert.mean(-1, keepdim=True)
     absent = mean.detach().abs() < 1e-30
-    per_expert, mean = torch.where(absent, 1.0, per_expert), torch.where(absent, 1.0, mean)
-    return ((per_expert - mean) / mean).square().mean(-1)
+    return (per_expert / torch.where(absent, torch.inf, mean)).var(-1, correction=0)
 
 
 def cv_squared_by_size(per_expert: Tensor, sizes: ExpertSizes) -> Tensor:

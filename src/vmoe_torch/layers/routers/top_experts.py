@@ -1,5 +1,6 @@
 """The paper's router: every token takes its K best experts, under a bounded capacity (arXiv 2106.05974, section 2)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -161,16 +162,22 @@ class TopExperts(Router):
 
         Losses of weight 0 are left out; the load loss needs training and noise, and that of sizes several.
         """
-        loss = importance.new_zeros(())
+        balanced = []
         if self.importance_loss_weight > 0:
-            loss = loss + self.importance_loss_weight * cv_squared_by_size(importance, self.sizes).mean()
+            balanced.append((self.importance_loss_weight, importance))
         if self.load_loss_weight > 0 and self.training and self.noise_std > 0:
-            loss = loss + self.load_loss_weight * cv_squared_by_size(load, self.sizes).mean()
+            balanced.append((self.load_loss_weight, load))
+        losses = []
+        if balanced:
+            # Together: what takes the time here is the number of operators.
+            weights, sums = zip(*balanced)
+            means = cv_squared_by_size(torch.stack(sums), self.sizes).mean(1)
+            losses = [weight * mean for weight, mean in zip(weights, means.unbind())]
         if self.gshard_loss_weight > 0:
-            loss = loss + self.gshard_loss_weight * gshard_from_means(top1_share, mean_gates).mean()
+            losses.append(self.gshard_loss_weight * gshard_from_means(top1_share, mean_gates).mean())
         if self.size_loss_weight > 0 and len(self.sizes.groups) > 1:
-            loss = loss + self.size_loss_weight * size_loss(mean_gates, self.sizes).mean()
-        return loss
+            losses.append(self.size_loss_weight * size_loss(mean_gates, self.sizes).mean())
+        return functools.reduce(torch.add, losses) if losses else importance.new_zeros(())
 
 
 def _selected_share(load: Tensor, experts: Tensor, selected: Tensor, groups: Groups) -> Tensor:
