@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vmoe_kernels as vk
 from vmoe_kernels.experts import cpu
-from vmoe_kernels.experts.activations import FORWARD, activate, chain
+from vmoe_kernels.experts.activations import FORWARD, activate
 from vmoe_kernels.experts.types import Activation, ExpertWeights
 from vmoe_kernels.testing import assert_matches_eager, assert_within_budget, make_experts, make_routed
 
@@ -164,14 +164,18 @@ def test_activation_and_its_gradient_over_the_whole_range(name, dtype):
     eager = pre.clone().requires_grad_()
     eager_y = FORWARD[name](eager)
     (eager_slope,) = torch.autograd.grad(eager_y.sum(), eager)
-    hidden, grad = torch.empty_like(pre), torch.ones_like(pre)
+    hidden, with_slope, grad = (torch.empty_like(pre) for _ in range(3))
     activate(name, pre, hidden)
-    chain(name, pre, grad, (torch.empty_like(pre), torch.empty_like(pre)))
+    scale = torch.full_like(pre, 0.5, dtype=torch.promote_types(dtype, torch.float32))
+    activate(name, pre, with_slope, grad, scale)
+    grad.mul_(2.0)
     # In float64 the truth is eager itself, without an error to compare with.
     assert_within_budget("slope", grad, eager_slope, slope, ulps=64 if dtype == torch.float64 else 2)
     # Relative to each value: the largest would hide all others.
     scale = pre.double().abs().clamp(min=1.0)
-    got, base, truth = (each.double() / scale for each in (hidden, eager_y.detach(), want.detach()))
-    assert got.isfinite().all()
-    error, eager_error = ((each - truth).abs().max().item() for each in (got, base))
-    assert error <= max(2 * eager_error, 4 * torch.finfo(dtype).eps)
+    base, truth = (each.detach().double() / scale for each in (eager_y, want))
+    for values in (hidden, with_slope):
+        got = values.double() / scale
+        assert got.isfinite().all()
+        error, eager_error = ((each - truth).abs().max().item() for each in (got, base))
+        assert error <= max(2 * eager_error, 4 * torch.finfo(dtype).eps)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmoe_kernels.common.impl import accumulation_dtype
-from vmoe_kernels.experts.activations import activate, chain
+from vmoe_kernels.experts.activations import activate
 from vmoe_kernels.experts.types import Activation, ExpertWeights
 
 # Floats of the hidden block that stays in a core's cache between the two GEMMs; benchmarks/layer/on_cpu.py chose it.
@@ -144,34 +144,34 @@ class ExpertGradients:
         d_fc1_weight, d_fc1_bias, d_fc2_weight, d_fc2_bias = self.sums
         (name, drop, _), pre = self.activation, self.pre[expert][block]
         if self.scratch is None or self.scratch.shape[1] < len(x):
-            self.scratch = pre.new_empty(3, *pre.shape)
-        hidden, d_hidden, work = self.scratch[:, : len(x)]
-        activate(name, pre, hidden)
+            self.scratch = pre.new_empty(3 if pre.dtype == accumulation_dtype(pre.dtype) else 4, *pre.shape)
+        hidden, d_hidden, slope, *work = self.scratch[:, : len(x)]
+        # A product that lacks its gate may leave the range of float16: the output itself is needed then.
+        narrow = d_out.dtype == torch.float16
+        activate(name, pre, hidden, slope, None if narrow else gate)
         _drop(hidden, keep, block, drop)
         d_gate = None
-        if gate is not None and d_out.dtype == torch.float16:
-            # A product that lacks its gate may leave the range: the output itself is needed.
+        if gate is not None and narrow:
             out = torch.empty_like(d_out)
             _linear(hidden, fc2_weight, fc2_bias, out)
             d_gate = torch.linalg.vecdot(d_out.to(gate.dtype), out.to(gate.dtype))
             d_out.mul_(gate)
         _product(d_out, fc2_weight, d_hidden)
         if gate is not None and d_gate is None:
-            if gate.dtype == d_out.dtype:
-                d_gate = torch.linalg.vecdot(d_hidden, hidden)
+            if work:
+                d_gate = torch.mul(d_hidden, hidden, out=work[0]).sum(-1, dtype=gate.dtype)
             else:
-                d_gate = torch.mul(d_hidden, hidden, out=work).sum(-1, dtype=gate.dtype)
+                d_gate = torch.linalg.vecdot(d_hidden, hidden)
             if fc2_bias is not None:
                 d_gate += d_out.to(gate.dtype) @ fc2_bias.to(gate.dtype)
+            # That of the hidden rows is in the slope.
             d_out.mul_(gate)
-            d_hidden.mul_(gate)
         # An expert's first block overwrites what the memory held.
         first = expert not in self.begun
         self.begun.add(expert)
         _add_product(d_fc2_weight[expert], d_out.t(), hidden, first)
         _drop(d_hidden, keep, block, drop)
-        # The hidden activations have served: their memory is free.
-        chain(name, pre, d_hidden, (hidden, work))
+        d_hidden.mul_(slope)
         _add_product(d_fc1_weight[expert], d_hidden.t(), x, first)
         for d_bias, d_rows in ((d_fc1_bias, d_hidden), (d_fc2_bias, d_out)):
             if d_bias.numel():
