@@ -5,7 +5,8 @@ Of sm_86, sm_89 and sm_120 it compiles the launches that sm_80 does not share wi
     python -m benchmarks.compile.report            writes benchmarks/results/compile_report/triton-<version>.{json,md}
     python -m benchmarks.compile.report --check    writes nothing; exit code 1 on any defect, if a report is stale, or
                                                    if a number is worse than the report of this Triton has it
-                                                   (it compiles what is made from other things than in that report)
+
+Both compile only what is made from other things than in that report; without the file, everything.
 
 A defect is stack use, local-memory instructions (spills), more shared memory than the chip has, a matrix product
 without tensor-core instructions (a float32 product in full precision, "ieee", has none to use and is excepted), an
@@ -351,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("modules", nargs="*", help="modules whose kernels are compiled (default: all)")
     options = parser.parse_args(arguments)
-    known = reported() if options.check else {}
+    known = reported()
     rows = compile_all(options.modules, options.processes, known)
     problems = [problem for row in rows for problem in row.problems()]
     if options.check:

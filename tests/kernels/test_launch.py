@@ -68,6 +68,11 @@ def test_candidates_lists_each_config_once(table):
     assert launch.candidates("op") == (FALLBACK, DEVICE, BUCKET)
 
 
+def test_candidates_are_of_this_version(table):
+    table({("sm90", ANY, ANY): BUCKET, ("sm90", "3.6", ANY): DEVICE, ("sm90", "3.8", ANY): VERSION})
+    assert launch.candidates("op") == (FALLBACK, DEVICE)
+
+
 def test_override_holds_for_its_block_alone(table):
     table({})
     with override("op", BUCKET):

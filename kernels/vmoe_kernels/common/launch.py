@@ -139,11 +139,16 @@ def registered_ops() -> tuple[str, ...]:
 
 
 def candidates(op: str) -> tuple[Config, ...]:
-    """What a search may try: the table's entries and the extra candidates, each once."""
+    """What a search may try: the table's entries for this Triton and the extra candidates, each once."""
     if op not in _TABLES:
         raise ValueError(f"op must be one of {sorted(_TABLES)}, got {op!r}")
+    # An entry of this version stands in place of that of any.
+    entries = {(kind, bucket): config for (kind, version, bucket), config in _TABLES[op].items() if version == ANY}
+    for (kind, version, bucket), config in _TABLES[op].items():
+        if version == triton_version():
+            entries[kind, bucket] = config
     unique: list[Config] = []
-    for config in (*_TABLES[op].values(), *_CANDIDATES[op]):
+    for config in (*entries.values(), *_CANDIDATES[op]):
         if config not in unique:
             unique.append(config)
     return tuple(unique)

@@ -100,12 +100,18 @@ register_table(
     {(ANY, ANY, ANY): Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 256}, num_warps=4)},
     candidates=[Config({"BLOCK_ROWS": 8, "BLOCK_COLS": 512}, num_warps=4)],
 )
-# More rows per tile make fewer partial column sums: (E, R / 32, W) in float32 is 1/16 of d_pre's bytes. 64 columns are
-# a cache line of 16-bit data and leave registers for twice as many warps as 128 do.
+# More rows per tile make fewer partial column sums: in float32 (E, R / 32, W) of 16-bit rows and (E, R / 16, W) of
+# float32's are 1/16 of d_pre's bytes. 64 columns are a cache line of 16-bit data and leave registers for twice as many
+# warps as 128 do; 32 rows of float32 would spill with Triton 3.6.
 register_table(
     "activation_backward",
     {(ANY, ANY, ANY): Config({"BLOCK_ROWS": 32, "BLOCK_COLS": 64}, num_warps=4)},
     candidates=[Config({"BLOCK_ROWS": rows, "BLOCK_COLS": 128}, num_warps=8) for rows in (32, 64)],
+)
+register_table(
+    "activation_backward/fp32",
+    {(ANY, ANY, ANY): Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 64}, num_warps=4)},
+    candidates=[Config({"BLOCK_ROWS": 32, "BLOCK_COLS": 64}, num_warps=8)],
 )
 
 
@@ -162,7 +168,7 @@ def activation_backward_after_gemm(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Backward of `activation_after_gemm` on what cuBLAS computed; arguments and results as `hidden_gradient`'s."""
     num_experts, rows, width = pre.shape
-    config = look_up("activation_backward", pre.device)
+    config = look_up("activation_backward" + ("/fp32" if pre.dtype == torch.float32 else ""), pre.device)
     outputs = hidden_gradient_outputs(pre, config, gates is not None, biased)
     tiles = triton.cdiv(rows, config.constexprs["BLOCK_ROWS"]) * triton.cdiv(width, config.constexprs["BLOCK_COLS"])
     if num_experts * tiles > 0:

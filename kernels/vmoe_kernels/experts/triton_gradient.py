@@ -224,9 +224,11 @@ def _weight_tile(m: int, n: int, rows: int, *, warps: int, ahead: int) -> Config
 
 # Predicted, nothing was measured yet. The epilogue holds the product, the pre-activation and two results at once, in
 # quarters of 128x128, which do not spill. In eighths two programs fit on a multiprocessor of sm_90, one's epilogue
-# beside the other's product, but for exact GELU, whose series takes three registers too many.
+# beside the other's product, but for exact GELU, whose series takes three registers too many; with Triton 3.6 they do in
+# quarters, which takes fewer instructions there, and in eighths bare experts would spill.
 _D_HIDDEN = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4)
 _D_HIDDEN_SM90 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=8, registers=128)
+_D_HIDDEN_SM90_TRITON_36 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, registers=128)
 _D_HIDDEN_FLOAT32 = gemm_tile(64, 64, 32, warps=8, stages=2)
 _D_HIDDEN_TF32 = gemm_tile(128, 64, 32, warps=4, stages=3, parts=4)
 _D_HIDDEN_CANDIDATES = (
@@ -236,7 +238,11 @@ _D_HIDDEN_CANDIDATES = (
 _D_HIDDEN_TMA = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, tma=True)
 register_table(
     "expert_d_hidden",
-    {(ANY, ANY, ANY): _D_HIDDEN, ("sm90", ANY, "short"): _D_HIDDEN_SM90},
+    {
+        (ANY, ANY, ANY): _D_HIDDEN,
+        ("sm90", ANY, "short"): _D_HIDDEN_SM90,
+        ("sm90", "3.6", "short"): _D_HIDDEN_SM90_TRITON_36,
+    },
     candidates=(*_D_HIDDEN_CANDIDATES, _D_HIDDEN_TMA, CUBLAS),
 )
 register_table("expert_d_hidden/fp32", {(ANY, ANY, ANY): _D_HIDDEN_FLOAT32}, candidates=(CUBLAS,))
