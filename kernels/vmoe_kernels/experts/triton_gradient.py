@@ -224,8 +224,8 @@ def _weight_tile(m: int, n: int, rows: int, *, warps: int, ahead: int) -> Config
 
 # Predicted, nothing was measured yet. The epilogue holds the product, the pre-activation and two results at once, in
 # quarters of 128x128, which do not spill. In eighths two programs fit on a multiprocessor of sm_90, one's epilogue
-# beside the other's product, but for exact GELU, whose series takes three registers too many; with Triton 3.6 they do in
-# quarters, which takes fewer instructions there, and in eighths bare experts would spill.
+# beside the other's product, but for exact GELU, whose series takes three registers too many. With Triton 3.6 they do
+# in quarters, which are fewer instructions, and eighths of bare experts would spill.
 _D_HIDDEN = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4)
 _D_HIDDEN_SM90 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=8, registers=128)
 _D_HIDDEN_SM90_TRITON_36 = gemm_tile(128, 128, 64, warps=8, stages=3, parts=4, registers=128)
