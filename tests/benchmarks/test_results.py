@@ -12,6 +12,7 @@ WRITERS = {
     "cpu_bars": "cpu_bars",
     "gemms": "compile.gemms",
     "layer_on_cpu": "layer.on_cpu",
+    "layer_step": "compile.layer_step",
     "models_checkpoint_read": "models.checkpoint_read",
     "models_int8_experts": "models.int8_experts",
     "models_train_loop": "models.train_loop",
