@@ -56,19 +56,21 @@ def _activate(name: str, pre: Tensor, hidden: Tensor, slope: Tensor | None = Non
     if name == "gelu_tanh":
         _gelu_tanh(pre, hidden, slope)
         return
-    one = pre.new_ones(()).expand_as(pre)
     if name == "gelu":
         aten.gelu.out(pre, out=hidden)
-        if slope is not None:
-            aten.gelu_backward.grad_input(one, pre, grad_input=slope)
     elif name == "relu":
         torch.clamp(pre, min=0, out=hidden)
-        if slope is not None:
-            aten.threshold_backward.grad_input(one, pre, 0, grad_input=slope)
     else:
         aten.silu.out(pre, out=hidden)
-        if slope is not None:
-            aten.silu_backward.grad_input(one, pre, grad_input=slope)
+    if slope is None:
+        return
+    one = pre.new_ones(()).expand_as(pre)
+    if name == "gelu":
+        aten.gelu_backward.grad_input(one, pre, grad_input=slope)
+    elif name == "relu":
+        aten.threshold_backward.grad_input(one, pre, 0, grad_input=slope)
+    else:
+        aten.silu_backward.grad_input(one, pre, grad_input=slope)
 
 
 def _gelu_tanh(pre: Tensor, hidden: Tensor, slope: Tensor | None) -> None:
