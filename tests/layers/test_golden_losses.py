@@ -89,3 +89,14 @@ def test_balanced_gates_have_zero_gradient():
     loss.backward()
     assert loss == want["importance_loss"] == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_cv_squared_is_exact_near_balance():
+    shares = 1.0 + 1e-4 * torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    assert relative_error(cv_squared(shares), cv_squared(shares.double()).float()) <= 1e-5
+    balanced = torch.full((2, 8), 0.125, requires_grad=True)
+    cv_squared(balanced).sum().backward()
+    assert cv_squared(balanced).tolist() == balanced.grad.sum(1).tolist() == [0.0, 0.0]
+    nothing = torch.zeros(2, 8, requires_grad=True)
+    cv_squared(nothing).sum().backward()
+    assert cv_squared(nothing).tolist() == nothing.grad.sum(1).tolist() == [0.0, 0.0]

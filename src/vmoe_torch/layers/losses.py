@@ -30,7 +30,7 @@ def cv_squared(per_expert: Tensor) -> Tensor:
     per_expert = _wide(per_expert)
     mean = per_expert.mean(-1, keepdim=True)
     absent = mean.detach().abs() < 1e-30
-    return (per_expert / torch.where(absent, torch.inf, mean)).var(-1, correction=0)
+    return ((per_expert - mean) / torch.where(absent, torch.inf, mean)).square().mean(-1)
 
 
 def cv_squared_by_size(per_expert: Tensor, sizes: ExpertSizes) -> Tensor:
