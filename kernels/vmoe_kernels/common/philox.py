@@ -1,14 +1,11 @@
-"""Philox-4x32-10 noise in plain PyTorch or NumPy: the same numbers as Triton's `tl.randn(seed, offset)`, on any device.
+"""Philox-4x32-10 noise in plain PyTorch: the same numbers as Triton's `tl.randn(seed, offset)`, on any device.
 
 Counter-based random numbers (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") need no state: a
 backward pass, a recomputation and another device all draw the same value for the same (seed, offset).
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,75 +25,38 @@ def philox_normal(seed: Tensor, count: int) -> Tensor:
     Returns:
         (count,) float32 on the device of `seed`.
     """
-    if seed.device.type == "cpu":
-        return torch.ops.vmoe.router_noise(seed, count)
-    return _normal(*philox_bits(seed, count))
-
-
-@torch.library.custom_op(
-    "vmoe::router_noise", mutates_args=(), device_types="cpu", schema="(Tensor seed, SymInt count) -> Tensor"
-)
-def _router_noise_op(seed, count):
-    # By NumPy, which takes half the time: its operators start sooner. An op of its own, as nobody looks into it.
-    key = int(seed)
-    keys = [
-        (np.uint64((key + step * _KEY_A) & _MASK), np.uint64(((key >> 32) + step * _KEY_B) & _MASK))
-        for step in range(_ROUNDS)
-    ]
-    # The words that are the same for all blocks are scalars, whose products wrap as those of arrays do.
-    with np.errstate(over="ignore"):
-        words = _words(np.arange(count, dtype=np.uint64), np.uint64(0), keys, np.uint64)
-    return _normal(*(torch.from_numpy(word.astype(np.uint32).view(np.int32)) for word in words))
-
-
-@_router_noise_op.register_fake
-def _(seed, count):
-    return seed.new_empty(count, dtype=torch.float32)
+    c0, c1 = philox_bits(seed, count)
+    radius = uniform(c0).clamp_(min=1.0e-7).log_().mul_(-2.0).sqrt_()
+    return radius.mul_(uniform(c1).mul_(2.0 * math.pi).cos_())
 
 
 def philox_bits(seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first two 32-bit words of the Philox blocks 0..count-1: the low halves of int64, the high ones are any."""
     steps = torch.arange(_ROUNDS, device=seed.device, dtype=torch.int64)
-    keys = zip((seed + steps * _KEY_A).unbind(), ((seed >> 32) + steps * _KEY_B).unbind())
-    zero = torch.zeros((), device=seed.device, dtype=torch.int64)
-    return _words(torch.arange(count, device=seed.device, dtype=torch.int64), zero, keys, int)
-
-
-def _words(counters: Any, zero: Any, keys: Iterable[tuple[Any, Any]], number: Callable[[int], Any]) -> tuple[Any, Any]:
-    """The first two words of each block in the low half of 64 bits; the high one is any.
-
-    Args:
-        counters: 64-bit integers of PyTorch or NumPy.
-        zero: one of them.
-        keys: two words for each round.
-        number: makes a constant that goes with the counters.
-    """
-    factor_a, factor_b, mask, half = (number(each) for each in (_ROUND_A, _ROUND_B, _MASK, 32))
-    *keys, (last, _) = keys
+    *keys, (last, _) = zip((seed + steps * _KEY_A).unbind(), ((seed >> 32) + steps * _KEY_B).unbind())
+    c0 = torch.arange(count, device=seed.device, dtype=torch.int64)
     # Words that are the same for all blocks, here and in the next rounds, are scalars.
-    c0, c1, c2, c3 = counters, zero, zero, zero
+    c1 = c2 = c3 = torch.zeros((), device=seed.device, dtype=torch.int64)
     for k0, k1 in keys:
-        # Products wrap modulo 2^64, which keeps all 64 bits that the 32x32 product has. Only factors need to be free of
-        # what is above their 32 bits: c1 and c3 are added bit by bit.
-        a, b = c0 * factor_a, c2 * factor_b
-        c0 = (b >> half) ^ (c1 ^ k0)
-        c2 = (a >> half) ^ (c3 ^ k1)
-        c0 &= mask
-        c2 &= mask
+        # int64 products wrap modulo 2^64, which keeps all 64 bits that the 32x32 product has. Only factors need to be
+        # free of what is above their 32 bits: c1 and c3 are added bit by bit.
+        a, b = c0 * _ROUND_A, c2 * _ROUND_B
+        c0, c2 = _mixed(b, c1, k0).bitwise_and_(_MASK), _mixed(a, c3, k1).bitwise_and_(_MASK)
         c1, c3 = b, a
     # Of the last round two words are wanted.
-    b = c2 * factor_b
-    return (b >> half) ^ (c1 ^ last), b
+    b = c2 * _ROUND_B
+    return _mixed(b, c1, last), b
 
 
-def _normal(first: Tensor, second: Tensor) -> Tensor:
-    """By Box and Muller, of two words each."""
-    radius = uniform(first).clamp_(min=1.0e-7).log_().mul_(-2.0).sqrt_()
-    return radius.mul_(uniform(second).mul_(2.0 * math.pi).cos_())
+def _mixed(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
+    """The high half of a product, a word and a key added bit by bit."""
+    high = (product >> 32).bitwise_xor_(key)
+    # In place where it can hold all blocks.
+    return high.bitwise_xor_(word) if high.ndim >= word.ndim else high ^ word
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """The low 32 bits of integers to float32 in [0, 1)."""
+    """The low 32 bits of int64 to float32 in [0, 1)."""
     word = bits.to(torch.int32)
     # A negative number is complemented.
     return (word ^ (word >> 31)).to(torch.float32) * 4.6566127342e-10

@@ -232,6 +232,18 @@ def _(x, weight, *_):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
+@torch.library.custom_op(
+    "vmoe::router_noise", mutates_args=(), device_types="cpu", schema="(Tensor seed, SymInt count) -> Tensor"
+)
+def _router_noise_op(seed, count):
+    return philox_normal(seed, count)
+
+
+@_router_noise_op.register_fake
+def _(seed, count):
+    return seed.new_empty(count, dtype=torch.float32)
+
+
 def _setup_context(ctx, inputs, output):
     x, weight, _, group_size, noise_std, seed, noise = inputs
     _, experts, logits, _, _, _, top1_share = output
@@ -314,7 +326,7 @@ def router(
     noise = None
     if noise_std > 0 and x.device.type == "cpu" and not INTERPRET:
         # A CPU keeps it for the backward; the Triton kernels draw it again, which costs them nothing.
-        noise = philox_normal(seed, x.shape[0] * num_experts)
+        noise = torch.ops.vmoe.router_noise(seed, x.shape[0] * num_experts)
     return RouterOutput(*torch.ops.vmoe.router(x, weight, *options, noise))
 
 
