@@ -2,6 +2,7 @@
 
 import gc
 import json
+import random
 import sys
 from functools import cache
 from pathlib import Path
@@ -49,7 +50,10 @@ def relative_error(got: Tensor, want) -> float:
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    """Every generator that the library draws from: what a test draws does not depend on those before it."""
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture
