@@ -16,10 +16,10 @@ import math
 from pathlib import Path
 
 from benchmarks.compile.launches import CALLS, HEADLINE, Launch, record
-from benchmarks.compile.report import compile_case, versions
+from benchmarks.compile.report import Compiled, compile_case, versions
 from benchmarks.harness import work
 from benchmarks.harness.cases import LAYERS, Case
-from benchmarks.harness.results import RESULTS
+from benchmarks.harness.results import RESULTS, write
 
 FILE = RESULTS / "pipelines" / "gemms.json"
 CHIPS = (80, 86, 89, 90, 100, 120)
@@ -29,8 +29,8 @@ CASE = LAYERS[0]
 # multiprocessors, at the clock at which their tensor cores make the 989 TFLOP/s of the data sheet.
 L2_READ, ISSUE = 6e12, 132 * 4 * 1.83e9
 
-# Heading of a column to the field of a row.
-COLUMNS = {
+# Heading of a column to the field of a row, of any kernel and of a product.
+COUNTS = {
     "registers": "registers",
     "blocks/SM": "blocks_per_sm",
     "buffers": "buffers",
@@ -39,6 +39,10 @@ COLUMNS = {
     "shared": "shared",
     "step": "step",
     "no product": "other",
+    "all": "instructions",
+}
+COLUMNS = {
+    **{name: field for name, field in COUNTS.items() if name != "all"},
     "per MFLOP": "per_mflop",
     "all": "instructions",
     "L2 MB": "l2_megabytes",
@@ -93,6 +97,12 @@ def costs(case: Case, op: str, launch: Launch, step: int, rest: int) -> tuple[in
     return l2, {name: round(each, 1) for name, each in bounds.items()}
 
 
+def counts(made: Compiled) -> dict[str, int]:
+    """The fields of COUNTS."""
+    fields = [field for field in COUNTS.values() if field != "other"]
+    return {**{field: getattr(made, field) for field in fields}, "other": made.step - made.tensor_core}
+
+
 def measure(chip: int) -> list[dict]:
     """A row for each product of the experts, as the ops launch it on a chip."""
     with record(chip) as launches:
@@ -108,9 +118,7 @@ def measure(chip: int) -> list[dict]:
                 "kernel": op,
                 "chip": chip,
                 "tile": tile(launch),
-                **{name: getattr(made, name) for name in ("registers", "blocks_per_sm", "buffers", "stack", "local")},
-                **{name: getattr(made, name) for name in ("shared", "step", "instructions")},
-                "other": made.step - made.tensor_core,
+                **counts(made),
                 "per_mflop": round((made.step - made.tensor_core) * launch.num_warps / megaflops),
                 "l2_megabytes": round(l2 * 1e-6),
                 # Of the chip that the ceilings are of.
@@ -165,23 +173,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chips", nargs="+", type=int, default=CHIPS, choices=CHIPS)
     parser.add_argument("--before", metavar="COMMIT", help="keep the rows as those of the commit before")
     options = parser.parse_args(arguments)
-    content = json.loads(FILE.read_text()) if FILE.exists() else {"commit": "", "before": [], "after": []}
-    content["versions"] = versions()
-    if options.before:
-        content["commit"] = options.before
-    part = "before" if options.before else "after"
+    content, part = begun(FILE, options.before)
     for chip in options.chips:
         kept = [row for row in content[part] if row["chip"] != chip]
         rows = kept + measure(chip)
         content[part] = sorted(rows, key=lambda row: (OPS.index(row["kernel"]), row["chip"]))
-        write(content)
+        write(FILE.parent, FILE.stem, content, markdown(content))
 
 
-def write(content: dict, file: Path = FILE) -> None:
-    """As JSON and Markdown."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n")
-    file.with_suffix(".md").write_text("\n".join(markdown(content)) + "\n")
+def begun(file: Path, commit: str | None) -> tuple[dict, str]:
+    """What a comparison's file holds, of today's versions, and the part to measure: that before a commit, or after."""
+    content = json.loads(file.read_text()) if file.exists() else {"commit": "", "before": [], "after": []}
+    content["versions"] = versions()
+    if commit:
+        content["commit"] = commit
+    return content, "before" if commit else "after"
 
 
 if __name__ == "__main__":

@@ -10,37 +10,25 @@ Dims: T tokens, D width, E experts.
 """
 
 import argparse
-import json
 import math
 from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
 
-from benchmarks.compile.gemms import ISSUE, OPS
+from benchmarks.compile.gemms import COUNTS, ISSUE, OPS, begun, counts
 from benchmarks.compile.launches import Launch, record
-from benchmarks.compile.report import Compiled, compile_case, versions
+from benchmarks.compile.report import Compiled, compile_case
 from benchmarks.harness import work
 from benchmarks.harness.cases import LAYERS
-from benchmarks.harness.results import RESULTS
+from benchmarks.harness.results import RESULTS, write
 from vmoe_torch.layers import MoeMlp, steps
 
 FILE = RESULTS / "pipelines" / "layer_step.json"
 CHIPS = (80, 90, 100)
 CASE = LAYERS[0]
 # Heading of a column to the field of a row.
-COLUMNS = {
-    "programs": "programs",
-    "registers": "registers",
-    "blocks/SM": "blocks_per_sm",
-    "buffers": "buffers",
-    "spills": "local",
-    "stack": "stack",
-    "shared": "shared",
-    "step": "step",
-    "no product": "other",
-    "all": "instructions",
-}
+COLUMNS = {"programs": "programs", **COUNTS}
 
 
 def launches(chip: int) -> tuple[list[Launch], list[Launch]]:
@@ -91,9 +79,8 @@ def measure(chip: int) -> list[dict]:
     for direction, found in zip(("forward", "backward"), launches(chip)):
         for launch in found:
             made = compile_case(launch, chip)
-            fields = set(COLUMNS.values()) - {"programs", "other"}
             row = {"kernel": launch.name, "direction": direction, "chip": chip, "programs": programs(launch)}
-            row |= {name: getattr(made, name) for name in sorted(fields)} | {"other": made.step - made.tensor_core}
+            row |= counts(made)
             # Of the chip that the ceilings are of.
             if chip == 90 and launch.name.startswith(("router_forward", "router_backward")):
                 row["bounds_us"] = router_times(launch, made)
@@ -176,14 +163,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", metavar="COMMIT", help="keep the rows as those of the commit before")
     options = parser.parse_args(arguments)
-    content = json.loads(FILE.read_text()) if FILE.exists() else {"commit": "", "before": [], "after": []}
-    content["versions"] = versions()
-    if options.before:
-        content["commit"] = options.before
-    content["before" if options.before else "after"] = [row for chip in CHIPS for row in measure(chip)]
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    FILE.write_text(json.dumps(content, indent=1) + "\n")
-    FILE.with_suffix(".md").write_text("\n".join(markdown(content)) + "\n")
+    content, part = begun(FILE, options.before)
+    content[part] = [row for chip in CHIPS for row in measure(chip)]
+    write(FILE.parent, FILE.stem, content, markdown(content))
 
 
 if __name__ == "__main__":
