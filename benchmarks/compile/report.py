@@ -38,6 +38,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 
 from benchmarks.compile import hazards, pipelines
 from benchmarks.compile.launches import CAPABILITIES, SIBLINGS, Launch, capture
+from benchmarks.harness import results
 from vmoe_kernels.common.launch import triton_version
 
 REPORTS = Path(__file__).parents[1] / "results" / "compile_report"
@@ -294,11 +295,8 @@ def markdown(rows: list[Compiled]) -> str:
 
 def write(rows: list[Compiled], folder: Path = REPORTS) -> None:
     """Writes the report of the installed Triton as JSON and Markdown."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"triton-{triton_version()}"
     content = {"versions": versions(), "rows": [dataclasses.asdict(row) for row in rows]}
-    path.with_name(f"{path.name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    path.with_name(f"{path.name}.md").write_text(markdown(rows))
+    results.write(folder, f"triton-{triton_version()}", content, markdown(rows).splitlines())
 
 
 def staleness(rows: list[Compiled], folder: Path = REPORTS) -> list[str]:
