@@ -63,12 +63,11 @@ def golden_noise(monkeypatch):
     def use(*arrays: np.ndarray) -> None:
         seen: dict[int, Tensor] = {}
 
-        def noise(seed: Tensor, count: int) -> Tensor:
+        def noise(seed: Tensor, rows: int, columns: int, *, by_column: bool) -> Tensor:
             key = int(seed)
             if key not in seen:
-                seen[key] = torch.from_numpy(arrays[len(seen)]).reshape(-1)
-            assert seen[key].numel() == count
-            return seen[key]
+                seen[key] = torch.from_numpy(arrays[len(seen)]).reshape(rows, columns)
+            return seen[key].t().contiguous().t() if by_column else seen[key]
 
         # The package has a function of the module's name.
         monkeypatch.setattr(sys.modules["vmoe_kernels.routing.router_op"], "philox_normal", noise)

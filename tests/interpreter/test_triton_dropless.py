@@ -12,7 +12,7 @@ from vmoe_kernels import assign_dropless_slots, dropless_mlp, dropless_mlp_refer
 from vmoe_kernels.common import launch
 from vmoe_kernels.common.groups import dropless_rows
 from vmoe_kernels.common.impl import ROW_TILE
-from vmoe_kernels.common.philox import philox_bits, uniform
+from vmoe_kernels.common.philox import philox_keep
 from vmoe_kernels.experts.triton_buffer import Buffer
 from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS, gemm_config, gemm_tile
 from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
@@ -74,9 +74,7 @@ def test_mlp_keeps_an_idle_expert_out_of_everything():
 
 def test_mlp_drops_as_on_cuda(monkeypatch):
     def keep(seed, stream, shape, drop):
-        rows, columns = shape
-        bits, _ = philox_bits(seed + stream, rows * columns)
-        return (uniform(bits) >= drop).view(rows, columns)
+        return philox_keep(seed + stream, shape, drop)
 
     monkeypatch.setattr(sys.modules["vmoe_kernels.experts.dropless_mlp_op"], "dropout_keep", keep)
     ops = (partial(op, drop=0.3, seed=torch.tensor(11)) for op in OPS)

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from vmoe_kernels import expert_mlp, expert_mlp_reference
 from vmoe_kernels.common import launch
-from vmoe_kernels.common.philox import philox_bits, uniform
+from vmoe_kernels.common.philox import philox_keep
 from vmoe_kernels.experts.activations import FORWARD
 from vmoe_kernels.experts.triton_expert_mlp import expert_mlp_backward_triton, expert_mlp_triton
 from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS, gemm_tile, weight_operand
@@ -50,9 +50,7 @@ def philox_dropout(monkeypatch):
     """The eager twin draws the dropout masks of a CUDA device."""
 
     def keep(seed, stream, shape, drop):
-        rows, columns = shape
-        bits, _ = philox_bits(seed + stream, rows * columns)
-        return (uniform(bits) >= drop).view(rows, columns)
+        return philox_keep(seed + stream, shape, drop)
 
     monkeypatch.setattr(sys.modules["vmoe_kernels.experts.expert_mlp_op"], "dropout_keep", keep)
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness.work import moe_mlp_costs
 from vmoe_kernels import moe_mlp, moe_mlp_reference
 from vmoe_kernels.common import launch
-from vmoe_kernels.common.philox import philox_bits, uniform
+from vmoe_kernels.common.philox import philox_keep
 from vmoe_kernels.experts.triton_gemm import CUBLAS, LINEAR_OPS
 from vmoe_kernels.experts.triton_gradient import WEIGHT_OPS
 from vmoe_kernels.experts.triton_moe_mlp import moe_mlp_backward_triton, moe_mlp_triton
@@ -111,9 +111,7 @@ def test_moe_mlp_shows_a_gate_that_is_not_finite(value):
 
 def test_moe_mlp_drops_as_on_cuda(monkeypatch):
     def keep(seed, stream, shape, drop):
-        rows, columns = shape
-        bits, _ = philox_bits(seed + stream, rows * columns)
-        return (uniform(bits) >= drop).view(rows, columns)
+        return philox_keep(seed + stream, shape, drop)
 
     monkeypatch.setattr(sys.modules["vmoe_kernels.experts.expert_mlp_op"], "dropout_keep", keep)
     assert_matches_eager(*_ops(ODD, drop=0.3, seed=torch.tensor(11)), _inputs("random", ODD), ulps=ULPS)

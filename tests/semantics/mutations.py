@@ -283,8 +283,16 @@ MUTATIONS = (
         "index",
         "tokens next to each other share their noise",
         _FORWARD,
-        "(rows[:, None] * E + experts[None, :]).to(tl.uint32)",
-        "(rows[:, None] + experts[None, :]).to(tl.uint32)",
+        "(rows[:, None] * tl.cdiv(E, 4) + blocks[None, :]).to(tl.uint32)",
+        "(rows[:, None] + blocks[None, :]).to(tl.uint32)",
+        _ROUTER,
+    ),
+    Mutation(
+        "index",
+        "two experts have each other's noise",
+        _FORWARD,
+        "tl.join(tl.join(noise_1, noise_3), tl.join(noise_2, noise_4))",
+        "tl.join(tl.join(noise_1, noise_2), tl.join(noise_3, noise_4))",
         _ROUTER,
     ),
     Mutation(

@@ -107,13 +107,8 @@ def masked_softmax(logits, columns):
 
 
 @triton.jit
-def add_noise(logits, seed_ptr, rows, experts, noise_scale, E: tl.constexpr):
-    """logits + Philox noise at offset t * E + e, modulo 2^32 the numbers of `tl.randn`."""
-    offset = (rows[:, None] * E + experts[None, :]).to(tl.uint32)
-    bits_1, bits_2, _, _ = tl.randint4x(tl.load(seed_ptr), offset)
-    radius = tl.sqrt(-2.0 * tl.log(tl.maximum(tl.uint_to_uniform_float(bits_1), 1.0e-7)))
-    # cos(2 pi u) as an odd polynomial of 2 pi (1/4 - |u - round(u)|): the library's cosine uses the stack.
-    u = tl.uint_to_uniform_float(bits_2)
+def _cosine(u):
+    """cos(2 pi u) as an odd polynomial of 2 pi (1/4 - |u - round(u)|): the library's cosine uses the stack."""
     angle = 6.283185307179586 * (0.25 - tl.abs(u - tl.floor(u + 0.5)))
     square = angle * angle
     series = -2.505210838544172e-08 + square * 1.6059043836821613e-10
@@ -121,8 +116,27 @@ def add_noise(logits, seed_ptr, rows, experts, noise_scale, E: tl.constexpr):
     series = -1.984126984126984e-04 + square * series
     series = 8.333333333333333e-03 + square * series
     series = -1.6666666666666666e-01 + square * series
-    cosine = angle + angle * square * series
-    return logits + radius * cosine * noise_scale
+    return angle + angle * square * series
+
+
+@triton.jit
+def _normal_pair(bits_1, bits_2):
+    """Two independent normal numbers of two random words, by Box and Muller's method."""
+    radius = tl.sqrt(-2.0 * tl.log(tl.maximum(tl.uint_to_uniform_float(bits_1), 1.0e-7)))
+    u = tl.uint_to_uniform_float(bits_2)
+    return radius * _cosine(u), radius * _cosine(u - 0.25)
+
+
+@triton.jit
+def add_noise(logits, seed_ptr, rows, noise_scale, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """logits + the noise of `philox_normal`: a block of four words makes that of four experts."""
+    blocks = tl.arange(0, BLOCK_E // 4)
+    offset = (rows[:, None] * tl.cdiv(E, 4) + blocks[None, :]).to(tl.uint32)
+    words_1, words_2, words_3, words_4 = tl.randint4x(tl.load(seed_ptr), offset)
+    noise_1, noise_3 = _normal_pair(words_1, words_3)
+    noise_2, noise_4 = _normal_pair(words_2, words_4)
+    noise = tl.join(tl.join(noise_1, noise_3), tl.join(noise_2, noise_4))
+    return logits + tl.reshape(noise, logits.shape) * noise_scale
 
 
 @triton.jit(do_not_specialize=["num_tokens", "group_size", "blocks_per_group", "num_blocks"])
@@ -186,7 +200,7 @@ def _router_kernel(
     tl.store(partial, tl.sum(tl.where(tokens[:, None], probs, 0.0), axis=0), mask=experts < E)
     noisy = logits
     if seed_ptr is not None:
-        noisy = add_noise(logits, seed_ptr, rows, experts, noise_scale, E)
+        noisy = add_noise(logits, seed_ptr, rows, noise_scale, E, BLOCK_E)
         probs = masked_softmax(noisy, columns)
     tl.store(partial + 2 * plane, tl.sum(tl.where(tokens[:, None], probs, 0.0), axis=0), mask=experts < E)
 

@@ -37,7 +37,7 @@ _TOKENS = {
     "le128": _config(32, 64, 8, 1, "tf32"),
     "gt128": _config(16, 64, 8, 1, "tf32"),
     "fp32_le32": _config(64, 32, 4, 2),
-    "fp32_le64": _config(64, 16, 8, 2),
+    "fp32_le64": _config(32, 32, 8, 2),
     "fp32_le128": _config(32, 32, 8, 2),
     "fp32_gt128": _config(16, 32, 8, 2),
 }
@@ -104,7 +104,7 @@ def _router_tokens_kernel(
     logits = tl.load(logits_ptr + own, mask=inside, other=0.0)
     noisy = logits
     if seed_ptr is not None:
-        noisy = add_noise(logits, seed_ptr, rows, experts, noise_scale, E)
+        noisy = add_noise(logits, seed_ptr, rows, noise_scale, E, BLOCK_E)
     grad = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if d_gates_ptr is not None or d_mean_gates_ptr is not None:
         d_probs = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
