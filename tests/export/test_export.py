@@ -1,5 +1,6 @@
 """Exported files give the model's logits, whatever the routing, and run where nothing of ours is installed."""
 
+import shutil
 import subprocess
 import sys
 
@@ -165,6 +166,17 @@ def test_graph_of_compile(build, monkeypatch, case):
 @pytest.mark.slow
 def test_compiled_model(build):
     assert check_compiled(build(), SHAPE) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="AOTInductor compiles C++, and there is no compiler")
+def test_program_compiled_ahead_of_time(build, tmp_path):
+    model = build(batch_priority=True, group_size="image")
+    program = export_program(model, torch.zeros(SHAPE), dynamic_batch=True)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    compiled = torch._inductor.aoti_load_package(path)
+    assert compare_logits("AOTInductor", compiled, model, SHAPE) < 1e-4
+    assert compare_logits("AOTInductor", compiled, model, (2, *SHAPE[1:])) < 1e-4
 
 
 def test_what_is_wrong_is_named(build):
