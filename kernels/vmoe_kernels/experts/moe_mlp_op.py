@@ -1,7 +1,8 @@
 """The whole sparse MLP after routing: dispatch, expert MLP and combine in one op that never stores expert outputs.
 
 The gate's gradient is <d_y, output>; as output = hidden W2^T + b2, it is <d_y W2, hidden> + <d_y, b2>, and d_y W2 is
-needed anyway. So the op saves its inputs and the pre-activation, nothing else. On CPU it visits filled rows only.
+needed anyway. So the op saves its inputs and the pre-activation, nothing else. A CPU visits filled rows only, expert by
+expert, or where a problem is small all rows at once.
 
 Dims: T tokens, K choices, E experts, R rows per expert, D width in, H hidden width, O width out.
 """
@@ -24,6 +25,7 @@ from vmoe_kernels.common.impl import (
     wants_grad,
 )
 from vmoe_kernels.common.transforms import differs_backward, twin_gradients
+from vmoe_kernels.experts import cpu_batched
 from vmoe_kernels.experts.cpu import ExpertGradients, ExpertOutputs, Filled, gated_gradients, gated_outputs
 from vmoe_kernels.experts.expert_mlp_op import expert_mlp_reference
 from vmoe_kernels.experts.types import ACTIVATION, WEIGHTS, Activation, bundle, check_experts
@@ -75,6 +77,9 @@ def _moe_mlp_op(x, slots, gates, w1, b1, w2, b2, rows_per_expert, activation, dr
     # Without the choices of the rows, which this loop goes by in another form.
     weights, activation = bundle(w1, b1, w2, b2, activation, drop, seed)
     num_experts, width, _ = weights.fc1_weight.shape
+    if activation.seed is None and cpu_batched.takes(x, slots, weights, rows_per_expert):
+        y, pre = cpu_batched.outputs(x, slots, gates, weights, activation.name, rows_per_expert)
+        return y, pre if save else pre.new_empty(num_experts, 0, width)
     dtype = accumulation_dtype(x.dtype)
     y = nan_gates(gates.to(dtype), slots).expand(-1, weights.fc2_weight.shape[1]).contiguous()
     pre = x.new_empty(num_experts, rows_per_expert if save else 0, width)
@@ -106,6 +111,9 @@ def _moe_mlp_backward_op(
 ):
     weights, activation = bundle(w1, b1, w2, b2, activation, drop, seed)
     num_experts, width, _ = weights.fc1_weight.shape
+    if activation.seed is None and cpu_batched.takes(x, slots, weights, rows_per_expert):
+        d_x, d_gates, d_weights = cpu_batched.gradients(d_y, x, slots, gates, pre, weights, activation.name)
+        return (d_x, d_gates, *d_weights)
     gradients = ExpertGradients(weights, activation, pre)
     filled = _filled_rows(slots, num_experts, rows_per_expert, width, activation)
     return (*gated_gradients(d_y, x, gates, filled, gradients), *gradients.results())
