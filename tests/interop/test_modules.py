@@ -1,7 +1,5 @@
 """Tools that act on a module when it is called see experts and routers, and act on what the layer reads."""
 
-import os
-import socket
 from functools import partial
 
 import pytest
@@ -11,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
 import vmoe_torch
+from tests.parallel.processes import run
 from tests.tiny import dropping, grey_images
 
 # Their own messages: old enums in torchao, and in the libraries that load it.
@@ -178,35 +177,28 @@ def test_adapted_block_recomputes():
         torch.testing.assert_close(got, want)
 
 
-def _shard_leaves(rank, world, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.distributed.init_process_group("gloo")
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
-        # No noise, losses or shared groups: two processes route as one.
-        same = {"group_size": "image", "noise_std": 0.0, "importance_loss_weight": 0.0}
-        model, alone, batch = dropping(**same).train(), dropping(**same).train(), grey_images(4)
-        units = [
-            fully_shard(part, mesh=mesh)
-            for layer in vmoe_torch.moe_layers(model).values()
-            for part in (layer.router, layer.fc1, layer.fc2)
-        ]
-        for unit in (*units, fully_shard(model, mesh=mesh)):
-            unit.set_force_sum_reduction_for_comms(True)
-        want = alone(batch)
-        got = model(batch.chunk(world)[rank])
-        torch.testing.assert_close(got, want.chunk(world)[rank])
-        got.square().sum().backward()
-        (want.square().sum() / world).backward()
-        for one, other in zip(model.parameters(), alone.parameters(), strict=True):
-            torch.testing.assert_close(one.grad.full_tensor(), other.grad, rtol=1e-4, atol=1e-4)
-    finally:
-        torch.distributed.destroy_process_group()
+def _shard_leaves():
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
+    # No noise, losses or shared groups: two processes route as one.
+    same = {"group_size": "image", "noise_std": 0.0, "importance_loss_weight": 0.0}
+    model, alone, batch = dropping(**same).train(), dropping(**same).train(), grey_images(4)
+    units = [
+        fully_shard(part, mesh=mesh)
+        for layer in vmoe_torch.moe_layers(model).values()
+        for part in (layer.router, layer.fc1, layer.fc2)
+    ]
+    for unit in (*units, fully_shard(model, mesh=mesh)):
+        unit.set_force_sum_reduction_for_comms(True)
+    want = alone(batch)
+    got = model(batch.chunk(world)[rank])
+    torch.testing.assert_close(got, want.chunk(world)[rank])
+    got.square().sum().backward()
+    (want.square().sum() / world).backward()
+    for one, other in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.full_tensor(), other.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_fully_shard_on_leaves(world):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_shard_leaves, (world, port), world)
+def test_fully_shard_on_leaves(world, tmp_path):
+    run(world, tmp_path, _shard_leaves)

@@ -1,8 +1,6 @@
 """Optimisers: every one that timm lists moves router and experts, and so do weights that follow an average."""
 
 import math
-import os
-import socket
 from functools import partial
 
 import pytest
@@ -14,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vmoe_torch
 from tests.interop.requirement import needs
+from tests.parallel.processes import run
 from tests.tiny import dropping, grey_images
 
 # Apex and bitsandbytes are other libraries; adahessian wants second derivatives, which the fast ops have not; kron
@@ -59,28 +58,20 @@ def test_every_optimizer_of_timm_moves_router_and_experts(tiny, images, labels):
     assert len(_names()) > 40
 
 
-def _train_on_a_part(rank, world, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.distributed.init_process_group("gloo")
-    try:
-        trained = []
-        for optimizer in (torch.optim.AdamW, partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)):
-            torch.manual_seed(rank)
-            model = dropping().train()
-            replica = DistributedDataParallel(model)
-            _fit(replica, optimizer(model.parameters(), lr=1e-3), grey_images(4), torch.arange(4), steps=3)
-            trained.append(model.state_dict())
-        assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
-    finally:
-        torch.distributed.destroy_process_group()
+def _train_on_a_part():
+    rank, trained = torch.distributed.get_rank(), []
+    for optimizer in (torch.optim.AdamW, partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)):
+        torch.manual_seed(rank)
+        model = dropping().train()
+        replica = DistributedDataParallel(model)
+        _fit(replica, optimizer(model.parameters(), lr=1e-3), grey_images(4), torch.arange(4), steps=3)
+        trained.append(model.state_dict())
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
 
 
-def test_state_in_parts_steps_as_a_whole_one():
+def test_state_in_parts_steps_as_a_whole_one(tmp_path):
     """ZeRO-1 keeps the state of each parameter on one rank; experts, 3-dimensional, are parameters like others."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_train_on_a_part, (2, port), 2)
+    run(2, tmp_path, _train_on_a_part)
 
 
 def test_schedule_free_averages_every_expert(tiny, images, labels):

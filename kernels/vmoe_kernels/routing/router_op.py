@@ -107,17 +107,18 @@ def _scored(
     )
 
 
-def _few_experts(tensor: Tensor) -> bool:
+def _few_experts(device: torch.device, num_experts: int) -> bool:
     """Whether a (..., E) is to lie in memory expert by expert: on a CPU what goes over them is faster then."""
-    return tensor.device.type == "cpu" and tensor.shape[-1] < _VECTOR
+    return device.type == "cpu" and num_experts < _VECTOR
 
 
 def _with_noise(logits: Tensor, noise_std: float, seed: Tensor | None, noise: Tensor | None) -> Tensor:
     """(2, T, E): the logits, and with noise (drawn already or now); in memory expert by expert if that is faster."""
+    by_expert = _few_experts(logits.device, logits.shape[1])
     if noise is None:
-        noise = philox_normal(seed, *logits.shape, by_column=_few_experts(logits))
+        noise = philox_normal(seed, *logits.shape, by_column=by_expert)
     noise = noise.to(logits.dtype) * (noise_std / logits.shape[1])
-    if _few_experts(logits):
+    if by_expert:
         logits, noise = logits.t().contiguous(), noise.t()
         return torch.stack((logits, logits + noise)).transpose(1, 2)
     return torch.stack((logits, logits + noise))
@@ -125,7 +126,7 @@ def _with_noise(logits: Tensor, noise_std: float, seed: Tensor | None, noise: Te
 
 def _softmax(scores: Tensor) -> Tensor:
     """(..., T, E) over the experts; in memory as `_with_noise` has it."""
-    if _few_experts(scores):
+    if _few_experts(scores.device, scores.shape[-1]):
         return scores.transpose(-1, -2).softmax(-2).transpose(-1, -2)
     return scores.softmax(-1)
 
@@ -239,12 +240,12 @@ def _(x, weight, *_):
     schema="(Tensor seed, SymInt num_tokens, SymInt num_experts) -> Tensor",
 )
 def _router_noise_op(seed, num_tokens, num_experts):
-    return philox_normal(seed, num_tokens, num_experts, by_column=num_experts < _VECTOR)
+    return philox_normal(seed, num_tokens, num_experts, by_column=_few_experts(seed.device, num_experts))
 
 
 @_router_noise_op.register_fake
 def _(seed, num_tokens, num_experts):
-    if num_experts < _VECTOR:
+    if _few_experts(seed.device, num_experts):
         return seed.new_empty((num_experts, num_tokens), dtype=torch.float32).t()
     return seed.new_empty((num_tokens, num_experts), dtype=torch.float32)
 
