@@ -6,7 +6,7 @@ import torch
 import vmoe_kernels as vk
 from vmoe_kernels.experts import cpu_batched
 from vmoe_kernels.experts.activations import FORWARD
-from vmoe_kernels.experts.types import ExpertWeights
+from vmoe_kernels.experts.types import Activation, ExpertWeights
 from vmoe_kernels.testing import outputs_and_gradients
 
 NAMES = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -100,7 +100,8 @@ def test_what_is_left_to_the_loops(reason, changes):
         x = torch.empty(case["tokens"], 8, dtype=case["dtype"])
         slots = torch.empty(case["tokens"], 2, dtype=torch.int32)
         fc1 = torch.empty(case["experts"], case["hidden"], 8)
-        assert cpu_batched.takes(x, slots, ExpertWeights(fc1, None, fc1, None), case["rows"]) == chosen, reason
+        weights = ExpertWeights(fc1, None, fc1, None)
+        assert cpu_batched.takes(x, slots, weights, Activation("relu"), case["rows"]) == chosen, reason
 
 
 def test_threads_are_counted_once(monkeypatch):

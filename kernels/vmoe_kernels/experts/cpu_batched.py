@@ -12,9 +12,7 @@ from torch import Tensor
 
 from vmoe_kernels.experts.activations import activate
 from vmoe_kernels.experts.cpu import row_blocks
-from vmoe_kernels.experts.types import ExpertWeights
-from vmoe_kernels.rows.combine_op import combine_reference
-from vmoe_kernels.rows.dispatch_op import choice_of_row
+from vmoe_kernels.experts.types import Activation, ExpertWeights
 
 # Of few rows (up to 12 here), the last bit of a product depends on how many there are: the loops keep it from the empty
 # ones. There is little to gain either.
@@ -31,11 +29,12 @@ def most_floats() -> int:
     return _MOST_FLOATS[torch.get_num_threads() > 1]
 
 
-def takes(x: Tensor, slots: Tensor, weights: ExpertWeights, rows: int) -> bool:
-    """Whether this is the faster way, without dropout: by shapes and dtype, whatever is in the tensors."""
+def takes(x: Tensor, slots: Tensor, weights: ExpertWeights, activation: Activation, rows: int) -> bool:
+    """Whether this is the faster way: by shapes, dtype and dropout, whatever is in the tensors."""
     experts, hidden, _ = weights.fc1_weight.shape
     return (
-        x.dtype in (torch.float32, torch.float64)
+        activation.seed is None
+        and x.dtype in (torch.float32, torch.float64)
         and rows >= _LEAST_ROWS
         and experts * rows * hidden <= most_floats()
         and experts * rows <= _MOST_ROWS * slots.numel()
@@ -59,13 +58,13 @@ def outputs(
         y (T, O), and the pre-activation (E, R, H).
     """
     experts, width, _ = weights.fc1_weight.shape
-    buffer = _rows(x, _tokens(slots, experts * rows), experts)
+    buffer = torch.ops.vmoe.dispatch(x, slots, experts * rows).view(experts, rows, -1)
     pre = _linear(buffer, weights.fc1_weight, weights.fc1_bias)
     hidden = torch.empty_like(pre)
     for block in row_blocks(experts * rows, width):
         activate(name, pre.flatten(0, 1)[block], hidden.flatten(0, 1)[block])
     out = _linear(hidden, weights.fc2_weight, weights.fc2_bias)
-    return combine_reference(out.flatten(0, 1), slots, gates), pre
+    return torch.ops.vmoe.combine(out.flatten(0, 1), slots, gates), pre
 
 
 def gradients(
@@ -73,11 +72,10 @@ def gradients(
 ) -> tuple[Tensor, Tensor, ExpertWeights]:
     """The way back: the gradients of x (T, D), gates (T, K) and the weights."""
     experts, rows, width = pre.shape
-    tokens = _tokens(slots, experts * rows)
     # Dropped choices share a row past the last.
     held = torch.where(slots < 0, experts * rows, slots).long().flatten()
     gate = x.new_zeros(experts * rows + 1).index_copy_(0, held, gates.flatten().to(x.dtype))[:-1].unsqueeze(1)
-    buffer, d_out = (_rows(each, tokens, experts) for each in (x, d_y))
+    buffer, d_out = (torch.ops.vmoe.dispatch(each, slots, experts * rows).view(experts, rows, -1) for each in (x, d_y))
     hidden, slope = torch.empty_like(pre), torch.empty_like(pre)
     for block in row_blocks(experts * rows, width):
         activate(name, *(each.flatten(0, 1)[block] for each in (pre, hidden, slope)), gate[block])
@@ -95,19 +93,7 @@ def gradients(
         if d_bias.numel():
             torch.sum(d_rows, 1, out=d_bias)
     d_rows = torch.bmm(d_hidden, weights.fc1_weight).flatten(0, 1)
-    return combine_reference(d_rows, slots, torch.ones_like(gates)), d_gates, sums
-
-
-def _tokens(slots: Tensor, num_rows: int) -> Tensor:
-    """(E * R,) int64, the token of each row of the buffer, or T."""
-    choices = choice_of_row(slots, num_rows)
-    return torch.where(choices < 0, len(slots), choices // slots.shape[1])
-
-
-def _rows(values: Tensor, tokens: Tensor, experts: int) -> Tensor:
-    """(T, D) -> (E, R, D), 0 where no token is."""
-    padded = torch.cat((values, values.new_zeros(1, values.shape[1])))
-    return padded.index_select(0, tokens).view(experts, -1, values.shape[1])
+    return torch.ops.vmoe.dispatch_backward(d_rows, slots), d_gates, sums
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

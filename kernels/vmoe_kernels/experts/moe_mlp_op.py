@@ -77,7 +77,7 @@ def _moe_mlp_op(x, slots, gates, w1, b1, w2, b2, rows_per_expert, activation, dr
     # Without the choices of the rows, which this loop goes by in another form.
     weights, activation = bundle(w1, b1, w2, b2, activation, drop, seed)
     num_experts, width, _ = weights.fc1_weight.shape
-    if activation.seed is None and cpu_batched.takes(x, slots, weights, rows_per_expert):
+    if cpu_batched.takes(x, slots, weights, activation, rows_per_expert):
         y, pre = cpu_batched.outputs(x, slots, gates, weights, activation.name, rows_per_expert)
         return y, pre if save else pre.new_empty(num_experts, 0, width)
     dtype = accumulation_dtype(x.dtype)
@@ -111,7 +111,7 @@ def _moe_mlp_backward_op(
 ):
     weights, activation = bundle(w1, b1, w2, b2, activation, drop, seed)
     num_experts, width, _ = weights.fc1_weight.shape
-    if activation.seed is None and cpu_batched.takes(x, slots, weights, rows_per_expert):
+    if cpu_batched.takes(x, slots, weights, activation, rows_per_expert):
         d_x, d_gates, d_weights = cpu_batched.gradients(d_y, x, slots, gates, pre, weights, activation.name)
         return (d_x, d_gates, *d_weights)
     gradients = ExpertGradients(weights, activation, pre)
